@@ -34,7 +34,9 @@ def choose_device(asked: str = "auto") -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise ConfigError(f"device {asked!r} is not known; expected auto, cpu, cuda or mps") from error
+        raise ConfigError(
+            f"device {asked!r} is not known; expected auto, cpu, cuda or mps"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {asked!r} was asked for, but this machine has no CUDA device")
     return device

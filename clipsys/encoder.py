@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from clipsys import models
 from clipsys.devices import choose_device, choose_precision
 from clipsys.images import decode_image
+from clipsys.text_tower import text_encoder
 
 Vectors = npt.NDArray[np.float32]
 
@@ -42,6 +43,7 @@ class Encoder:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         self._model: Any = parts.model.eval().requires_grad_(False).to(self.device)
+        self._encode_tokens = text_encoder(self._model)
         self._tokenizer = parts.tokenizer
         shape = (3, 1, 1)
         self._mean = torch.tensor(parts.preprocessing.mean, device=self.device).view(shape)
@@ -49,11 +51,13 @@ class Encoder:
         self.dim = int(self.encode_text([""]).shape[1])
 
     def __repr__(self) -> str:
-        return f"Encoder({self.name!r}, dim={self.dim}, device={self.device}, {self.fingerprint[:12]})"
+        return (
+            f"Encoder({self.name!r}, dim={self.dim}, device={self.device}, {self.fingerprint[:12]})"
+        )
 
     @property
     def logit_scale(self) -> float:
-        """What similarities are multiplied with before a softmax, as trained (not its logarithm)."""
+        """What similarities are multiplied with before a softmax, as trained (no logarithm)."""
         return float(self._model.logit_scale.detach().exp())
 
     def preprocess(self, image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -91,7 +95,7 @@ class Encoder:
         for start in range(0, len(texts), batch_size):
             tokens_BL = self._tokenizer(list(texts[start : start + batch_size])).to(self.device)
             with torch.inference_mode(), self._autocast():
-                batches.append(_unit(self._model.encode_text(tokens_BL)))
+                batches.append(_unit(self._encode_tokens(tokens_BL)))
         return np.concatenate(batches) if batches else np.zeros((0, self.dim), np.float32)
 
     def _autocast(self) -> torch.autocast:

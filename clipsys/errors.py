@@ -11,7 +11,8 @@
     └── ServerError          the app cannot serve
 
 The library raises, the command line explains: one line on stderr, exit status 1, the traceback only
-with ``--debug``. A message says what happened, where, which value, what was expected and what to do.
+with ``--debug``. A message says what happened, where, which value, what was expected and what to
+do.
 """
 
 from __future__ import annotations

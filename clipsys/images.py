@@ -27,8 +27,9 @@ REFUSED_FORMATS = frozenset({"EPS", "WMF", "PDF", "MPEG", "BUFR", "GRIB", "HDF5"
 
 #: File name endings, in lower case, under which folders are searched for images.
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .avifs .heic .heif .hif "
-    ".jp2 .j2k .ppm .pgm .pbm .pnm .tga .ico .pcx .qoi".split()
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+    | {".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".tga", ".ico", ".pcx", ".qoi"}
 )
 
 # What Pillow was seen to raise on 17,085 hard files, and what its decoders may raise besides.

@@ -1,4 +1,4 @@
-"""Retrieval and classification figures, computed in blocks so that no score matrix is held whole."""
+"""Retrieval and classification figures, in blocks, so that no score matrix is held whole."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def chance_recall(
     return result
 
 
-def accuracy(scores_NC: Floats, targets_N: npt.ArrayLike, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def accuracy(
+    scores_NC: Floats, targets_N: npt.ArrayLike, ks: Sequence[int] = (1, 5)
+) -> dict[str, float]:
     """``accuracy@k`` and the mean accuracy per class, from scores and integer targets.
 
     As in `first_hit_ranks`, a class that ties with the right one counts as better.
@@ -82,6 +84,8 @@ def accuracy(scores_NC: Floats, targets_N: npt.ArrayLike, ks: Sequence[int] = (1
         return {f"accuracy@{k}": 0.0 for k in ks} | {"mean_class_accuracy": 0.0}
     right = scores_NC[np.arange(len(targets)), targets][:, None]
     ranks = (scores_NC >= right).sum(axis=1) - 1
-    figures = {f"accuracy@{k}": float((ranks < k).mean()) for k in ks if k < scores_NC.shape[1] or k == 1}
+    figures = {
+        f"accuracy@{k}": float((ranks < k).mean()) for k in ks if k < scores_NC.shape[1] or k == 1
+    }
     classes = [float((ranks[targets == label] < 1).mean()) for label in np.unique(targets)]
     return figures | {"mean_class_accuracy": float(np.mean(classes))}

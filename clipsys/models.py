@@ -26,6 +26,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from clipsys.errors import ModelError
 from clipsys.preprocessing import Preprocessing
 
@@ -93,7 +95,9 @@ def build_model(
         arguments = {"nonscalar_logit_scale": True} if for_training else {}
         with _quiet_open_clip():
             try:
-                model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, **arguments)
+                model = open_clip.create_model(
+                    f"local-dir:{folder}", load_weights=False, **arguments
+                )
             except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
                 raise ModelError(
                     f"model {name}: open_clip cannot build this configuration ({error})"
@@ -107,8 +111,7 @@ def load_model(spec: str | Path) -> ModelParts:
     """Loads a model with its weights.
 
     Args:
-        spec: a model folder or a run folder; ``NAME/TAG`` or ``hf-hub:ORG/REPO`` of open_clip, which
-            are fetched from their hub at the first use.
+        spec: a model folder or a run folder; ``NAME/TAG`` or ``hf-hub:ORG/REPO`` of open_clip, fetched from their hub at the first use.
 
     Raises:
         ModelError: there is no such model, or its files are damaged or altered.
@@ -123,7 +126,12 @@ def load_model(spec: str | Path) -> ModelParts:
     import open_clip
 
     if name not in open_clip.list_models() or text.startswith(("/", ".", "~")):
-        if "/" in name or text.startswith((".", "/", "~")) or folder.suffix or folder.parent.is_dir():
+        if (
+            "/" in name
+            or text.startswith((".", "/", "~"))
+            or folder.suffix
+            or folder.parent.is_dir()
+        ):
             hint = _unknown_name(name) if _looks_like_name(name) else ""
             raise ModelError(
                 f"{text}: there is no such model folder" + (f", and {hint}" if hint else "")
@@ -131,8 +139,9 @@ def load_model(spec: str | Path) -> ModelParts:
         raise ModelError(_unknown_name(name))
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
-        known = ", ".join(f"{name}/{known}" for known in tags) or "none"
-        raise ModelError(f"model {text}: no pretrained weights of that name; known: {known}")
+        known = ", ".join(f"{name}/{known}" for known in tags[:8]) or "none"
+        more = ", …" if len(tags) > 8 else ""
+        raise ModelError(f"model {text}: no pretrained weights of that name; known: {known}{more}")
     return _load_hub(name, pretrained=tag)
 
 
@@ -264,10 +273,13 @@ def fingerprint(parts: ModelParts) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor) -> memoryview | bytes:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    if not tensor.numel():
+        return b""
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return raw.data
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,7 @@ class Preprocessing:
         return _centre(image, height, width, (0, 0, 0))
 
 
-def _centre(
-    image: Image.Image, height: int, width: int, fill: tuple[int, int, int]
-) -> Image.Image:
+def _centre(image: Image.Image, height: int, width: int, fill: tuple[int, int, int]) -> Image.Image:
     """Crops the centre; pads first where the image is smaller (torchvision's center_crop)."""
     pad_x, pad_y = max(0, width - image.width), max(0, height - image.height)
     if pad_x or pad_y:

@@ -75,7 +75,9 @@ def parse_sample(raw: dict[str, Any]) -> Sample:
         captions = [raw["txt"].decode("utf-8").strip()] if "txt" in raw else []
         label = raw["cls"].decode("utf-8").strip() if "cls" in raw else None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{_place(raw)}: the text of the sample cannot be read ({error})") from error
+        raise DataError(
+            f"{_place(raw)}: the text of the sample cannot be read ({error})"
+        ) from error
     if not isinstance(metadata, dict):
         raise DataError(f"{_place(raw)}: the .json member is not an object")
     more = metadata.pop("captions", [])
@@ -142,7 +144,7 @@ def _expand_braces(text: str) -> list[str]:
 
     try:
         return list(braceexpand.braceexpand(text))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:  # UnbalancedBracesError
         raise DataError(f"{text}: unbalanced braces in a shard range") from error
 
 
@@ -274,7 +276,10 @@ def write_shards(
             written.append(ShardInfo(path.name, count, path.stat().st_size, digest))
     except BaseException:
         # An interrupted pack must not look like a finished one.
-        for leftover in (*folder.glob(f"{prefix}-*.tar.partial"), *(folder / w.name for w in written)):
+        for leftover in (
+            *folder.glob(f"{prefix}-*.tar.partial"),
+            *(folder / w.name for w in written),
+        ):
             leftover.unlink(missing_ok=True)
         raise
     _add_to_manifest(folder, written)

@@ -9,11 +9,14 @@ A record is cheap: the image's bytes are read only when asked for.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +200,11 @@ def _file_record(
     label: str | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Record:
-    try:
+    size: int | None = None
+    mtime: int | None = None
+    with contextlib.suppress(OSError):
         status = path.stat()
         size, mtime = status.st_size, status.st_mtime_ns
-    except OSError:
-        size = mtime = None
     return Record(
         uri=str(path),
         read=lambda: _read_file(path),
@@ -240,7 +243,9 @@ def _iterate_table(path: Path, columns: Columns) -> Iterator[Record]:
     if first is None:
         return
     path_column = _find_column(path, first, columns.path, PATH_COLUMNS)
-    bytes_column = next((name for name in BYTES_COLUMNS if isinstance(first.get(name), bytes)), None)
+    bytes_column = next(
+        (name for name in BYTES_COLUMNS if isinstance(first.get(name), bytes)), None
+    )
     if path_column is None and bytes_column is None:
         raise DataError(
             f"{path}: no column names the image file; the columns are {', '.join(first)}; "
@@ -256,6 +261,7 @@ def _iterate_table(path: Path, columns: Columns) -> Iterator[Record]:
         yield from _bytes_records(path, [first], rows, roles)
         return
     grouped: dict[str, list[dict[str, Any]]] = {}
+    assert path_column is not None
     for row in (first, *rows):
         grouped.setdefault(str(row.get(path_column) or ""), []).append(row)
     for name, group in grouped.items():
@@ -303,10 +309,10 @@ def _bytes_records(
     number = 0
     for source in (head, rows):
         for row in source:
-            data = row[roles.bytes] or b""
+            data: bytes = row[roles.bytes] or b""
             yield Record(
                 uri=f"{path}#{number}",
-                read=lambda data=data: data,
+                read=partial(bytes, data),
                 captions=tuple(roles.row_captions(row)),
                 label=roles.row_label(row),
                 metadata=roles.row_metadata(row),
@@ -314,9 +320,7 @@ def _bytes_records(
             number += 1
 
 
-def _find_column(
-    table: Path, row: dict[str, Any], asked: str, known: Sequence[str]
-) -> str | None:
+def _find_column(table: Path, row: dict[str, Any], asked: str, known: Sequence[str]) -> str | None:
     if asked:
         if asked not in row:
             raise DataError(f"{table}: no column {asked!r}; the columns are {', '.join(row)}")
@@ -399,7 +403,7 @@ def _number(text: str | None) -> Any:
         number = float(text)
     except ValueError:
         return text
-    return number if number == number and abs(number) != float("inf") and "e" not in text.lower() else text
+    return number if math.isfinite(number) and "e" not in text.lower() else text
 
 
 def to_sample(record: Record, key: str) -> Sample:

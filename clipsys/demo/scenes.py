@@ -76,6 +76,7 @@ _TONES: tuple[RGB, ...] = (
 _RADIUS: dict[Size, float] = {"small": 0.125, "medium": 0.17, "large": 0.23}
 _SUPERSAMPLING = 3
 # Shares of training scenes with one, two and three shapes.
+_SAME_COLOUR_SHARE = 0.0
 _TRAIN_SHAPE_SHARES = (0.4, 0.4, 0.2)
 
 
@@ -192,7 +193,11 @@ def make_scene(index: int, split: Split, *, seed: int = 0) -> Scene:
     else:
         shares = _TRAIN_SHAPE_SHARES if split == "train" else (0.0, *_TRAIN_SHAPE_SHARES[1:])
         num_shapes = rng.choices((1, 2, 3), weights=shares)[0]
-        pairs = rng.sample(seen_combinations(), num_shapes)
+        choice = seen_combinations()
+        if rng.random() < _SAME_COLOUR_SHARE:
+            colour = rng.choice(tuple(COLOURS))
+            choice = tuple(pair for pair in choice if pair[0] == colour)
+        pairs = rng.sample(choice, num_shapes)
     background = _random_background(rng)
     return Scene(f"{split}-{index:06d}", split, _arrange(pairs, rng), background)
 

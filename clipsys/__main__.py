@@ -1,0 +1,5 @@
+"""``python -m clipsys``."""
+
+from clipsys.cli import main
+
+main()

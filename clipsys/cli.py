@@ -1,0 +1,132 @@
+"""The command line: one table of verbs, each loaded when it is looked at.
+
+Verbs are plain functions in the ``commands`` module of the package that they belong to. Those
+modules import nothing heavy at their top, so that ``clipsys --help`` answers without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from clipsys import __version__
+from clipsys.errors import ClipsysError
+
+#: verb -> (module, function). This table is the only place where `clipsys` names its siblings.
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("clipsys.demo.commands", "demo"),
+    "shards": ("clipsys.commands", "shards"),
+    "train": ("clipsys.training.commands", "train"),
+    "export": ("clipsys.training.commands", "export"),
+    "index": ("clipsys.retrieval.commands", "index"),
+    "search": ("clipsys.retrieval.commands", "search"),
+    "classify": ("clipsys.commands", "classify"),
+    "evaluate": ("clipsys.commands", "evaluate"),
+    "ui": ("clipsys.ui.commands", "ui"),
+    "doctor": ("clipsys.commands", "doctor"),
+}
+
+
+def load_verb(name: str) -> Callable[..., Any]:
+    """The function behind a verb."""
+    module, function = VERBS[name]
+    verb: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return verb
+
+
+class _Verbs(TyperGroup):
+    """Loads a verb when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(cmd_name)(load_verb(cmd_name))
+        command = typer.main.get_command(single)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"clipsys {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train CLIP-style encoders, and search any corpus with them."""
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    configure_logging(level)
+
+
+def configure_logging(level: int) -> None:
+    """Sends clipsys's log to stderr; keeps the libraries' to warnings and errors."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    first_rank = os.environ.get("RANK", "0") == "0"  # choices are the same on every rank
+    logging.getLogger("clipsys").setLevel(level if first_rank else max(level, logging.WARNING))
+    for chatty in ("huggingface_hub", "httpx", "matplotlib", "DeepSpeed"):
+        logging.getLogger(chatty).setLevel(
+            logging.DEBUG if level == logging.DEBUG else logging.ERROR
+        )
+
+
+class _Formatter(logging.Formatter):
+    """Plain sentences for information, the level before anything graver."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        rank = os.environ.get("RANK", "0")
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"[rank {rank}] {prefix}{text}" if rank != "0" else f"{prefix}{text}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 success, 1 a `ClipsysError`, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # `--debug` is for any error, so it may stand anywhere, also behind the verb.
+    debug = "--debug" in arguments
+    if debug:
+        arguments = ["--debug", *(word for word in arguments if word != "--debug")]
+    try:
+        app(args=arguments, prog_name="clipsys", standalone_mode=True)
+    except ClipsysError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

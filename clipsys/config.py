@@ -1,0 +1,186 @@
+"""Configuration: YAML files checked by pydantic models, with every fault reported at once.
+
+Precedence: defaults < file < ``section.key=value`` overrides. The models stand beside the code that
+they configure and derive from `Settings`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from clipsys.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every section: immutable, and no unknown key passes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with two of its surprises removed: ``3e-4`` is a number, a key may not repeat."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"{self.name}:{line}: the key {key!r} occurs twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Finds a recipe: a path, or the name of one that clipsys ships (``emoji_cpu``).
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    stem = str(name).removesuffix(".yaml")
+    if stem in shipped:
+        return shipped[stem]
+    near = get_close_matches(stem, shipped, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped recipes: {', '.join(sorted(shipped))}"
+    raise ConfigError(f"{name}: there is no such recipe; {hint}")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes of the ``configs`` folder, by name."""
+    folder = Path(str(resources.files("clipsys"))) / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_settings(
+    model: type[SettingsT],
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+) -> SettingsT:
+    """Reads and checks a configuration.
+
+    Args:
+        model: the settings class.
+        source: a YAML file, or the parsed document.
+        overrides: ``section.key=value``; the value is YAML.
+
+    Raises:
+        ConfigError: naming every fault with file, key, value and what was expected.
+    """
+    if isinstance(source, Mapping):
+        place, document = "settings", dict(source)
+    else:
+        place, document = str(source), _read_yaml(Path(source))
+    origins: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        keys = _apply_override(document, override)
+        origins[keys] = "command line"
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        faults = [_fault(model, place, origins, dict(detail)) for detail in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(faults))) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            document = yaml.load(file, _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{place}: not valid YAML ({problem})") from error
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected sections with settings, found {document!r}")
+    return document
+
+
+def _apply_override(document: dict[str, Any], override: str) -> tuple[str, ...]:
+    name, separator, text = override.partition("=")
+    keys = tuple(name.split("."))
+    if not separator or not all(keys):
+        raise ConfigError(f"{override!r}: expected section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+    section = document
+    for key in keys[:-1]:
+        inner = section.get(key)
+        # Copied on the way, so that a document given by the caller is left as it was.
+        section[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        section = section[key]
+    section[keys[-1]] = value
+    return keys
+
+
+def _fault(
+    model: type[Settings],
+    place: str,
+    origins: Mapping[tuple[str, ...], str],
+    detail: Mapping[str, Any],
+) -> str:
+    location = tuple(str(part) for part in detail["loc"])
+    origin = next((text for keys, text in origins.items() if location[: len(keys)] == keys), place)
+    name = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        near = _nearest(model, location)
+        return f"{origin}: {name} is not a setting" + (f"; did you mean {near}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{origin}: {name} is missing"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if not name:  # a check across sections names its settings itself
+        return f"{origin}: {message}"
+    value = detail.get("input")
+    shown = f" is {value!r}" if not isinstance(value, Mapping) else ""
+    return f"{origin}: {name}{shown}; {message}"
+
+
+def _nearest(model: type[Settings], location: tuple[str, ...]) -> str | None:
+    known = list(_paths(model))
+    asked = ".".join(location)
+    siblings = [path for path in known if path.rpartition(".")[0] == ".".join(location[:-1])]
+    same_last = [path for path in known if path.rpartition(".")[2] == location[-1]]
+    near = get_close_matches(asked, siblings, n=1, cutoff=0.6) or same_last[:1]
+    near = near or get_close_matches(asked, known, n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _paths(inner, f"{prefix}{name}.")
+
+
+def dump_settings(settings: Settings) -> str:
+    """The resolved configuration as YAML that `load_settings` reads back to the same settings."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

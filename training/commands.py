@@ -1,0 +1,66 @@
+"""The verbs `train` and `export`. Nothing heavy is imported until one runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]…", help="Override settings.")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; default one per GPU.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
+    ] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Train a model through DeepSpeed.
+
+    Also starts under `deepspeed`, `torchrun` and SLURM, which then decide the number of processes.
+    """
+    from clipsys.config import find_recipe, load_settings
+    from clipsys.training import launch
+    from clipsys.training.recipe import Recipe
+
+    recipe = load_settings(Recipe, find_recipe(config), overrides or [])
+    if launch.join_environment():
+        from clipsys.training.loop import train as run
+
+        with launch.reporting():
+            run(recipe, resume=resume)
+        return
+    processes = nproc or recipe.nproc or launch.default_nproc()
+    recipe.check_world(processes)
+    arguments = ["train", config, *(overrides or []), *(["--resume"] if resume else [])]
+    if "--debug" in sys.argv:
+        arguments.insert(0, "--debug")
+    launch.launch(arguments, processes)
+    print(recipe.run_folder / "model")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder that `clipsys train` wrote.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    step: Annotated[
+        int | None, typer.Option(help="The checkpoint of this step; default the newest.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Write a model folder that clipsys and stock open_clip load."""
+    from clipsys.training.export import export_model
+
+    fingerprint = export_model(run, out, step=step, overwrite=overwrite)
+    print(out)
+    print(
+        f"fingerprint {fingerprint[:16]}; load it with clipsys.load({str(out)!r})", file=sys.stderr
+    )

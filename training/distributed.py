@@ -1,0 +1,108 @@
+"""Process groups: joining one, gathering through one with gradients, and what rank 0 says."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of ranks; 1 where no process group exists."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's rank; 0 where no process group exists."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process's rank on its machine, which is the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def gather_rows(local_BX: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Stacks every rank's rows in rank order: (B, X) on each of W ranks -> (W·B, X) on all.
+
+    Differentiable, and exactly so: backward *sums* what all ranks' losses contribute to this
+    rank's rows. With each rank's loss a mean over its own rows, and gradients averaged over ranks
+    as DDP and DeepSpeed do, that is the full-batch gradient. A backward that averages, or that keeps
+    the local part only, is not. Every rank must bring the same number of rows.
+    """
+    if world_size(group) == 1:
+        return local_BX
+    if not local_BX.requires_grad:
+        return _all_gather(local_BX, group)
+    gathered: torch.Tensor = _GatherRows.apply(local_BX, group)
+    return gathered
+
+
+def _all_gather(local_BX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    # all_gather rather than all_gather_into_tensor: gloo has no such call for every dtype.
+    parts = [torch.empty_like(local_BX) for _ in range(world_size(group))]
+    dist.all_gather(parts, local_BX.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local_BX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group = group
+        ctx.num_rows = len(local_BX)
+        return _all_gather(local_BX, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient_NX,) = gradients
+        total_NX = gradient_NX.contiguous().clone()
+        # gloo has no reduce_scatter; an all_reduce of the same rows, then this rank's slice.
+        dist.all_reduce(total_NX, group=ctx.group)
+        start = rank(ctx.group) * ctx.num_rows
+        return total_NX[start : start + ctx.num_rows], None
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on all ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's picklable value, on all ranks."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_first_rank(action: Any) -> Any:
+    """Runs ``action()`` on rank 0 and gives its result, or raises its exception, on all ranks.
+
+    Without this an exception on rank 0 leaves the others waiting in their next collective.
+    """
+    outcome: tuple[bool, Any] = (True, None)
+    if rank() == 0:
+        try:
+            outcome = (True, action())
+        except Exception as error:
+            outcome = (False, _picklable(error))
+    succeeded, result = broadcast_object(outcome)
+    if not succeeded:
+        raise result
+    return result
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,86 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, skipped.jsonl and the loss curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clipsys.training.data import Skipped
+
+METRICS_NAME = "metrics.jsonl"
+SKIPPED_NAME = "skipped.jsonl"
+
+
+class Journal:
+    """Writes a run's figures; rank 0 only."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.mkdir(parents=True, exist_ok=True)
+        self._run = run
+        self._metrics = (run / METRICS_NAME).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Adds one line to metrics.jsonl, and its numbers to TensorBoard."""
+        self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
+        self._metrics.flush()
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def skip(self, skipped: tuple[Skipped, ...]) -> None:
+        """Lists samples that could not be used."""
+        with (self._run / SKIPPED_NAME).open("a", encoding="utf-8") as file:
+            for one in skipped:
+                file.write(json.dumps(vars(one)) + "\n")
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._metrics.close()
+        self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; steps that a resumed run did again count once, the last time."""
+    path = run / METRICS_NAME
+    if not path.is_file():
+        return []
+    latest: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        latest[entry["step"], "loss" in entry] = entry
+    return [latest[key] for key in sorted(latest)]
+
+
+def plot_curves(run: Path, out: Path) -> None:
+    """Draws loss and recall over the steps of a run as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = read_metrics(run)
+    losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    shown = {
+        "val/text_to_image/recall@1": "text → image, recall@1",
+        "val/text_to_image/recall@10": "text → image, recall@10",
+        "val/zeroshot/accuracy@1": "zero-shot accuracy",
+    }
+    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    if losses:
+        left.plot(*zip(*losses, strict=True), color="#3565a9", linewidth=1.4)
+    left.set(title="Training loss", xlabel="step", ylabel="symmetric InfoNCE")
+    for name, label in shown.items():
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        if points:
+            right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    right.set(title="Held-out data", xlabel="step", ylim=(0, 1))
+    if right.lines:
+        right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.savefig(out)
