@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -62,6 +63,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -87,6 +89,8 @@ def root(
 
 def configure_logging(level: int) -> None:
     """Sends clipsys's log to stderr; keeps the libraries' to warnings and errors."""
+    # Damaged images are counted and listed; Pillow's remarks on each would drown that.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -28,6 +28,7 @@ class Encoder:
 
     Attributes:
         name: what messages call the model.
+        spec: what `load` takes to load the same model again.
         fingerprint: SHA-256 of weights, architecture, tokenizer and preprocessing.
         dim: D, the width of the vectors.
         device: where the model runs.
@@ -38,6 +39,7 @@ class Encoder:
         self, parts: models.ModelParts, *, device: str = "auto", precision: str = "auto"
     ) -> None:
         self.name = parts.name
+        self.spec = parts.spec
         self.fingerprint = models.fingerprint(parts)
         self.preprocessing = parts.preprocessing
         self.device = choose_device(device)

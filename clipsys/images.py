@@ -93,14 +93,15 @@ def _read(source: str | Path | bytes | IO[bytes], name: str) -> bytes:
     try:
         return Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or _one_line(error)
         raise ImageDecodeError(
-            f"{name}: cannot be read ({_one_line(error)})", uri=name, reason="unreadable"
+            f"{name}: cannot be read ({reason})", uri=name, reason="unreadable"
         ) from error
 
 
 def _open(data: bytes, name: str) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=_known_formats())
+        return Image.open(io.BytesIO(data), formats=known_formats())
     except Image.DecompressionBombError as error:
         raise ImageDecodeError(
             f"{name}: claims too many pixels ({_one_line(error)})", uri=name, reason="too large"
@@ -147,7 +148,8 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 @functools.cache
-def _known_formats() -> tuple[str, ...]:
+def known_formats() -> tuple[str, ...]:
+    """The formats that `decode_image` accepts, by Pillow's names."""
     import pillow_heif
 
     pillow_heif.register_heif_opener()

@@ -55,6 +55,7 @@ class ModelParts:
         config: open_clip's ``model_cfg``.
         preprocessing: from a decoded image to what the image tower sees.
         name: what messages call it.
+        spec: what `load_model` takes to load it again; empty for a model that was built.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class ModelParts:
     config: dict[str, Any]
     preprocessing: Preprocessing
     name: str
+    spec: str = ""
 
 
 def build_model(
@@ -111,7 +113,8 @@ def load_model(spec: str | Path) -> ModelParts:
     """Loads a model with its weights.
 
     Args:
-        spec: a model folder or a run folder; ``NAME/TAG`` or ``hf-hub:ORG/REPO`` of open_clip, fetched from their hub at the first use.
+        spec: a model folder or a run folder; ``NAME/TAG`` or ``hf-hub:ORG/REPO`` of open_clip,
+            which are fetched from their hub at the first use.
 
     Raises:
         ModelError: there is no such model, or its files are damaged or altered.
@@ -178,7 +181,9 @@ def _load_folder(folder: Path) -> ModelParts:
         # open_clip, torch and safetensors raise anything here; all of it means: unusable folder.
         raise ModelError(f"{folder}: the model cannot be loaded ({_one_line(error)})") from error
     preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
-    parts = ModelParts(model, tokenizer, config, preprocessing, folder.name)
+    # A run's own model folder is always called "model"; the run says more.
+    name = folder.parent.name if folder.name == "model" else folder.name
+    parts = ModelParts(model, tokenizer, config, preprocessing, name, str(folder.absolute()))
     _check_card(folder, parts)
     return parts
 
@@ -213,7 +218,7 @@ def _load_hub(name: str, pretrained: str | None) -> ModelParts:
     config = open_clip.get_model_config(name) or {}
     preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     label = f"{name}/{pretrained}" if pretrained else name
-    return ModelParts(model, tokenizer, config, preprocessing, label)
+    return ModelParts(model, tokenizer, config, preprocessing, label, label)
 
 
 def _tokenizer(source: str, config: Mapping[str, Any]) -> Tokenizer:

@@ -59,11 +59,11 @@ class ZeroShotClassifier:
                 raise ConfigError(f"template {template!r}: expected one {{}} for the class name")
         texts = [template.format(name) for name in self.classes for template in templates]
         vectors = encoder.encode_text(texts).reshape(len(self.classes), len(templates), -1)
-        self._class_CD = _unit_rows(vectors.mean(axis=1))
+        self.class_CD = _unit_rows(vectors.mean(axis=1))
 
     def scores(self, image_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Cosine similarities (N, C) of unit image vectors (N, D) to the classes."""
-        return image_ND @ self._class_CD.T
+        return image_ND @ self.class_CD.T
 
     def predict(self, images: Sequence[Image.Image | str | Path]) -> list[Prediction]:
         """Classifies images, given decoded or by path.

@@ -1,0 +1,1 @@
+"""The recipes that clipsys ships, found by name: `clipsys train emoji_cpu`."""

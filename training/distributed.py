@@ -29,9 +29,9 @@ def gather_rows(local_BX: torch.Tensor, group: dist.ProcessGroup | None = None) 
     """Stacks every rank's rows in rank order: (B, X) on each of W ranks -> (W·B, X) on all.
 
     Differentiable, and exactly so: backward *sums* what all ranks' losses contribute to this
-    rank's rows. With each rank's loss a mean over its own rows, and gradients averaged over ranks
-    as DDP and DeepSpeed do, that is the full-batch gradient. A backward that averages, or that keeps
-    the local part only, is not. Every rank must bring the same number of rows.
+    rank's rows. With each rank's loss a mean over its own rows, and gradients averaged over
+    ranks as DDP and DeepSpeed do, that is the full-batch gradient. A backward that averages, or
+    that keeps the local part only, is not. Every rank must bring the same number of rows.
     """
     if world_size(group) == 1:
         return local_BX

@@ -89,8 +89,7 @@ class Engine:
         self.config = config
         self.device = device
         self._peak_lr = optimizer.lr
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        model = model.to(device)
         groups = parameter_groups(model, optimizer.weight_decay)
         adamw = torch.optim.AdamW(
             groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True

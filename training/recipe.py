@@ -59,7 +59,11 @@ class EngineConfig(Settings):
         "auto", description="bf16 is autocast over fp32 parameters"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global norm; 0 clips nothing")
-    channels_last: bool = Field(False, description="memory layout that convolutions prefer")
+    channels_last: bool = Field(
+        False,
+        description="feed images in the layout that convolutions prefer; the weights keep "
+        "theirs, since DeepSpeed flattens them",
+    )
     ema_decay: float = Field(
         0.0,
         ge=0,

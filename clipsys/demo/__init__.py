@@ -1,0 +1,1 @@
+"""The embedded sample corpus, and the whole way over it."""
