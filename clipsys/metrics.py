@@ -11,6 +11,8 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 DEFAULT_KS = (1, 5, 10)
+#: Rank of a query without any correct candidate: a miss at every k.
+NO_HIT = int(np.iinfo(np.int64).max)
 
 
 def first_hit_ranks(
@@ -34,10 +36,10 @@ def first_hit_ranks(
         block: queries scored at once; memory is O(block * N).
 
     Returns:
-        (M,) int64; N where no candidate is correct.
+        (M,) int64; `NO_HIT` where no candidate is correct.
     """
     wanted, present = np.asarray(query_groups), np.asarray(candidate_groups)
-    ranks = np.full(len(query_MD), len(candidate_ND), np.int64)
+    ranks = np.full(len(query_MD), NO_HIT, np.int64)
     for start in range(0, len(query_MD), block):
         scores = query_MD[start : start + block] @ candidate_ND.T
         correct = wanted[start : start + block, None] == present[None, :]

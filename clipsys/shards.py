@@ -21,7 +21,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from clipsys.errors import DataError
 from clipsys.images import EXTENSIONS
@@ -162,8 +162,6 @@ def iterate_raw(
     Raises:
         DataError: a shard cannot be read and ``on_error`` is not given.
     """
-    import webdataset
-
     for shard in shards:
         failure: list[Exception] = []
 
@@ -171,11 +169,34 @@ def iterate_raw(
             failure.append(error)
             return False  # webdataset: end this stream
 
-        yield from webdataset.tariterators.tarfile_samples([{"url": shard}], handler=stop)
+        try:
+            with _open_shard(shard) as stream:
+                yield from _raw_samples(shard, stream, stop)
+        except OSError as error:
+            failure.append(error)
         if failure:
             if on_error is None:
                 raise DataError(_shard_failure(shard, failure[0])) from failure[0]
             on_error(shard, failure[0])
+
+
+def _open_shard(shard: str) -> IO[bytes]:
+    if "://" not in shard:
+        return Path(shard).open("rb")
+    import webdataset
+
+    stream: IO[bytes] = webdataset.gopen.gopen(shard)
+    return stream
+
+
+def _raw_samples(
+    shard: str, stream: IO[bytes], handler: Callable[[Exception], bool]
+) -> Iterator[dict[str, Any]]:
+    # webdataset's own opener would leave the file to the garbage collector.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    members = tar_file_expander([{"url": shard, "stream": stream}], handler=handler)
+    yield from group_by_keys(members, handler=handler)
 
 
 def _shard_failure(shard: str, error: Exception) -> str:
@@ -185,7 +206,8 @@ def _shard_failure(shard: str, error: Exception) -> str:
         return f"{shard}: not a tar file; remove it, or name the shards one by one"
     if isinstance(error, ValueError) and "duplicate file name" in str(error):
         return f"{shard}: two members of one sample have the same name ({error.args[0]})"
-    return f"{shard}: the shard cannot be read ({type(error).__name__}: {error.args[:1]})"
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error.args[:1]}"
+    return f"{shard}: the shard cannot be read ({reason})"
 
 
 def iterate_samples(
@@ -282,7 +304,8 @@ def write_shards(
         ):
             leftover.unlink(missing_ok=True)
         raise
-    _add_to_manifest(folder, written)
+    if written:
+        _add_to_manifest(folder, written)
     return written
 
 

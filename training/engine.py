@@ -157,8 +157,8 @@ class Engine:
         """Averages running statistics (batch norm) over ranks: each saw its part of the data."""
         if world_size() == 1:
             return
-        for buffer in self.module.buffers():
-            if buffer.is_floating_point() and buffer.numel():
+        for name, buffer in self.module.named_buffers():
+            if "running_" in name:
                 dist.all_reduce(buffer)
                 buffer.div_(world_size())
 
@@ -219,23 +219,23 @@ def _nothing() -> Iterator[None]:
 
 
 class WeightAverage:
-    """Exponential moving average of the weights (Polyak & Juditsky 1992), with early correction.
+    """Exponential moving average of weights and running statistics (Polyak & Juditsky 1992).
 
     The decay starts low, min(decay, (1 + t) / (10 + t)), so that the first steps do not hang on to
-    random weights.
+    random weights. Batch norm's statistics are averaged with the weights that they belong to.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self._decay = decay
         self._updates = 0
-        self._shadow = [parameter.detach().clone() for parameter in model.parameters()]
+        self._shadow = [tensor.detach().clone() for tensor in _averaged(model)]
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
-        """Moves the average towards the model's weights."""
+        """Moves the average towards the model."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
-        torch._foreach_lerp_(self._shadow, [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(self._shadow, _averaged(model), 1 - decay)
 
     @contextmanager
     def swapped(self, model: torch.nn.Module) -> Iterator[None]:
@@ -248,18 +248,26 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self, model: torch.nn.Module) -> None:
-        for shadow, parameter in zip(self._shadow, model.parameters(), strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(shadow)
+        for shadow, tensor in zip(self._shadow, _averaged(model), strict=True):
+            kept = tensor.clone()
+            tensor.copy_(shadow)
             shadow.copy_(kept)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"updates": self._updates, "shadow": self._shadow}
 
+    @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self._updates = state["updates"]
-        with torch.no_grad():
-            for shadow, saved in zip(self._shadow, state["shadow"], strict=True):
-                shadow.copy_(saved)
+        for shadow, saved in zip(self._shadow, state["shadow"], strict=True):
+            shadow.copy_(saved)
+
+
+def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
+    return parameters + [
+        buffer for name, buffer in model.named_buffers() if "running_" in name
+    ]

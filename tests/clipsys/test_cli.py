@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipsys.cli import VERBS, main
+from tests.conftest import noise_image, write_training_shards
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Runs the command line in this process: status, stdout, stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(verb, "--help", capsys=capsys)
+    assert status == 0
+    assert "Usage: clipsys" in out
+
+
+def test_help_lists_every_verb_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run("--help", capsys=capsys)
+    for verb in VERBS:
+        line = next(line for line in out.splitlines() if line.split()[:1] == [verb])
+        assert len(line.split()) > 3
+
+
+def test_help_and_import_load_no_heavy_library() -> None:
+    code = (
+        "import sys, clipsys, clipsys.cli\n"
+        "try: clipsys.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'faiss', 'gradio', 'deepspeed', 'open_clip', 'numpy', 'PIL'}\n"
+        "sys.exit(str(sorted(heavy & set(sys.modules))) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_and_wrong_usage_have_their_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version", capsys=capsys)[:2] == (0, "clipsys 0.1.0\n")
+    assert run("train", capsys=capsys)[0] == 2
+    assert run("nonsense", capsys=capsys)[0] == 2
+
+
+def test_an_error_is_one_line_on_stderr_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run("train", "no_such_recipe", capsys=capsys)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: no_such_recipe: there is no such recipe")
+    assert len(err.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    command = [sys.executable, "-m", "clipsys", "train", "no_such_recipe", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_classify_prints_what_the_contract_says(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "a.png"
+    noise_image(0).save(image)
+    options = ["--labels", "cat,dog", "--model", str(model_folder)]
+    status, out, _ = run("classify", str(image), *options, "--json", capsys=capsys)
+    (row,) = json.loads(out)
+    assert status == 0
+    assert set(row) == {"uri", "label", "probability", "scores"}
+    assert set(row["scores"]) == {"cat", "dog"}
+    _, out, _ = run("classify", str(image), *options, capsys=capsys)
+    assert out.split() == [str(image), row["label"], f"{row['probability']:.3f}"]
+
+
+def test_classify_names_a_bad_image(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    status, _, err = run(
+        "classify", str(tmp_path / "bad.jpg"), "--labels=a,b", f"--model={model_folder}",
+        capsys=capsys,
+    )  # fmt: skip
+    assert status == 1
+    assert "bad.jpg: not an image in a known format" in err.splitlines()[-1]
+
+
+def test_evaluate_prints_json_and_a_table(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_training_shards(tmp_path / "s", 12)
+    command = ["evaluate", str(model_folder), "--task=retrieval", f"--data={shards}"]
+    _, out, _ = run(*command, "--json", capsys=capsys)
+    document = json.loads(out)
+    assert set(document) == {"task", "model", "data", "metrics"}
+    assert "text_to_image/recall@10" in document["metrics"]
+    _, out, _ = run(*command, "--captions=first", "--match=family", capsys=capsys)
+    assert "text_to_image/recall@10" in out
+
+
+def test_shards_packs_and_says_what_it_skipped(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (image_folder / "cats" / "bad.png").write_bytes(b"nothing")
+    status, out, err = run("shards", str(image_folder), str(tmp_path / "out"), capsys=capsys)
+    assert status == 0
+    assert out.split() == [str(tmp_path / "out" / "shard-00000.tar")]
+    assert "skipped 1: not an image" in err
+
+
+def test_an_empty_folder_is_an_error_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    status, _, err = run("shards", str(tmp_path / "empty"), str(tmp_path / "out"), capsys=capsys)
+    assert status == 1
+    assert "found; check the path" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_finds_no_problem_here(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run("doctor", capsys=capsys)
+    assert status == 0
+    for subject in ("torch", "faiss", "deepspeed", "images", "OpenMP"):
+        assert subject in out

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import clipsys
+from clipsys.errors import ConfigError
+from tests.conftest import noise_image
+
+
+@pytest.fixture(scope="module")
+def encoder(model_folder: Path) -> clipsys.Encoder:
+    return clipsys.load(model_folder)
+
+
+def test_probabilities_are_a_softmax_of_scaled_cosines(encoder: clipsys.Encoder) -> None:
+    classes = ["cat", "dog", "bird"]
+    classifier = clipsys.ZeroShotClassifier(encoder, classes, ["a {}", "my {}"])
+    (prediction,) = classifier.predict([noise_image(0)])
+    rows = []
+    for name in classes:  # the naive version
+        mean = encoder.encode_text([f"a {name}", f"my {name}"]).mean(axis=0)
+        rows.append(mean / np.linalg.norm(mean))
+    cosine = encoder.encode_image([noise_image(0)])[0] @ np.stack(rows).T
+    weight = np.exp(encoder.logit_scale * cosine)
+    np.testing.assert_allclose(list(prediction.scores.values()), cosine, atol=1e-5)
+    assert list(prediction.scores) == classes
+    assert prediction.label == classes[int(cosine.argmax())]
+    assert prediction.probability == pytest.approx(weight.max() / weight.sum(), abs=1e-4)
+
+
+def test_repeated_and_empty_classes_are_dropped(encoder: clipsys.Encoder) -> None:
+    assert clipsys.ZeroShotClassifier(encoder, ["cat ", "cat", "", "dog"]).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "templates", "message"),
+    [
+        (["cat"], ["{}"], "needs two different classes or more"),
+        (["cat", "dog"], ["a photo"], r"template 'a photo': expected one \{\}"),
+        (["cat", "dog"], [], r"template '': expected one \{\}"),
+    ],
+)
+def test_a_senseless_question_is_refused(
+    encoder: clipsys.Encoder, classes: list[str], templates: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        clipsys.ZeroShotClassifier(encoder, classes, templates)
+
+
+def test_no_images_give_no_predictions(encoder: clipsys.Encoder) -> None:
+    assert clipsys.ZeroShotClassifier(encoder, ["cat", "dog"]).predict([]) == []

@@ -1,0 +1,82 @@
+"""What all tests share: small images, shards and a model folder, made on the spot."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Two cores are usual for a test machine; torch's default of all cores only adds contention.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+TINY_MODEL: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint8 (H, W, 3) pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise_image(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
+    """An image with structure at several scales: (height, width)."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights."""
+    import torch
+
+    from clipsys.models import build_model, save_model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(build_model(TINY_MODEL, for_training=True), folder)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Six images in two class folders, with side-by-side captions."""
+    root = tmp_path / "images"
+    for number in range(6):
+        folder = root / ("cats" if number % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        noise_image(number).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}\nnumber {number}\n")
+    return root
+
+
+def write_training_shards(folder: Path, count: int = 64, *, shard_bytes: int = 60_000) -> str:
+    """Shards of noise images with captions, labels and metadata; returns their glob."""
+    from clipsys.shards import Sample, write_shards
+
+    def samples() -> Any:
+        for number in range(count):
+            image = encode_png(np.asarray(noise_image(number, (32, 32))))
+            captions = (f"picture number {number}", f"image {number}")
+            yield Sample(
+                f"{number:04d}",
+                image,
+                "png",
+                captions,
+                f"class {number % 4}",
+                {"family": number // 2},
+            )
+
+    write_shards(samples(), folder, shard_bytes=shard_bytes)
+    return str(folder / "*.tar")

@@ -1,0 +1,101 @@
+"""The rules of the layout: links, directions of import, one table of verbs."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("training", "retrieval", "ui", "configs")
+ALLOWED = {
+    "clipsys": set(),
+    "training": {"clipsys"},
+    "retrieval": {"clipsys"},
+    "ui": {"clipsys", "retrieval"},
+}
+
+
+def _sources(package: str) -> list[Path]:
+    folder = ROOT / package
+    found = [path for path in sorted(folder.rglob("*.py")) if package != "clipsys" or _own(path)]
+    assert found, folder
+    return found
+
+
+def _own(path: Path) -> bool:
+    return path.relative_to(ROOT / "clipsys").parts[0] not in LINKED
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_link_points_at_the_real_folder(name: str) -> None:
+    link = ROOT / "clipsys" / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / name
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_in_one_direction(package: str) -> None:
+    for path in _sources(package):
+        for name, line in _imports(path):
+            parts = name.split(".")
+            assert parts[0] not in LINKED, f"{path}:{line}: import clipsys.{parts[0]} instead"
+            if parts[0] == "clipsys":
+                target = parts[1] if len(parts) > 1 and parts[1] in LINKED[:3] else "clipsys"
+                assert target in ALLOWED[package] | {package}, f"{path}:{line} imports {name}"
+
+
+def test_only_the_table_of_verbs_names_the_other_packages() -> None:
+    from clipsys.cli import VERBS
+
+    for path in _sources("clipsys"):
+        if path.name == "cli.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                loads = [f"clipsys.{name}." for name in LINKED[:3]]
+                assert not any(node.value.startswith(prefix) for prefix in loads), (
+                    path,
+                    node.value,
+                )
+    assert {module.split(".")[1] for module, _ in VERBS.values()} >= {"training", "retrieval", "ui"}
+
+
+def test_no_module_hides_a_library() -> None:
+    for package in ALLOWED:
+        for path in _sources(package):
+            assert path.stem not in sys.stdlib_module_names or path.stem == "__main__", path
+
+
+def test_the_wheel_maps_every_package() -> None:
+    if sys.version_info < (3, 11):
+        pytest.skip("needs tomllib of Python 3.11")
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    mapped = set(settings["tool"]["setuptools"]["packages"])
+    for package in (*ALLOWED, "configs"):
+        for init in (ROOT / package).rglob("__init__.py"):
+            folder = init.parent.relative_to(ROOT)
+            if folder.parts[0] == "clipsys" and len(folder.parts) > 1 and folder.parts[1] in LINKED:
+                continue
+            name = ".".join(folder.parts)
+            assert (name if name.startswith("clipsys") else f"clipsys.{name}") in mapped
+
+
+def test_no_file_names_this_machine() -> None:
+    for package in (*ALLOWED, "configs", "tests", "docs", "benchmarks"):
+        for path in (ROOT / package).rglob("*"):
+            if path.suffix in (".py", ".md", ".yaml") and path.is_file():
+                assert "/wor" + "k/" not in path.read_text(encoding="utf-8"), path
