@@ -172,6 +172,8 @@ def iterate_raw(
         try:
             with _open_shard(shard) as stream:
                 yield from _raw_samples(shard, stream, stop)
+                if not failure and _lacks_end(shard, stream):
+                    failure.append(tarfile.ReadError("unexpected end of data"))
         except OSError as error:
             failure.append(error)
         if failure:
@@ -187,6 +189,18 @@ def _open_shard(shard: str) -> IO[bytes]:
 
     stream: IO[bytes] = webdataset.gopen.gopen(shard)
     return stream
+
+
+def _lacks_end(shard: str, stream: IO[bytes]) -> bool:
+    """Whether a local tar breaks off between two members, which tarfile takes for its end.
+
+    Every tar writer closes an archive with two blocks of zeros.
+    """
+    if "://" in shard:
+        return False
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - 1024))
+    return size > 0 and stream.read() != bytes(1024)
 
 
 def _raw_samples(

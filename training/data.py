@@ -14,11 +14,17 @@ full, and the twin is not taken for a negative.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import multiprocessing
+import os
 import random
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +61,9 @@ class DataConfig(Settings):
     batch_size: PositiveInt = Field(256, description="pairs contrasted together, across all ranks")
     workers: NonNegativeInt = Field(2, description="decoding processes per rank")
     shuffle_buffer: PositiveInt = Field(2000, description="samples shuffled together")
+    cache_mb: NonNegativeInt = Field(
+        256, description="training data of up to this size stay in memory, once per worker"
+    )
     captions: Literal["first", "random"] = Field(
         "random", description="which caption of a sample is used each time it is seen"
     )
@@ -120,6 +129,12 @@ class ShardSet:
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(self.counts)
+
+    def size_bytes(self) -> int:
+        """Size of all shards; 0 where one is remote and its size not known."""
+        if any("://" in shard for shard in self.shards):
+            return 0
+        return sum(Path(shard).stat().st_size for shard in self.shards)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in an epoch.
@@ -254,6 +269,7 @@ class TrainingBatches(IterableDataset[Batch]):
         *,
         batch_size: int,
         shuffle_buffer: int,
+        cache_bytes: int = 0,
         rank: int,
         world_size: int,
         epochs: int,
@@ -268,6 +284,10 @@ class TrainingBatches(IterableDataset[Batch]):
         self._steps_per_epoch = shard_set.steps_per_epoch(batch_size)
         self._total_steps = self._steps_per_epoch * epochs
         self._start_step = start_step
+        # Parsing tar headers takes as long as decoding small images: small data are read once.
+        self._cache: dict[str, list[dict[str, Any]]] | None = None
+        if 0 < shard_set.size_bytes() <= cache_bytes:
+            self._cache = {}
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -308,13 +328,22 @@ class TrainingBatches(IterableDataset[Batch]):
         rng = random.Random(f"{self._decoder.seed}/{epoch}")
         shards = list(self._shard_set.shards)
         rng.shuffle(shards)
-        # A shard that breaks off was reported when the shards were counted.
-        raws = iterate_raw(shards, on_error=lambda shard, error: None)
+        raws = (raw for shard in shards for raw in self._read(shard))
         size = self._shuffle_buffer
         shuffled: Iterator[dict[str, Any]] = webdataset.filters.shuffle(
             size, initial=size, rng=rng
         )(raws)
         return shuffled
+
+    def _read(self, shard: str) -> Iterator[dict[str, Any]]:
+        # A shard that breaks off was reported when the shards were counted.
+        raws = iterate_raw([shard], on_error=lambda shard, error: None)
+        if self._cache is None:
+            yield from raws
+            return
+        if shard not in self._cache:
+            self._cache[shard] = list(raws)
+        yield from self._cache[shard]
 
     def _decode(self, raws: list[dict[str, Any]], epoch: int, step: int) -> Batch:
         rows: list[_Row | None] = []
@@ -343,29 +372,48 @@ def load_batches(dataset: TrainingBatches, workers: int) -> Iterator[Batch]:
     if workers == 0:
         yield from dataset
         return
-    loader: DataLoader[Batch | ClipsysError] = DataLoader(
-        _ErrorsAsItems(dataset),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2,
-        pin_memory=torch.cuda.is_available(),
-        # Not fork: a child of a process with OpenMP and gloo threads can hang.
-        multiprocessing_context="forkserver",
-    )
-    for item in loader:
-        if isinstance(item, ClipsysError):
-            raise item
-        yield item
+    # Not fork: a child of a process with OpenMP and gloo threads can hang.
+    context = multiprocessing.get_context("forkserver")
+    lifeline, held = context.Pipe(duplex=False)
+    with warnings.catch_warnings():
+        # The number of workers is the recipe's business, also beyond that of the cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Batch | ClipsysError] = DataLoader(
+            _WorkerItems(dataset, lifeline),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=2,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=context,
+        )
+        items = iter(loader)
+    with lifeline, held:
+        for item in items:
+            if isinstance(item, ClipsysError):
+                raise item
+            yield item
 
 
-class _ErrorsAsItems(IterableDataset["Batch | ClipsysError"]):
-    """Hands a deliberate error over as it is; torch would wrap it into a page of traceback."""
+class _WorkerItems(IterableDataset["Batch | ClipsysError"]):
+    """What runs in a worker: gives deliberate errors as items, and ends with the trainer.
 
-    def __init__(self, dataset: TrainingBatches) -> None:
+    torch would wrap an error into a page of traceback. And torch's workers watch their parent,
+    which under forkserver is the server, which in turn waits for its workers: when the trainer is
+    killed, both stay for ever. A pipe that only the trainer holds open tells the worker at once.
+    """
+
+    def __init__(self, dataset: TrainingBatches, lifeline: Connection) -> None:
         self._dataset = dataset
+        self._lifeline = lifeline
 
     def __iter__(self) -> Iterator[Batch | ClipsysError]:
+        threading.Thread(target=self._end_with_trainer, name="lifeline", daemon=True).start()
         try:
             yield from self._dataset
         except ClipsysError as error:
             yield error
+
+    def _end_with_trainer(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            self._lifeline.recv_bytes()  # nothing is ever sent
+        os._exit(0)

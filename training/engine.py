@@ -131,11 +131,16 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak_lr * lr_factor
         self._engine.backward(loss)
+        norm = self._stage_0_norm() if self.config.zero_stage == 0 else None
         self._engine.step()
         if self._average:
             self._average.update(self.module)
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def _stage_0_norm(self) -> torch.Tensor:
+        # Without ZeRO, DeepSpeed reports no norm; gradients are whole on every rank.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def train(self) -> None:
         """Training mode."""
@@ -268,6 +273,4 @@ class WeightAverage:
 def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
     parameters = [parameter.detach() for parameter in model.parameters()]
     # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
-    return parameters + [
-        buffer for name, buffer in model.named_buffers() if "running_" in name
-    ]
+    return parameters + [buffer for name, buffer in model.named_buffers() if "running_" in name]

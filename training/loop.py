@@ -224,6 +224,7 @@ class _Trainer:
             ),
             batch_size=data.batch_size,
             shuffle_buffer=data.shuffle_buffer,
+            cache_bytes=data.cache_mb * 1_000_000,
             rank=rank(),
             world_size=world_size(),
             epochs=self.recipe.schedule.epochs,

@@ -45,10 +45,10 @@ class ObjectiveConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW (Loshchilov & Hutter 2019); no decay for norms, biases and the temperature."""
 
-    lr: PositiveFloat = 5e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-6
-    weight_decay: float = Field(0.2, ge=0)
+    lr: PositiveFloat = Field(5e-4, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="decay of the two moments")
+    eps: PositiveFloat = Field(1e-6, description="added to the root of the second moment")
+    weight_decay: float = Field(0.2, ge=0, description="of matrices and kernels only")
 
 
 class EngineConfig(Settings):
@@ -70,7 +70,7 @@ class EngineConfig(Settings):
         lt=1,
         description="average of the weights that is evaluated and exported; 0: none",
     )
-    device: str = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
 
 
 class EvaluationConfig(Settings):
@@ -84,8 +84,10 @@ class EvaluationConfig(Settings):
     zeroshot: str | list[str] | None = Field(
         None, description="labelled shards (.cls) for zero-shot classification"
     )
-    templates: list[str] = Field(["a photo of a {}."], min_length=1)
-    batch_size: PositiveInt = 128
+    templates: list[str] = Field(
+        ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
+    )
+    batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")
 
 
 class CheckpointConfig(Settings):
@@ -99,7 +101,7 @@ class Recipe(Settings):
     """A training run."""
 
     output: str = Field("runs/clipsys", description="run folder")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="of weights, order, captions and augmentation")
     nproc: PositiveInt | None = Field(
         None, description="processes on this machine; default one per GPU, or one on a CPU"
     )

@@ -25,8 +25,9 @@ def lr_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
     """What the peak learning rate is multiplied with at a step (0-based), in [0, 1]."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    if config.decay == "constant":
+    falling_steps = total_steps - config.warmup_steps
+    if config.decay == "constant" or falling_steps <= 0:
         return 1.0
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    done = (step - config.warmup_steps) / falling_steps
     cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
     return config.final_lr_share + (1 - config.final_lr_share) * cosine

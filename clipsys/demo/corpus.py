@@ -1,4 +1,4 @@
-"""Writing the sample corpus to disk: training shards, test shards and a gallery of files."""
+"""The sample corpus as items, and on disk: training shards, test shards, a gallery of files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from clipsys.demo.scenes import Split, make_item, make_scene
+from PIL import Image
+
+from clipsys.demo.drawing import draw
+from clipsys.demo.scenes import (
+    Scene,
+    Split,
+    captions,
+    generator,
+    held_out_combinations,
+    make_scene,
+)
 from clipsys.progress import progress
 from clipsys.shards import Sample, write_shards
 
@@ -27,6 +37,51 @@ class CorpusSize:
     retrieval: int = 500
     seen: int = 1_200
     held_out: int = 480
+
+
+@dataclass(frozen=True)
+class SceneItem:
+    """One item of the corpus; `label` is the combination of a single shape, else None."""
+
+    key: str
+    image: Image.Image
+    captions: list[str]
+    label: str | None
+    metadata: dict[str, object]
+
+
+def make_item(scene: Scene, *, seed: int = 0, size_px: int = 64) -> SceneItem:
+    """The drawn and captioned item of a scene.
+
+    Its metadata holds `objects` (a list of colour, shape, size and label), `content` (the
+    combinations, alphabetically: equal for scenes that show the same things), `background`,
+    `combination` ("seen" or "held_out") and `split`.
+    """
+    held_out = any(shape.combination in held_out_combinations() for shape in scene.shapes)
+    return SceneItem(
+        key=scene.key,
+        image=draw(scene, size_px=size_px),
+        captions=captions(scene, generator("captions", seed, scene.key)),
+        label=scene.shapes[0].label if len(scene.shapes) == 1 else None,
+        metadata={
+            "objects": [
+                {"colour": s.colour, "shape": s.kind, "size": s.size, "label": s.label}
+                for s in scene.shapes
+            ],
+            "content": scene.content,
+            "background": scene.background.texture,
+            "combination": "held_out" if held_out else "seen",
+            "split": scene.split,
+        },
+    )
+
+
+def make_items(
+    split: Split, count: int, *, seed: int = 0, size_px: int = 64
+) -> Iterator[SceneItem]:
+    """The first `count` items of a split, one at a time."""
+    for index in range(count):
+        yield make_item(make_scene(index, split, seed=seed), seed=seed, size_px=size_px)
 
 
 def write_corpus(folder: Path, *, seed: int, size: CorpusSize = CorpusSize()) -> None:

@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_understood_is_named(tmp_path: Path, text: str, me
 
 @pytest.mark.parametrize("override", ["name", "=x", "data.=1", "name=[1"])
 def test_an_override_that_is_none_is_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match="expected section.key=value|not valid YAML"):
+    with pytest.raises(ConfigError, match=r"expected section\.key=value|not valid YAML"):
         load_settings(Outer, {"name": "x"}, [override])
 
 
@@ -84,5 +84,5 @@ def test_shipped_recipes_are_found_by_name() -> None:
     assert find_recipe("demo") == shipped_recipes()["demo"]
     with pytest.raises(ConfigError, match=r"no such recipe; did you mean demo\?"):
         find_recipe("demoo")
-    with pytest.raises(ConfigError, match="shipped recipes: .*demo"):
+    with pytest.raises(ConfigError, match=r"shipped recipes: .*demo"):
         find_recipe("zzzzzz")

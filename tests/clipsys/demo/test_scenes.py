@@ -11,6 +11,8 @@ from typing import get_args
 
 import pytest
 
+from clipsys.demo.corpus import make_item, make_items
+from clipsys.demo.drawing import draw
 from clipsys.demo.scenes import (
     COLOURS,
     SHAPES,
@@ -23,10 +25,7 @@ from clipsys.demo.scenes import (
     all_combinations,
     captions,
     class_names,
-    draw,
     held_out_combinations,
-    make_item,
-    make_items,
     make_scene,
     relation,
     seen_combinations,
@@ -110,7 +109,7 @@ def test_a_scene_depends_on_its_index_split_and_seed_alone() -> None:
 def test_another_process_makes_the_same_bytes() -> None:
     program = (
         "import hashlib\n"
-        "from clipsys.demo.scenes import make_items\n"
+        "from clipsys.demo.corpus import make_items\n"
         "for item in make_items('train', 20, seed=1):\n"
         "    print(hashlib.sha256(item.image.tobytes()).hexdigest(), item.captions, item.metadata)"
     )

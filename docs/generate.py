@@ -1,0 +1,108 @@
+"""Writes the reference pages from the code: ``python docs/generate.py``; a test compares them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+DOCS = Path(__file__).resolve().parent
+
+
+def configuration() -> str:
+    """Every setting of a recipe, by section."""
+    from clipsys.training.recipe import Recipe
+
+    lines = [
+        "# Configuration",
+        "",
+        "A recipe is YAML. Precedence: defaults < file < `section.key=value` on the command line.",
+        "This page is generated from the code by `python docs/generate.py`.",
+        "",
+        "## Top level",
+        "",
+    ]
+    sections = {
+        name: info.annotation
+        for name, info in Recipe.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    }
+    lines += _table(Recipe, skip=set(sections))
+    for name, model in sections.items():
+        lines += ["", f"## {name}", "", (model.__doc__ or "").strip(), "", *_table(model)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    schema = model.model_json_schema()["properties"]
+    for name, info in model.model_fields.items():
+        if name not in skip:
+            kind = _type(schema[name]).replace("|", "\\|")
+            default = _default(info.get_default(call_default_factory=True))
+            rows.append(f"| `{name}` | {kind} | {default} | {info.description or ''} |")
+    return rows
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " | ".join(_type(one) for one in schema["anyOf"])
+    if "enum" in schema:
+        return " | ".join(f"`{value}`" for value in schema["enum"])
+    names = {"integer": "int", "number": "float", "string": "text", "boolean": "bool",
+             "array": "list", "object": "mapping", "null": "null"}  # fmt: skip
+    text = names.get(schema.get("type", ""), "any")
+    bounds = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in (
+            ("minimum", "≥"), ("exclusiveMinimum", ">"),
+            ("maximum", "≤"), ("exclusiveMaximum", "<"),
+        )
+        if key in schema
+    ]  # fmt: skip
+    return " ".join([text, *bounds])
+
+
+def _default(value: object) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    return "`" + json.dumps(value, ensure_ascii=False) + "`"
+
+
+def command_line() -> str:
+    """What every verb's ``--help`` says."""
+    from clipsys.cli import VERBS
+
+    lines = [
+        "# Command line",
+        "",
+        "Results go to stdout, talk and progress bars to stderr. Exit status: 0 success, "
+        "1 an error (one line; `--debug` shows the traceback), 2 wrong usage.",
+        "This page is generated from the code by `python docs/generate.py`.",
+    ]
+    for verb in ((), *((name,) for name in VERBS)):
+        lines += ["", f"## clipsys {' '.join(verb)}".rstrip(), "", "```", _help(*verb), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _help(*verb: str) -> str:
+    from clipsys.cli import main
+
+    os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "100"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*verb, "--help"])
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
+
+
+PAGES = {"configuration.md": configuration, "command-line.md": command_line}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")

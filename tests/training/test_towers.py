@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from clipsys.models import build_model
+from clipsys.training.towers import ContrastiveModel, parameter_groups
+from tests.conftest import TINY_MODEL
+
+
+def _model(precision: str = "fp32") -> tuple[ContrastiveModel, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    parts = build_model(TINY_MODEL, for_training=True)
+    model = ContrastiveModel(parts, precision=precision)
+    return model, torch.randn(3, 3, 32, 32), parts.tokenizer(["a", "b c", "d e f"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_are_float32_unit_vectors_of_open_clip(precision: str) -> None:
+    model, image, tokens = _model(precision)
+    features = model.eval()(image, tokens)
+    expected = model.clip.encode_image(image, normalize=True)
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    torch.testing.assert_close(features.image_BD, expected, atol=tolerance, rtol=0)
+    for vectors in (features.image_BD, features.text_BD):
+        assert vectors.dtype == torch.float32
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    assert features.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-4)
+
+
+@pytest.mark.parametrize(("start", "scale"), [(math.log(50), 50.0), (math.log(400), 100.0)])
+def test_the_scale_is_clamped_and_can_come_back(start: float, scale: float) -> None:
+    model, image, tokens = _model()
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(start)
+    features = model(image, tokens)
+    assert features.logit_scale.item() == pytest.approx(scale, rel=1e-4)
+    features.logit_scale.backward()
+    # The gradient above the bound is that at the bound, not zero.
+    assert model.clip.logit_scale.grad.item() == pytest.approx(scale, rel=1e-4)
+
+
+def test_only_matrices_decay() -> None:
+    model, *_ = _model()
+    decayed, kept = parameter_groups(model, 0.2)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.2, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept_names = {names[id(parameter)] for parameter in kept["params"]}
+    assert {"clip.logit_scale", "clip.positional_embedding", "clip.ln_final.weight"} <= kept_names
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model, *_ = _model()
+    model.clip.visual.requires_grad_(False)
+    trained = sum(len(group["params"]) for group in parameter_groups(model, 0.1))
+    assert trained == sum(parameter.requires_grad for parameter in model.parameters())
