@@ -81,6 +81,8 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True)
     ] = False,
+    # The deepspeed launcher puts it before a program's own words; LOCAL_RANK says the same.
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Train CLIP-style encoders, and search any corpus with them."""
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO

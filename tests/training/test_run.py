@@ -19,6 +19,7 @@ import clipsys
 from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.export import export_model
 from clipsys.training.journal import plot_curves, read_metrics
+from clipsys.training.launch import free_port
 from tests.conftest import TINY_MODEL, noise_image, write_training_shards
 
 _STEPS_PER_EPOCH = 6
@@ -162,12 +163,34 @@ def _marked_processes(mark: str) -> list[str]:
     return found
 
 
-def test_one_process_needs_no_launcher_environment(shards: str, tmp_path: Path) -> None:
+def test_one_process_trains_without_a_launcher_and_without_a_compiler(
+    shards: str, tmp_path: Path
+) -> None:
+    # An empty PATH hides g++ and ninja, which DeepSpeed would otherwise start on a CPU.
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    environment |= {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     recipe = _recipe(tmp_path, shards, schedule={"epochs": 1}, engine={"zero_stage": 0})
     command = [sys.executable, "-m", "clipsys", "train", str(recipe), "data.workers=0"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "extensions").exists()
+
+
+def test_ranks_started_by_the_deepspeed_launcher_train_together(
+    shards: str, tmp_path: Path
+) -> None:
+    recipe = _recipe(tmp_path, shards, schedule={"epochs": 1}, engine={"zero_stage": 2})
+    scripts = Path(sys.executable).parent
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("localhost slots=2\n")
+    command = [
+        str(scripts / "deepspeed"), "--hostfile", str(hosts), "--master_port", str(free_port()),
+        "--no_python", str(scripts / "clipsys"), "train", str(recipe),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stderr
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 def test_ranks_started_by_torchrun_train_together(shards: str, tmp_path: Path) -> None:
