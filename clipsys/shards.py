@@ -12,6 +12,7 @@ Shards are only ever streamed: nothing is extracted, nothing is unpickled, no sh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -230,6 +231,49 @@ def iterate_samples(
     """Streams parsed samples. Raises like `iterate_raw` and `parse_sample`."""
     for raw in iterate_raw(shards, on_error=on_error):
         yield parse_sample(raw)
+
+
+def read_image(shard: str, key: str) -> bytes:
+    """Reads the encoded image of one sample, without streaming the shard before it.
+
+    Raises:
+        DataError: the shard cannot be read, or has no such sample.
+    """
+    place = f"{shard}#{key}"
+    if "://" in shard:
+        for raw in iterate_raw([shard]):
+            if raw["__key__"] == key:
+                return parse_sample(raw).image
+        raise DataError(f"{place}: the shard has no such sample any more")
+    try:
+        status = Path(shard).stat()
+        members = _image_members(shard, status.st_mtime_ns, status.st_size)
+        if key not in members:
+            raise DataError(f"{place}: the shard has no such sample any more")
+        offset, size = members[key]
+        with Path(shard).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except (OSError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{place}: the shard cannot be read ({reason})") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _image_members(shard: str, mtime_ns: int, size_bytes: int) -> dict[str, tuple[int, int]]:
+    """Where the first image of each sample lies in a tar: key -> (offset, size); headers only.
+
+    Time and size are there to make the cache forget a shard that has changed.
+    """
+    members: dict[str, tuple[int, int]] = {}
+    with tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if member.isfile() and suffix.rsplit(".", 1)[-1].lower() in _IMAGE_SUFFIXES:
+                key = f"{folder}/{stem}" if folder else stem
+                members.setdefault(key, (member.offset_data, member.size))
+    return members
 
 
 def count_samples(shard: str) -> tuple[int, str | None]:

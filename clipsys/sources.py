@@ -22,7 +22,7 @@ from typing import Any
 
 from clipsys.errors import DataError
 from clipsys.images import EXTENSIONS
-from clipsys.shards import Sample, expand_shards, iterate_raw, parse_sample
+from clipsys.shards import Sample, expand_shards, iterate_raw, parse_sample, read_image
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
@@ -139,10 +139,7 @@ def read_uri(uri: str) -> bytes:
     """
     container, _, member = uri.rpartition("#")
     if container.endswith(".tar") and not Path(uri).exists():
-        for raw in iterate_raw([container]):
-            if raw["__key__"] == member:
-                return parse_sample(raw).image
-        raise DataError(f"{uri}: the shard has no such sample any more")
+        return read_image(container, member)
     if container.endswith(".parquet") and not Path(uri).exists():
         for record in _iterate_table(Path(container), Columns()):
             if record.uri == uri:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,17 @@ def noise_image(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """The command line installs a handler; it must not outlive the stream of its test."""
+    root, own = logging.getLogger(), logging.getLogger("clipsys")
+    handlers, levels = list(root.handlers), (root.level, own.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

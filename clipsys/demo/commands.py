@@ -23,9 +23,9 @@ def demo(
     from clipsys.errors import ClipsysError
 
     if ui:
-        from clipsys.network import check_port
+        from clipsys.network import bind
 
-        check_port("127.0.0.1", port)  # before minutes of work, not after them
+        bind("127.0.0.1", port).close()  # before minutes of work, not after them
     if fresh and out.is_dir():
         if not (out / "corpus").is_dir() and any(out.iterdir()):
             raise ClipsysError(f"{out}: not a demo folder, so --fresh does not delete it")

@@ -1,0 +1,151 @@
+"""The verbs ``clipsys index`` and ``clipsys search``.
+
+Heavy imports stand inside the functions: this module is loaded to print their help.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clipsys.retrieval.collection import Collection
+    from clipsys.retrieval.query import Hit
+
+
+def index(
+    collection: Annotated[Path, typer.Argument(help="Folder of the collection.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders, tables (.csv .tsv .jsonl .parquet) or WebDataset shards (.tar).",
+            metavar="SOURCE...",
+        ),
+    ],
+    model: Annotated[
+        Optional[str],  # noqa: UP045  (typer evaluates annotations on Python 3.10 as well)
+        typer.Option(
+            help="Model folder, run folder, open_clip NAME/TAG or hf-hub:ORG/REPO; "
+            "needed for a new collection only."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Decoding threads; one a processor by default."),
+    ] = None,
+) -> None:
+    """Creates a collection, or brings it up to date with its sources."""
+    from clipsys.errors import DataError
+    from clipsys.retrieval.corpora import count_records
+    from clipsys.retrieval.creation import destroy_folder
+    from clipsys.retrieval.manifest import FILE_NAME
+
+    count_records(sources)  # a missing source is said before a model is loaded
+    is_new = not (collection.expanduser() / FILE_NAME).exists()
+    photos = _create(collection, model) if is_new else _open(collection, model)
+    with photos:
+        try:
+            report = photos.add(*sources, batch_size=batch_size, num_workers=workers)
+            if is_new and len(photos) == 0:
+                first = report.first_failures[0].message
+                raise DataError(
+                    f"none of the {report.failed:,} images can be used; the first: {first}"
+                )
+        finally:
+            if is_new and len(photos) == 0:
+                destroy_folder(photos.path)
+        typer.echo(f"{photos.path}: {report.summary()}")
+        typer.echo(f"{len(photos):,} items; took {report.seconds:.1f} s")
+    for failure in report.first_failures:
+        typer.echo(f"skipped: {failure.message}", err=True)
+    more = report.failed - len(report.first_failures)
+    if more > 0:
+        typer.echo(f"skipped: {more:,} more, all in the failure ledger", err=True)
+
+
+def _create(path: Path, model: str | None) -> Collection:
+    import clipsys
+    from clipsys.errors import CollectionError
+    from clipsys.retrieval.collection import Collection
+
+    if model is None:
+        raise CollectionError(
+            f"{path}: there is no collection here; name a --model to make one "
+            "(a model folder, a run folder, or an open_clip NAME/TAG)"
+        )
+    return Collection.create(path, clipsys.load(model), model=_absolute(model))
+
+
+def _open(path: Path, model: str | None) -> Collection:
+    import clipsys
+    from clipsys.retrieval.collection import Collection
+
+    return Collection.open(path, clipsys.load(model) if model is not None else None)
+
+
+def _absolute(model: str) -> str:
+    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model
+
+
+def search(
+    collection: Annotated[Path, typer.Argument(help="Folder of the collection.")],
+    query: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="What to look for, in words."),
+    ] = None,
+    *,
+    image: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="An image to look for, alone or together with the words."),
+    ] = None,
+    negative: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--not", help="What the hits should be unlike, in words."),
+    ] = None,
+    where: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Only items whose metadata match: K=V, K!=V, K<V, K<=V, K>V, K>=V, "
+            "'K in A,B', 'K contains V'. May be repeated."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Searches a collection by text, by image, or by both."""
+    from clipsys.retrieval.collection import Collection
+
+    with Collection.open(collection) as photos:
+        hits = photos.search(query, image=image, negative=negative, k=k, where=where or None)
+    if as_json:
+        import json
+
+        document = {"query": query, "hits": [hit.to_dict() for hit in hits]}
+        typer.echo(json.dumps(document, indent=2))
+    elif hits:
+        _print_table(hits)
+    else:
+        typer.echo("no hits", err=True)
+
+
+def _print_table(hits: Sequence[Hit]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("image", overflow="fold")
+    table.add_column("caption")
+    for hit in hits:
+        # Text, not str: brackets in a file name are not rich's markup.
+        cells = (str(hit.rank), f"{hit.score:.3f}", hit.uri, hit.caption or "")
+        table.add_row(*(Text(cell.encode("utf-8", "replace").decode()) for cell in cells))
+    Console().print(table)

@@ -1,0 +1,94 @@
+"""Files that are whole or absent after a crash, and the lock that keeps writers apart.
+
+A new file is safe once its bytes *and* its folder's entry for it have been fsynced. A file that
+replaces another is written beside it and renamed over it, which POSIX makes atomic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clipsys.errors import CollectionError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def write_new(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file that must not exist yet; returns once it would survive a power cut."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Writes or replaces a file atomically: a reader sees the old bytes or the new ones."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    write_new(beside, data)
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def publish(beside: Path, path: Path) -> None:
+    """Fsyncs a file that another library wrote, then renames it to its final name."""
+    with beside.open("rb+") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new entries in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def writer_lock(path: Path, *, holder: str) -> Iterator[None]:
+    """Holds an exclusive lock on a file for as long as the context lasts.
+
+    The kernel releases it when the process ends, however it ends, so there is no stale lock to
+    clear by hand. The holder's process id is kept in the file for the message of the next comer.
+
+    Args:
+        path: the lock file; created if absent, never deleted (deleting it would race).
+        holder: what is being locked, for the message.
+
+    Raises:
+        CollectionError: somebody else holds it. Raised at once; this never waits.
+    """
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 64).decode("ascii", "replace").strip() or "unknown"
+            raise CollectionError(
+                f"{holder}: another writer (process {owner}) is at work on it; "
+                "wait until it ends, then try again"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,316 @@
+"""From records to a committed batch: reading and decoding ahead of the encoder, in threads.
+
+    records --plan--> unchanged: nothing to read
+                 '--> decode workers (read, hash, decode, resize) --in order--> encoder --> Batch
+
+Pillow and hashlib release the interpreter lock, so threads keep the processors busy without copying
+pixels between processes. The queue between workers and encoder is bounded: memory depends on the
+batch size, not on the number of images. Every record ends in exactly one tally of the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipsys.errors import DataError, ImageDecodeError
+from clipsys.images import decode_image
+from clipsys.retrieval.encoding import ImageTextEncoder
+from clipsys.retrieval.items import (
+    Batch,
+    Failure,
+    Item,
+    ItemUpdate,
+    Location,
+    NewItem,
+    plain_text,
+    to_json,
+)
+from clipsys.retrieval.segments import Floats
+from clipsys.retrieval.store import Store
+from clipsys.sources import Record
+
+#: A commit happens at the first batch boundary after this many seconds or new items: that much work
+#: at most is lost to a kill, and segments do not become needlessly small.
+COMMIT_INTERVAL_S = 5.0
+COMMIT_ITEMS = 4_096
+#: Records read ahead of the encoder, in batches.
+_BATCHES_AHEAD = 2
+_FAILURES_SHOWN = 5
+
+
+@dataclass
+class AddReport:
+    """What became of each record.
+
+    Attributes:
+        added: new items that were encoded.
+        changed: known items whose image changed; encoded again under a new id.
+        reused: new items whose vector was already there (a moved or copied file).
+        updated: known items with other captions, metadata or file times; not encoded.
+        unchanged: known items as they were; not even read, where the source tells size and time.
+        failed: records that could not be used, now in the failure ledger.
+        known_failures: records that failed before and have not changed; not tried again.
+        reasons: `failed` by category.
+        first_failures: a few of them, to show.
+        seconds: how long it took.
+    """
+
+    added: int = 0
+    changed: int = 0
+    reused: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    failed: int = 0
+    known_failures: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first_failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Records seen."""
+        tallies = (self.added, self.changed, self.reused, self.updated, self.unchanged)
+        return sum(tallies) + self.failed + self.known_failures
+
+    def summary(self) -> str:
+        """One line for people: ``120 added, 3 failed (2 corrupt, 1 empty), 512 unchanged``."""
+        words = {
+            "added": self.added,
+            "changed": self.changed,
+            "moved or copied": self.reused,
+            "updated": self.updated,
+            "unchanged": self.unchanged,
+        }
+        parts = [f"{count:,} {word}" for word, count in words.items() if count]
+        if self.failed:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
+            parts.append(f"{self.failed:,} failed ({reasons})")
+        if self.known_failures:
+            parts.append(f"{self.known_failures:,} failed before and not changed since")
+        return ", ".join(parts) or "nothing to do"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a worker made of a record: pixels to encode, or a reason not to."""
+
+    content_hash: str
+    pixels_CHW: npt.NDArray[np.uint8] | None = None
+    location: Location | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    record: Record
+    known: Item | None
+    future: Future[_Loaded]
+
+
+class Embedder:
+    """Turns records into committed batches.
+
+    Args:
+        store: looked up for what is known already.
+        encoder: makes the vectors; not touched when there is nothing to encode.
+        commit: takes a batch and the vectors (N, D) of its new items that have no location.
+        dim: embedding width D.
+        batch_size: images encoded at once.
+        num_workers: decoding threads; None: one a processor, at most 16.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        encoder: ImageTextEncoder,
+        commit: Callable[[Batch, Floats], None],
+        *,
+        dim: int,
+        batch_size: int,
+        num_workers: int | None,
+    ) -> None:
+        self.report = AddReport()
+        self._store = store
+        self._encoder = encoder
+        self._commit = commit
+        self._dim = dim
+        self._batch_size = batch_size
+        self._num_workers = num_workers or min(16, os.cpu_count() or 1)
+        self._batch = Batch()
+        self._vectors: list[Floats] = []
+        self._waiting: list[tuple[NewItem, npt.NDArray[np.uint8]]] = []
+        self._last_commit = time.monotonic()
+        self._source_error: DataError | None = None
+
+    def run(self, records: Iterable[Record], advance: Callable[[int], Any]) -> None:
+        """Works through all records, committing as it goes.
+
+        When it is interrupted, or the source breaks off, what is encoded by then is committed.
+
+        Args:
+            records: no uri twice.
+            advance: called with the number of records done.
+
+        Raises:
+            DataError: the source broke off; raised after what it gave is committed.
+        """
+        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="clipsys-decode")
+        try:
+            for job in self._jobs_ahead(records, pool, advance):
+                self._finish(job)
+                advance(1)
+            self._encode_waiting()
+            if self._source_error is not None:
+                raise self._source_error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._flush()
+
+    def _jobs_ahead(
+        self, records: Iterable[Record], pool: ThreadPoolExecutor, advance: Callable[[int], Any]
+    ) -> Iterator[_Job]:
+        """Starts jobs ahead of their use and yields them in the order of the records."""
+        ahead: deque[_Job] = deque()
+        limit = _BATCHES_AHEAD * self._batch_size + self._num_workers
+        try:
+            for record in records:
+                known = self._store.find(record.uri)
+                if self._settle_without_reading(record, known):
+                    advance(1)
+                    continue
+                ahead.append(_Job(record, known, pool.submit(self._load, record, known)))
+                if len(ahead) >= limit:
+                    yield ahead.popleft()
+        except DataError as error:  # a shard that breaks off: what it gave so far still counts
+            self._source_error = error
+        while ahead:
+            yield ahead.popleft()
+
+    def _settle_without_reading(self, record: Record, known: Item | None) -> bool:
+        if record.mtime_ns is None:
+            return False
+        facts = (record.size_bytes, record.mtime_ns)
+        if known is not None and (known.size_bytes, known.mtime_ns) == facts:
+            self._update(record, known)
+            return True
+        failure = self._store.find_failure(record.uri)
+        if failure is not None and (failure.size_bytes, failure.mtime_ns) == facts:
+            self.report.known_failures += 1
+            return True
+        return False
+
+    def _load(self, record: Record, known: Item | None) -> _Loaded:
+        """Reads, hashes and, if its content is new, decodes a record. Runs in a worker."""
+        data = record.read()
+        content_hash = hashlib.blake2b(data, digest_size=20).hexdigest()
+        if known is not None and known.content_hash == content_hash:
+            return _Loaded(content_hash)
+        location = self._store.find_vector(content_hash)
+        if location is not None:
+            return _Loaded(content_hash, location=location)
+        image = decode_image(data, uri=record.uri)
+        return _Loaded(content_hash, pixels_CHW=self._encoder.preprocess(image))
+
+    def _finish(self, job: _Job) -> None:
+        record, known = job.record, job.known
+        try:
+            loaded = job.future.result()
+        except DataError as error:
+            self._record_failure(record, error)
+            return
+        if known is not None and loaded.content_hash == known.content_hash:
+            self._update(record, known)
+            return
+        captions, metadata = _texts(record, known)
+        item = NewItem(
+            uri=record.uri,
+            content_hash=loaded.content_hash,
+            size_bytes=record.size_bytes,
+            mtime_ns=record.mtime_ns,
+            captions=captions,
+            metadata=metadata,
+            location=loaded.location,
+            replaces=known.id if known is not None else None,
+        )
+        if loaded.pixels_CHW is None:
+            self._batch.new.append(item)
+            self.report.reused += 1
+            return
+        self._waiting.append((item, loaded.pixels_CHW))
+        if len(self._waiting) >= self._batch_size:
+            self._encode_waiting()
+            if self._commit_is_due():
+                self._flush()
+
+    def _update(self, record: Record, known: Item) -> None:
+        captions, metadata = _texts(record, known)
+        update = ItemUpdate(known.id, record.size_bytes, record.mtime_ns, captions, metadata)
+        same_file = (known.size_bytes, known.mtime_ns) == (record.size_bytes, record.mtime_ns)
+        if same_file and (known.captions, known.metadata) == (captions, metadata):
+            self.report.unchanged += 1
+            return
+        self._batch.updates.append(update)
+        self.report.updated += 1
+
+    def _record_failure(self, record: Record, error: DataError) -> None:
+        reason = error.reason if isinstance(error, ImageDecodeError) else "unreadable"
+        # A file that could not even be read has no facts to recognise it by: it is tried again.
+        facts = (None, None) if reason == "unreadable" else (record.size_bytes, record.mtime_ns)
+        failure = Failure(record.uri, reason, str(error), *facts)
+        self._batch.failures.append(failure)
+        if len(self.report.first_failures) < _FAILURES_SHOWN:
+            self.report.first_failures.append(failure)
+        self.report.failed += 1
+        self.report.reasons[reason] += 1
+
+    def _encode_waiting(self) -> None:
+        if not self._waiting:
+            return
+        items = [item for item, _ in self._waiting]
+        vectors_ND = self._encoder.encode_pixels(np.stack([pixels for _, pixels in self._waiting]))
+        self._waiting.clear()
+        self._batch.new += items
+        self._vectors.append(np.asarray(vectors_ND, np.float32))
+        replaced = sum(item.replaces is not None for item in items)
+        self.report.changed += replaced
+        self.report.added += len(items) - replaced
+
+    def _commit_is_due(self) -> bool:
+        late = time.monotonic() - self._last_commit >= COMMIT_INTERVAL_S
+        return late or len(self._batch) >= COMMIT_ITEMS
+
+    def _flush(self) -> None:
+        if len(self._batch):
+            vectors_ND = np.concatenate([*self._vectors, np.empty((0, self._dim), np.float32)])
+            batch, self._batch, self._vectors = self._batch, Batch(), []
+            self._commit(batch, vectors_ND)
+        self._last_commit = time.monotonic()
+
+
+def _texts(record: Record, known: Item | None) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Captions and metadata after this record, in the form in which they will be read back.
+
+    A source that knows none leaves those that another source gave: indexing a table of a folder's
+    images and then the folder itself does not strip them.
+    """
+    captions = tuple(plain_text(caption) for caption in record.captions)
+    metadata = dict(record.metadata)
+    if record.label is not None:
+        metadata.setdefault("label", record.label)
+    if known is not None:
+        captions = captions or known.captions
+        if not record.metadata:
+            metadata = {**known.metadata, **metadata}
+        elif "label" in known.metadata:
+            metadata.setdefault("label", known.metadata["label"])
+    return captions, json.loads(to_json(metadata))

@@ -1,0 +1,66 @@
+"""What a collection holds, in numbers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipsys.retrieval.manifest import read_manifest
+from clipsys.retrieval.store import Store
+
+
+@dataclass(frozen=True)
+class CollectionInfo:
+    """What a collection holds.
+
+    Attributes:
+        num_indexed: live and deleted items that the current index generation covers.
+        size_bytes: of all files in the folder.
+    """
+
+    path: Path
+    created_at: str
+    model_name: str
+    model: str
+    fingerprint: str
+    dim: int
+    num_items: int
+    num_deleted: int
+    num_failures: int
+    num_segments: int
+    num_indexed: int
+    index_generation: int | None
+    size_bytes: int
+
+
+def describe(folder: Path, store: Store) -> CollectionInfo:
+    """Reads counts, model, index and size."""
+    manifest = read_manifest(folder)
+    pin, index = manifest.encoder, manifest.index
+    return CollectionInfo(
+        path=folder,
+        created_at=manifest.created_at,
+        model_name=pin.name,
+        model=pin.model,
+        fingerprint=pin.fingerprint,
+        dim=pin.dim,
+        num_items=store.count_items(),
+        num_deleted=store.count_deleted(),
+        num_failures=store.count_failures(),
+        num_segments=len(store.segments()),
+        num_indexed=index.num_items if index else 0,
+        index_generation=index.generation if index else None,
+        size_bytes=_folder_bytes(folder),
+    )
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += Path(parent, name).stat().st_size
+            except FileNotFoundError:  # a writer swapped it meanwhile
+                continue
+    return total

@@ -1,0 +1,86 @@
+"""The manifest: which model a collection belongs to, and which index generation is current.
+
+It is one small JSON file, replaced atomically, so a reader sees the old or the new one and never a
+mixture. Item data is not here: that is the database's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clipsys.errors import CollectionError
+from clipsys.retrieval import durable
+
+FILE_NAME = "manifest.json"
+
+
+class EncoderPin(BaseModel):
+    """The encoder that made the vectors; no other is accepted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="what people call the model")
+    model: str = Field(description="what `clipsys.load` takes; an absolute path for a folder")
+    fingerprint: str = Field(description="covers weights, preprocessing and tokenizer")
+    dim: int = Field(gt=0, description="embedding width")
+
+
+class IndexGeneration(BaseModel):
+    """One published index file and what it covers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generation: int = Field(ge=1)
+    kind: Literal["flat"]
+    file: str = Field(description="name inside the collection's indexes folder")
+    sha256: str
+    num_items: int = Field(ge=0, description="vectors in the index")
+    last_id: int = Field(ge=0, description="every item with an id up to this one was considered")
+
+
+class Manifest(BaseModel):
+    """The content of ``manifest.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["clipsys-collection"] = "clipsys-collection"
+    schema_version: Literal[1] = 1
+    collection_id: str
+    created_at: str = Field(description="ISO 8601, UTC")
+    encoder: EncoderPin
+    index: IndexGeneration | None = None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks a collection's manifest.
+
+    Raises:
+        CollectionError: there is no collection here, or its manifest is damaged or of another
+            version.
+    """
+    path = folder / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = "create it with `clipsys index`" if not folder.exists() else "check the path"
+        raise CollectionError(f"{folder}: there is no collection here; {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CollectionError(f"{path}: cannot be read ({error})") from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CollectionError(
+            f"{path}: not a manifest of this version ({place}: {first['msg']}); restore it from a "
+            "backup, or use the clipsys version that wrote it"
+        ) from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Swaps the manifest atomically and durably."""
+    text = manifest.model_dump_json(indent=2) + "\n"
+    durable.replace(folder / FILE_NAME, text.encode("utf-8"))

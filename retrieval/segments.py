@@ -1,0 +1,146 @@
+"""Vector segments: immutable files of float16 rows, one per commit.
+
+A segment is a plain ``.npy`` file of shape (rows, dim), little-endian float16, so that numpy alone
+can read a collection's vectors. It is fsynced before the SQLite transaction that names it; a file
+that no transaction names is an orphan of an interrupted commit, and the next writer deletes it.
+
+Shapes: N rows, D embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import secrets
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clipsys.errors import CollectionError
+from clipsys.retrieval import durable
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+SUFFIX = ".npy"
+_DTYPE = np.dtype("<f2")
+
+
+@dataclass(frozen=True)
+class SegmentFile:
+    """A segment on disk: its name inside the segments folder, its rows, its SHA-256."""
+
+    name: str
+    num_rows: int
+    sha256: str
+
+
+def write_segment(folder: Path, vectors_ND: Floats) -> SegmentFile:
+    """Writes unit-norm rows as a new segment; on return the file is durable.
+
+    Raises:
+        CollectionError: a row is not finite or not of unit norm (a broken model), or the disk
+            refuses the file.
+    """
+    norms_N = np.linalg.norm(vectors_ND, axis=1)
+    if not np.allclose(norms_N, 1.0, atol=1e-2):
+        row = int(np.argmax(~np.isclose(norms_N, 1.0, atol=1e-2)))
+        raise CollectionError(
+            f"{folder}: row {row} to be stored has norm {norms_N[row]:.4g}, expected 1; "
+            "the model gives invalid embeddings"
+        )
+    buffer = io.BytesIO()
+    np.save(buffer, vectors_ND.astype(_DTYPE), allow_pickle=False)
+    data = buffer.getbuffer()
+    # Random names: an orphan left by a crash can never collide with the segment written next.
+    name = f"{secrets.token_hex(8)}{SUFFIX}"
+    try:
+        durable.write_new(folder / name, data)
+    except OSError as error:
+        (folder / name).unlink(missing_ok=True)
+        raise CollectionError(
+            f"{folder / name}: cannot write {len(data):,} bytes of vectors ({error.strerror}); "
+            "free some space and run the same command again"
+        ) from error
+    return SegmentFile(name, len(vectors_ND), hashlib.sha256(data).hexdigest())
+
+
+def delete_orphans(folder: Path, known: Iterable[str]) -> int:
+    """Deletes segment files that no commit names. Call with the writer lock held."""
+    keep = set(known)
+    orphans = [path for path in folder.glob(f"*{SUFFIX}") if path.name not in keep]
+    for path in orphans:
+        path.unlink(missing_ok=True)
+    return len(orphans)
+
+
+class SegmentReader:
+    """Memory-mapped access to the rows of all segments, opened when first needed. Thread-safe."""
+
+    def __init__(self, folder: Path, dim: int) -> None:
+        self._folder = folder
+        self._dim = dim
+        self._names: dict[int, SegmentFile] = {}
+        self._open: dict[int, npt.NDArray[np.float16]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def dim(self) -> int:
+        """Embedding width D."""
+        return self._dim
+
+    def register(self, segments: dict[int, SegmentFile]) -> None:
+        """Makes segments known by their database id; registering one again changes nothing."""
+        with self._lock:
+            self._names.update(segments)
+
+    def take(self, segments_N: Ints, rows_N: Ints) -> Floats:
+        """Returns the stored vectors at (segment, row), (N, D) float32, in the order asked.
+
+        Raises:
+            CollectionError: a segment is missing or does not have the shape the database states.
+        """
+        vectors_ND = np.empty((len(rows_N), self._dim), np.float32)
+        if len(rows_N) == 0:
+            return vectors_ND
+        order = np.argsort(segments_N, kind="stable")
+        starts = np.flatnonzero(np.diff(segments_N[order], prepend=segments_N[order[0]] - 1))
+        for part in np.split(order, starts[1:]):
+            segment = self._segment(int(segments_N[part[0]]))
+            vectors_ND[part] = segment[rows_N[part]]
+        return vectors_ND
+
+    def _segment(self, segment_id: int) -> npt.NDArray[np.float16]:
+        with self._lock:
+            if segment_id not in self._open:
+                self._open[segment_id] = open_segment(
+                    self._folder, self._names[segment_id], self._dim
+                )
+            return self._open[segment_id]
+
+
+def open_segment(folder: Path, segment: SegmentFile, dim: int) -> npt.NDArray[np.float16]:
+    """Maps a segment's rows into memory, (N, D) float16, read-only.
+
+    Raises:
+        CollectionError: the file is missing, truncated or not of the stated shape.
+    """
+    path = folder / segment.name
+    expected = (segment.num_rows, dim)
+    try:
+        rows: npt.NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CollectionError(
+            f"{path}: this vector segment cannot be read ({error}); restore it from a backup, or "
+            "index the sources into a new collection"
+        ) from error
+    if rows.shape != expected or rows.dtype != _DTYPE:
+        raise CollectionError(
+            f"{path}: holds {rows.dtype} {rows.shape}, the database says float16 {expected}; "
+            "restore it from a backup, or index the sources into a new collection"
+        )
+    return rows

@@ -1,0 +1,72 @@
+"""The view of a reader: an index generation and a snapshot, following the writer.
+
+The order matters: the index is taken before the items, so the items are never older than the index
+and every id that the index was built over is known, as live or as gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from clipsys.errors import CollectionError
+from clipsys.retrieval.creation import INDEXES, SEGMENTS
+from clipsys.retrieval.index import LoadedIndex, load_index
+from clipsys.retrieval.manifest import FILE_NAME, IndexGeneration, Manifest, read_manifest
+from clipsys.retrieval.segments import SegmentReader
+from clipsys.retrieval.snapshot import Snapshot, empty_snapshot, follow
+from clipsys.retrieval.store import Store
+
+_logger = logging.getLogger(__name__)
+
+
+class View:
+    """Keeps up with a collection's database and manifest. Thread-safe."""
+
+    def __init__(self, folder: Path, manifest: Manifest, store: Store) -> None:
+        self._folder = folder
+        self._store = store
+        self._dim = manifest.encoder.dim
+        self._lock = threading.RLock()
+        self._snapshot = empty_snapshot(SegmentReader(folder / SEGMENTS, self._dim))
+        self._index: LoadedIndex | None = None
+        self._tried: IndexGeneration | None = None  # loaded, or found to be unusable
+        self._manifest_stamp: tuple[int, int] | None = None
+
+    def snapshot(self) -> Snapshot:
+        """The items as of the last commit."""
+        with self._lock:
+            self._snapshot = follow(self._snapshot, self._store)
+            return self._snapshot
+
+    def current(self) -> tuple[LoadedIndex | None, Snapshot]:
+        """The published index, None where there is no sound one, and the items."""
+        with self._lock:
+            self._follow_manifest()
+            return self._index, self.snapshot()
+
+    def _follow_manifest(self) -> None:
+        status = (self._folder / FILE_NAME).stat()
+        stamp = (status.st_mtime_ns, status.st_ino)
+        if stamp == self._manifest_stamp:
+            return
+        published = read_manifest(self._folder).index
+        while published is not None and published != self._tried:
+            try:
+                self._index = load_index(self._folder / INDEXES, published, self._dim)
+                self._tried = published
+            except FileNotFoundError:
+                latest = read_manifest(self._folder).index
+                if latest != published:  # a writer published the next one meanwhile
+                    published = latest
+                    continue
+                self._go_without(published, f"{published.file}: the index file is missing")
+            except CollectionError as error:
+                self._go_without(published, str(error))
+        self._manifest_stamp = stamp
+
+    def _go_without(self, generation: IndexGeneration, reason: str) -> None:
+        # The index is derived: without it every search scans the vectors, exactly but more slowly.
+        self._index, self._tried = None, generation
+        _logger.warning("%s; searching without it until `clipsys index` builds it again", reason)

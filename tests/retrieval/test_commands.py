@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import clipsys
+from clipsys.cli import main
+from clipsys.retrieval import Collection
+from tests.retrieval.colours import COLOURS, ColourEncoder, paint
+
+
+@pytest.fixture(autouse=True)
+def model_specs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--model 3`` is the fake encoder with seed 3."""
+    monkeypatch.setattr(clipsys, "load", lambda spec: ColourEncoder(seed=int(spec)))
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command."""
+    try:
+        main([str(word) for word in words])
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_index_makes_a_collection_and_search_answers_from_it_alone(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "index", tmp_path / "c", photos, "--model", "0")
+    assert status == 0
+    assert f"{len(COLOURS)} added" in out
+    status, out, err = run(capsys, "search", tmp_path / "c", "red", "-k", 2, "--json")
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    assert document["query"] == "red"
+    assert [hit["rank"] for hit in document["hits"]] == [1, 2]
+    assert set(document["hits"][0]) == {"rank", "id", "score", "uri", "caption", "metadata"}
+    assert document["hits"][0]["uri"] == str(photos / "red.png")
+
+
+def test_index_again_brings_it_up_to_date_without_naming_the_model(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "index", tmp_path / "c", photos, "--model", "0")
+    paint(photos / "more.png", (1, 2, 3))
+    status, out, _ = run(capsys, "index", tmp_path / "c", photos)
+    assert status == 0
+    assert f"1 added, {len(COLOURS)} unchanged" in out
+
+
+def test_index_with_another_model_is_refused(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "index", tmp_path / "c", photos, "--model", "0")
+    status, out, err = run(capsys, "index", tmp_path / "c", photos, "--model", "1")
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "colours-0" in err
+    assert "colours-1" in err
+
+
+@pytest.mark.parametrize("source", ["missing", "empty", "no.tar"])
+def test_index_of_nothing_is_a_one_line_error_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no.tar").write_bytes(b"not a tar" * 200)
+    status, out, err = run(capsys, "index", tmp_path / "c", tmp_path / source, "--model", "0")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert source in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "no.tar"]
+
+
+def test_index_of_bad_images_only_is_an_error_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no")
+    status, _, err = run(capsys, "index", tmp_path / "c", tmp_path / "bad", "--model", "0")
+    assert status == 1
+    assert "none of the 1 images can be used" in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_index_counts_and_lists_what_it_skipped(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(7):
+        (photos / f"bad{number}.jpg").write_bytes(b"")
+    status, out, err = run(capsys, "index", tmp_path / "c", photos, "--model", "0")
+    assert status == 0
+    assert "7 failed (7 empty)" in out
+    assert err.count("skipped: ") == 6
+    assert "skipped: 2 more" in err
+
+
+def test_index_needs_a_model_for_a_new_collection(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "index", tmp_path / "c", photos)
+    assert status == 1
+    assert "name a --model" in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_search_combines_words_image_not_and_filters(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    rows = [f"photos/{name}.png,{n}" for n, name in enumerate(COLOURS)]
+    table.write_text("\n".join(["path,number", *rows]), encoding="utf-8")
+    run(capsys, "index", tmp_path / "c", table, "--model", "0")
+    image = photos / "red.png"
+    words = ["search", tmp_path / "c", "red", "--image", image, "--not", "white", "--json"]
+    _, out, _ = run(capsys, *words, "--where", "number>=1", "--where", "number<3")
+    uris = [Path(hit["uri"]).stem for hit in json.loads(out)["hits"]]
+    assert sorted(uris) == ["blue", "green"]
+    _, out, _ = run(capsys, "search", tmp_path / "c", "--image", image, "-k", 1, "--json")
+    document = json.loads(out)
+    assert document["query"] is None
+    assert document["hits"][0]["uri"] == str(image)
+
+
+def test_search_prints_a_table_with_brackets_intact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint(tmp_path / "p" / "[red].png", "red")
+    run(capsys, "index", tmp_path / "c", tmp_path / "p", "--model", "0")
+    status, out, _ = run(capsys, "search", tmp_path / "c", "red")
+    assert status == 0
+    assert "[red].png" in out.replace("\n", "").replace(" ", "")
+    assert "rank" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["  "], "the query text is empty"),
+        ([], "something to look for"),
+        (["red", "--where", "year"], "filter 'year' is not understood"),
+        (["red", "--image", "none.jpg"], "none.jpg"),
+    ],
+)
+def test_senseless_searches_are_one_line_errors(
+    tmp_path: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    Collection.create(tmp_path / "c", ColourEncoder(), model="0").close()
+    run(capsys, "index", tmp_path / "c", photos)
+    status, out, err = run(capsys, "search", tmp_path / "c", *words)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_search_of_what_is_no_collection_is_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "search", tmp_path / "none", "red")
+    assert status == 1
+    message = f"{tmp_path / 'none'}: there is no collection here; create it with `clipsys index`"
+    assert err == f"error: {message}\n"
+
+
+def test_search_without_hits_says_so_on_stderr(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "index", tmp_path / "c", photos, "--model", "0")
+    status, out, err = run(capsys, "search", tmp_path / "c", "red", "--where", "x=1")
+    assert (status, out) == (0, "")
+    assert "no hits" in err

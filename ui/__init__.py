@@ -1,0 +1,11 @@
+"""The app: search a collection by text or by image, and classify images, in a browser.
+
+    commands     ``clipsys ui``
+    server       binds the port and serves; nothing else than the app is reachable
+    app          the page: tabs, inputs, results, and what happens between them
+    service      what the page asks for, without a page: searches, classification, facts
+    thumbnails   small copies of the images, the only image files that the server gives out
+    style        theme and style sheet
+
+Importing this package imports none of them, and so not Gradio.
+"""

@@ -1,0 +1,158 @@
+"""What the page asks for, without a page: searches, classification and facts about a collection."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+from clipsys.errors import QueryError
+from clipsys.images import decode_image
+from clipsys.retrieval import Collection, CollectionInfo, Failure, Item, Query
+from clipsys.retrieval.filters import parse_condition
+from clipsys.ui.thumbnails import ThumbnailCache
+from clipsys.zeroshot import ZeroShotClassifier
+
+#: Captions of this many words or fewer serve as examples of queries.
+_EXAMPLE_WORDS = 8
+_GENERAL_EXAMPLES = ("a dog on the beach", "something red", "people at a table", "a close-up")
+_GENERAL_LABELS = "dog, cat, person, car, tree"
+_LOOKED_AT = 1_000
+#: The most hits that one question may ask for: each is a thumbnail to be made and sent.
+MAX_HITS = 100
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class Card:
+    """An item with its picture and, where it answers a query, its score."""
+
+    item: Item
+    thumbnail: Path
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Search results: the cards, best first, and how long it took."""
+
+    cards: tuple[Card, ...]
+    seconds: float
+
+
+class SearchService:
+    """Answers the app's questions about one collection. Thread-safe."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+        self.thumbnails = ThumbnailCache(collection.path / "thumbnails")
+        self._classifier_lock = threading.Lock()
+        self._classifier: tuple[tuple[str, str], ZeroShotClassifier] | None = None
+
+    def search(
+        self,
+        *,
+        text: str = "",
+        negative: str = "",
+        image: Path | None = None,
+        item: int | None = None,
+        k: int = 24,
+        where: str = "",
+    ) -> Answer:
+        """Searches; blank texts count as not given.
+
+        Raises:
+            QueryError: nothing to look for, or a filter that is not understood.
+            ImageDecodeError: the uploaded file is not a usable image.
+        """
+        started = time.perf_counter()
+        if not text.strip() and image is None and item is None:
+            raise QueryError("Say what to look for.")
+        query = Query.of(
+            text.strip() or None,
+            image=decode_upload(image) if image is not None else None,
+            negative=negative.strip() or None,
+            item=item,
+        )
+        conditions = [parse_condition(part) for part in where.split(";") if part.strip()]
+        hits = self.collection.search(query, k=min(int(k), MAX_HITS), where=conditions)
+        seconds = time.perf_counter() - started
+        found = self.collection.items_of(hits)
+        paths = self.thumbnails.paths([found[hit.id] for hit in hits])
+        cards = tuple(
+            Card(found[hit.id], path, hit.score) for hit, path in zip(hits, paths, strict=True)
+        )
+        return Answer(cards, seconds)
+
+    def browse(self, k: int = 24) -> tuple[Card, ...]:
+        """Some images from all over the collection, to look at before the first query."""
+        items = self.collection.sample(k)
+        return tuple(map(Card, items, self.thumbnails.paths(items)))
+
+    def classify(
+        self, image: Path, labels: str, template: str = DEFAULT_TEMPLATE
+    ) -> dict[str, float]:
+        """Probability of each label for an uploaded image.
+
+        Args:
+            image: the uploaded file.
+            labels: separated by commas, semicolons or line breaks.
+            template: the sentence into which a label goes at ``{}``.
+
+        Raises:
+            ConfigError: fewer than two labels, or a template without ``{}``.
+            ImageDecodeError: the uploaded file is not a usable image.
+        """
+        picture = decode_upload(image)
+        names = [name.strip() for name in re.split(r"[,;\n]", labels) if name.strip()]
+        encoder = cast(Any, self.collection.encoder)
+        key = ("\n".join(names), template)
+        with self._classifier_lock, self.collection.encoder_lock:
+            if self._classifier is None or self._classifier[0] != key:
+                classifier = ZeroShotClassifier(encoder, names, [template.strip()])
+                self._classifier = (key, classifier)
+            scores = self._classifier[1].predict([picture])[0].scores
+        return softmax(scores, encoder.logit_scale)
+
+    def info(self) -> CollectionInfo:
+        """Counts, model and index."""
+        return self.collection.info()
+
+    def failures(self, limit: int) -> list[Failure]:
+        """Files that could not be used."""
+        return self.collection.failures(limit)
+
+    def examples(self, count: int = 4) -> list[str]:
+        """Queries to try: short captions from all over the collection, or general ones."""
+        captions = [(item.caption or "").strip(" .") for item in self.collection.sample(_LOOKED_AT)]
+        short = list(dict.fromkeys(c for c in captions if 0 < len(c.split()) <= _EXAMPLE_WORDS))
+        return short[:: max(1, len(short) // count)][:count] or list(_GENERAL_EXAMPLES[:count])
+
+    def label_examples(self) -> str:
+        """Labels to begin with: those of the collection, or general ones."""
+        found = {item.metadata.get("label") for item in self.collection.sample(_LOOKED_AT)}
+        labels = sorted(str(label) for label in found - {None})
+        return ", ".join(labels[:12]) if len(labels) > 1 else _GENERAL_LABELS
+
+
+def softmax(scores: dict[str, float], scale: float) -> dict[str, float]:
+    """Probabilities over the labels from their cosines and the model's logit scale."""
+    top = max(scores.values())
+    powers = {name: math.exp(scale * (score - top)) for name, score in scores.items()}
+    total = sum(powers.values())
+    return {name: power / total for name, power in powers.items()}
+
+
+def decode_upload(path: Path) -> Image.Image:
+    """Decodes an uploaded file through the same decoder as everything else.
+
+    Raises:
+        ImageDecodeError: it is not a usable image; the message does not show the server's path.
+    """
+    return decode_image(path, uri="The uploaded file")
