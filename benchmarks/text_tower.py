@@ -23,28 +23,14 @@ from clipsys.text_tower import text_encoder
 MODEL = "ViT-B-32"
 BATCH = 64
 ROUNDS = 7
-WORDS = [
-    "a",
-    "brown",
-    "dog",
-    "runs",
-    "over",
-    "wet",
-    "grass",
-    "behind",
-    "two",
-    "children",
-    "in",
-    "red",
-    "coats",
-]
+CAPTION = "a brown dog runs over wet grass behind two children in red coats"
 
 
 def main() -> None:
     torch.manual_seed(0)
     parts = build_model(MODEL)
     model = parts.model.eval()
-    captions = [" ".join(WORDS[: 6 + number % 8]) for number in range(BATCH)]
+    captions = [" ".join(CAPTION.split()[: 6 + number % 8]) for number in range(BATCH)]
     tokens_BL = parts.tokenizer(captions)
     ours, theirs = text_encoder(model), model.encode_text
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """The app: search a collection by text or by image, and classify images, in a browser.
 
     commands     ``clipsys ui``
-    server       binds the port and serves; nothing else than the app is reachable
+    server       serves on one port; nothing else than the app is reachable
     app          the page: tabs, inputs, results, and what happens between them
     service      what the page asks for, without a page: searches, classification, facts
     thumbnails   small copies of the images, the only image files that the server gives out

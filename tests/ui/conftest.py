@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from clipsys.network import bind
 from clipsys.retrieval import Collection
-from clipsys.ui.server import bind, serve_on
+from clipsys.ui.server import serve_on
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint
 
 
