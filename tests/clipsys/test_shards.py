@@ -16,6 +16,7 @@ from clipsys.shards import (
     iterate_raw,
     iterate_samples,
     parse_sample,
+    read_image,
     read_manifest,
     write_shards,
 )
@@ -122,6 +123,25 @@ def test_img2datasets_caption_field_is_understood() -> None:
 def test_a_bad_sample_names_its_place(members: dict[str, bytes], message: str) -> None:
     with pytest.raises(DataError, match=rf"s\.tar#a: .*{message}"):
         parse_sample({"__key__": "a", "__url__": "s.tar", **members})
+
+
+def test_one_image_is_read_as_the_stream_gives_it(tmp_path: Path) -> None:
+    members = {"a/x.y.jpg": b"dotted", "b.txt": b"text", "b.PNG": b"upper", "b.jpg": b"second"}
+    shard = _tar(tmp_path / "s.tar", members)
+    for sample in iterate_samples([shard]):
+        assert read_image(shard, sample.key) == sample.image
+    with pytest.raises(DataError, match=r"s\.tar#c: the shard has no such sample any more"):
+        read_image(shard, "c")
+
+
+def test_a_shard_that_was_written_again_is_read_anew(tmp_path: Path) -> None:
+    shard = _tar(tmp_path / "s.tar", {"a.jpg": b"old"})
+    assert read_image(shard, "a") == b"old"
+    _tar(tmp_path / "s.tar", {"0.jpg": b"x" * 20_000, "a.jpg": b"newer"})
+    assert read_image(shard, "a") == b"newer"
+    Path(shard).unlink()
+    with pytest.raises(DataError, match="No such file"):
+        read_image(shard, "a")
 
 
 def test_a_truncated_shard_gives_the_samples_before_the_break(tmp_path: Path) -> None:
