@@ -93,6 +93,9 @@ def _resample(
 ) -> torch.Tensor:
     """Crop, flip, rotation and resize in one bilinear pass over a sampling grid."""
     height, width = image.shape[-2:]
+    whole = config.crop_scale == (1.0, 1.0) and config.crop_ratio == (1.0, 1.0)
+    if whole and not config.flip and not config.rotation_degrees and size == (height, width):
+        return image
     area = draw.uniform(*config.crop_scale)
     ratio = torch.exp(draw.uniform(*(math.log(bound) for bound in config.crop_ratio)))
     # The ratio is of pixels, the grid is of [-1, 1]: undo the image's own aspect ratio.

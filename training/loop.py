@@ -29,7 +29,6 @@ from clipsys import __version__
 from clipsys.config import dump_settings
 from clipsys.devices import choose_precision
 from clipsys.errors import TrainingError
-from clipsys.models import ModelParts, build_model, load_model
 from clipsys.preprocessing import Preprocessing
 from clipsys.progress import Advance, progress
 from clipsys.training.augmentation import augment
@@ -41,7 +40,7 @@ from clipsys.training.journal import Journal, plot_curves
 from clipsys.training.losses import info_nce
 from clipsys.training.recipe import Recipe
 from clipsys.training.schedule import lr_factor
-from clipsys.training.towers import ContrastiveModel
+from clipsys.training.towers import ContrastiveModel, initial_model
 from clipsys.training.validation import Validation, normalisation
 
 _logger = logging.getLogger(__name__)
@@ -62,16 +61,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     recipe.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     device = start_processes(recipe.engine.device)
     run = recipe.run_folder
-    on_first_rank(lambda: _prepare_folder(run, recipe, resume=resume))
+    on_first_rank(lambda: _check_folder(run, resume=resume))
     torch.manual_seed(recipe.seed)
     trainer = _Trainer(recipe, run, device)
     if resume:
         trainer.resume()
+    # Only now, when data and model are known to be usable, something is written.
+    on_first_rank(lambda: _write_recipe(run, recipe))
     trainer.run_all()
     return run
 
 
-def _prepare_folder(run: Path, recipe: Recipe, *, resume: bool) -> None:
+def _check_folder(run: Path, *, resume: bool) -> None:
     if resume:
         if not (run / "config.yaml").is_file():
             raise TrainingError(f"{run}: there is no run to resume; start it without --resume")
@@ -81,6 +82,9 @@ def _prepare_folder(run: Path, recipe: Recipe, *, resume: bool) -> None:
             f"{run}: the run folder is not empty; go on with --resume, choose another folder "
             "(output=…) or remove it"
         )
+
+
+def _write_recipe(run: Path, recipe: Recipe) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(dump_settings(recipe), encoding="utf-8")
 
@@ -98,7 +102,7 @@ class _Window:
 class _Trainer:
     def __init__(self, recipe: Recipe, run: Path, device: torch.device) -> None:
         self.recipe, self.run, self.device = recipe, run, device
-        self.parts = _build(recipe)
+        self.parts = initial_model(recipe.model)
         self.shard_set = on_first_rank(lambda: open_shards(recipe.data.train))
         self.steps_per_epoch = self.shard_set.steps_per_epoch(recipe.data.batch_size)
         self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
@@ -118,10 +122,10 @@ class _Trainer:
         )
         # The engine trains its own copy's parameters in place; this one is for export, so that
         # averaged or gathered weights never pass through the model that trains.
-        self.export_parts = _build(recipe) if rank() == 0 else self.parts
+        self.export_parts = initial_model(recipe.model) if rank() == 0 else self.parts
         self.mean, self.std = normalisation(self.parts.preprocessing, device)
         self.checkpoints = Checkpoints(run, keep=recipe.checkpoint.keep)
-        self.journal = Journal(run) if rank() == 0 else None
+        self.journal: Journal | None = None
         self.window = _Window()
         self.step = 0
         self.skipped = 0
@@ -179,6 +183,8 @@ class _Trainer:
 
     def run_all(self) -> None:
         """Trains to the end, evaluating and saving on the way."""
+        if rank() == 0:
+            self.journal = Journal(self.run)
         self.engine.train()
         remaining = self.total_steps - self.step
         self.window = _Window()
@@ -256,24 +262,29 @@ class _Trainer:
             tile_size=self.recipe.objective.tile_size,
             groups=batch.groups_B.to(self.device),
         )
-        value = self._checked(loss, batch)
+        value, num_skipped = self._share(loss, batch)
         factor = lr_factor(self.step, self.total_steps, self.recipe.schedule)
         gradient_norm = self.engine.update(loss, factor)
         self.step += 1
         self.window.loss += value
         self.window.steps += 1
-        self._count_skipped(batch)
+        if num_skipped:
+            self._count_skipped(batch)
         if self.step % LOG_INTERVAL == 0 or self.step == self.total_steps:
             self._log(factor, gradient_norm, float(features.logit_scale.detach()))
 
-    def _checked(self, loss: torch.Tensor, batch: Batch) -> float:
-        """The loss averaged over ranks; stops every rank if any rank's is not finite."""
-        total = loss.detach().clone()
+    def _share(self, loss: torch.Tensor, batch: Batch) -> tuple[float, int]:
+        """The loss averaged over ranks, and how many samples all ranks had to skip.
+
+        One collective for both: each one makes the ranks wait for the slowest. Every rank stops if
+        any rank's loss is not finite.
+        """
+        totals = torch.stack([loss.detach(), loss.new_tensor(len(batch.skipped))])
         if world_size() > 1:
-            dist.all_reduce(total)
-        value = float(total) / world_size()
+            dist.all_reduce(totals)
+        value, num_skipped = float(totals[0]) / world_size(), int(totals[1].nan_to_num())
         if not math.isfinite(value):
-            finite = gather_objects(math.isfinite(float(loss)))
+            finite = gather_objects(math.isfinite(float(loss.detach())))
             culprit = finite.index(False) if False in finite else 0
             keys = gather_objects(batch.keys)[culprit]
             raise TrainingError(
@@ -281,28 +292,22 @@ class _Trainer:
                 f"(samples {', '.join(keys[:4])}, …); lower optimizer.lr or use engine.precision "
                 "fp32; the last checkpoint is kept"
             )
-        return value
+        return value, num_skipped
 
     def _count_skipped(self, batch: Batch) -> None:
-        gathered = gather_objects(batch.skipped) if self._anyone_skipped(batch) else []
+        gathered = gather_objects(batch.skipped)
         for skipped in gathered:
             self.skipped += len(skipped)
             if skipped and self.journal:
                 self.journal.skip(skipped)
         allowed = self.recipe.data.max_bad_share * self.shard_set.num_samples
-        if gathered and self.skipped > max(1.0, allowed * (1 + self.step / self.steps_per_epoch)):
+        if self.skipped > max(1.0, allowed * (1 + self.step / self.steps_per_epoch)):
             last = next(one for skipped in gathered for one in skipped)
             raise TrainingError(
                 f"{self.skipped} samples could not be used, more than data.max_bad_share = "
                 f"{self.recipe.data.max_bad_share:.1%}; the last: {last.shard}#{last.key}: "
                 f"{last.reason}; all are in {self.run / 'skipped.jsonl'}"
             )
-
-    def _anyone_skipped(self, batch: Batch) -> bool:
-        count = torch.tensor([len(batch.skipped)], device=self.device)
-        if world_size() > 1:
-            dist.all_reduce(count)
-        return bool(count)
 
     def _log(self, factor: float, gradient_norm: float, logit_scale: float) -> None:
         window = self.window
@@ -373,24 +378,3 @@ def _bar(title: str | None, total: int) -> AbstractContextManager[Advance]:
     if title is None:
         return nullcontext(lambda n=1, *, note=None: None)
     return progress(title, total, unit="steps")
-
-
-def _build(recipe: Recipe) -> ModelParts:
-    settings = recipe.model
-    parts = build_model(settings.architecture, preprocess=settings.preprocess, for_training=True)
-    if settings.pretrained:
-        start = load_model(settings.pretrained)
-        state = start.model.state_dict()
-        state["logit_scale"] = state["logit_scale"].reshape(1)
-        missing = parts.model.load_state_dict(state, strict=False)
-        if missing.missing_keys or missing.unexpected_keys:
-            first = (missing.missing_keys + missing.unexpected_keys)[0]
-            raise TrainingError(
-                f"model.pretrained {settings.pretrained}: the weights are of another architecture "
-                f"(for instance {first})"
-            )
-    if settings.initial_logit_scale is not None:
-        with torch.no_grad():
-            scale: torch.Tensor = parts.model.logit_scale  # type: ignore[assignment]
-            scale.fill_(math.log(settings.initial_logit_scale))
-    return parts

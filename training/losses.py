@@ -56,7 +56,9 @@ def info_nce(
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     image_BD, text_BD = image_features.to(dtype), text_features.to(dtype)
     scale = logit_scale.to(dtype).reshape(())
-    image_ND, text_ND = gather_rows(image_BD, group), gather_rows(text_BD, group)
+    # Both towers in one collective: each one makes the ranks wait for the slowest.
+    both_N2D = gather_rows(torch.cat([image_BD, text_BD], dim=1), group)
+    image_ND, text_ND = both_N2D.chunk(2, dim=1)
     start = rank(group) * len(image_BD)
     if groups is None:
         ids_N = torch.arange(len(image_ND), device=image_BD.device)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from clipsys.models import ModelParts
+from clipsys.errors import TrainingError
+from clipsys.models import ModelParts, build_model, load_model
 from clipsys.text_tower import text_encoder
+from clipsys.training.recipe import ModelConfig
 
 #: Radford et al. 2021, section 2.5: the scale is kept from passing 100 "to prevent instability".
 MAX_LOGIT_SCALE = 100.0
@@ -81,3 +83,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": kept, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def initial_model(settings: ModelConfig) -> ModelParts:
+    """The model that a run begins with: random weights, or pretrained ones.
+
+    Raises:
+        ModelError: the architecture or the weights are not known or do not load.
+        TrainingError: the weights are of another architecture.
+    """
+    parts = build_model(settings.architecture, preprocess=settings.preprocess, for_training=True)
+    if settings.pretrained:
+        start = load_model(settings.pretrained)
+        state = start.model.state_dict()
+        state["logit_scale"] = state["logit_scale"].reshape(1)
+        try:
+            parts.model.load_state_dict(state)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[1:2] or [str(error)]
+            raise TrainingError(
+                f"model.pretrained {settings.pretrained}: the weights do not fit "
+                f"model.architecture ({first[0].strip()})"
+            ) from error
+    if settings.initial_logit_scale is not None:
+        with torch.no_grad():
+            scale: torch.Tensor = parts.model.logit_scale  # type: ignore[assignment]
+            scale.fill_(math.log(settings.initial_logit_scale))
+    return parts

@@ -102,8 +102,8 @@ def _training(run: Path) -> dict[str, float]:
 
 
 def _examples(records: list[Record]) -> list[tuple[str, str]]:
-    """Captions of four images of the gallery, spread evenly, and the file names of those images."""
-    chosen = records[:: max(1, len(records) // 4)][:4]
+    """Captions of three images of the gallery, spread evenly, and those images' file names."""
+    chosen = records[:: max(1, len(records) // 3)][:3]
     keys = [record.uri.rpartition("#")[2] for record in chosen]
     return [(record.captions[0], key) for record, key in zip(chosen, keys, strict=True)]
 

@@ -274,8 +274,7 @@ def test_a_wrong_recipe_is_one_line_and_starts_nothing(
     assert len(errors) == 1, done.stderr
     assert message in errors[0]
     assert "Traceback" not in done.stderr
-    run = tmp_path / "run"
-    assert not run.exists() or {path.name for path in run.iterdir()} == {"config.yaml"}
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_what_was_never_started_is_said(shards: str, tmp_path: Path) -> None:

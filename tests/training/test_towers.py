@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from clipsys.models import build_model
-from clipsys.training.towers import ContrastiveModel, parameter_groups
+from clipsys.errors import TrainingError
+from clipsys.models import build_model, fingerprint, load_model
+from clipsys.training.recipe import ModelConfig
+from clipsys.training.towers import ContrastiveModel, initial_model, parameter_groups
 from tests.conftest import TINY_MODEL
 
 
@@ -40,6 +43,18 @@ def test_the_scale_is_clamped_and_can_come_back(start: float, scale: float) -> N
     features.logit_scale.backward()
     # The gradient above the bound is that at the bound, not zero.
     assert model.clip.logit_scale.grad.item() == pytest.approx(scale, rel=1e-4)
+
+
+def test_a_run_can_begin_with_pretrained_weights(model_folder: Path) -> None:
+    settings = ModelConfig(architecture=TINY_MODEL, pretrained=str(model_folder))
+    parts = initial_model(settings)
+    assert fingerprint(parts) == fingerprint(load_model(model_folder))
+    warmer = initial_model(settings.model_copy(update={"initial_logit_scale": 20.0}))
+    assert warmer.model.logit_scale.exp().item() == pytest.approx(20.0)
+    wider = {**TINY_MODEL, "embed_dim": 64}
+    with pytest.raises(TrainingError, match="the weights do not fit model") as caught:
+        initial_model(ModelConfig(architecture=wider, pretrained=str(model_folder)))
+    assert "\n" not in str(caught.value)
 
 
 def test_only_matrices_decay() -> None:
