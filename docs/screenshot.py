@@ -15,7 +15,7 @@ OUT = Path(__file__).resolve().parent / "images" / "app.png"
 
 
 def main(collection: str, query: str) -> None:
-    """Serves the collection, searches, chooses the first hit and saves what a person sees."""
+    """Serves the collection, searches and saves what a person sees."""
     port = free_port()
     command = [sys.executable, "-m", "clipsys", "ui", collection, "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -32,8 +32,6 @@ def main(collection: str, query: str) -> None:
             field.fill(query)
             field.press("Enter")
             page.get_by_text(f"for “{query}”").wait_for()
-            page.locator(".results .thumbnail-item:visible").first.click()
-            page.get_by_text("More like this").first.wait_for()
             page.wait_for_timeout(1500)
             page.screenshot(path=OUT)
             browser.close()

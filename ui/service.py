@@ -130,7 +130,8 @@ class SearchService:
 
     def examples(self, count: int = 4) -> list[str]:
         """Queries to try: short captions from all over the collection, or general ones."""
-        captions = [(item.caption or "").strip(" .") for item in self.collection.sample(_LOOKED_AT)]
+        items = self.collection.sample(_LOOKED_AT)
+        captions = [min(item.captions, key=len, default="").strip(" .") for item in items]
         short = list(dict.fromkeys(c for c in captions if 0 < len(c.split()) <= _EXAMPLE_WORDS))
         return short[:: max(1, len(short) // count)][:count] or list(_GENERAL_EXAMPLES[:count])
 
