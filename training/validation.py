@@ -132,12 +132,13 @@ def normalisation(
 
 
 def _usable(spec: str | list[str], preprocessing: Preprocessing) -> list[tuple[Sample, np.ndarray]]:
-    """Samples that decode; only this rank's share is decoded fully, all are checked alike."""
+    """Samples that decode, with their pixels; every rank must come to the same list."""
     usable = []
     skipped: list[str] = []
     for sample in iterate_samples(expand_shards(spec)):
         try:
-            image = decode_image(sample.image, uri=sample.key, min_side=min(preprocessing.size))
+            # At full scale, as `clipsys evaluate` decodes it: the figures must agree.
+            image = decode_image(sample.image, uri=sample.key)
         except ImageDecodeError as error:
             skipped.append(str(error))
             continue

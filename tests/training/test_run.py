@@ -181,10 +181,8 @@ def test_ranks_started_by_the_deepspeed_launcher_train_together(
 ) -> None:
     recipe = _recipe(tmp_path, shards, schedule={"epochs": 1}, engine={"zero_stage": 2})
     scripts = Path(sys.executable).parent
-    hosts = tmp_path / "hosts.txt"
-    hosts.write_text("localhost slots=2\n")
     command = [
-        str(scripts / "deepspeed"), "--hostfile", str(hosts), "--master_port", str(free_port()),
+        str(scripts / "deepspeed"), "--num_gpus=2", "--master_port", str(free_port()),
         "--no_python", str(scripts / "clipsys"), "train", str(recipe),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
@@ -220,7 +218,8 @@ def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path: Path) -> Non
     assert done.returncode == 1
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: ") and "data.max_bad_share = 1.0%" in error
-    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").open()]
+    lines = (tmp_path / "run" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    listed = [json.loads(line) for line in lines]
     assert {entry["reason"] for entry in listed} == {"not an image"}
     assert all(int(entry["key"]) % 4 == 0 for entry in listed)
     allowed = _train(recipe, "data.max_bad_share=0.5", f"output={tmp_path / 'again'}")
