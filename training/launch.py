@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from clipsys import errors
 from clipsys.errors import ClipsysError, ConfigError, TrainingError
+
+_logger = logging.getLogger(__name__)
 
 _ERROR_FILE = "CLIPSYS_ERROR_FILE"
 _PARENT = "CLIPSYS_LAUNCHER_PID"
@@ -94,6 +97,8 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         threads = max(1, (os.cpu_count() or 1) // nproc)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+        # A rank that is ended leaves semaphores to its tracker, which cleans up and complains.
+        environment.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         ranks = []
         for rank in range(nproc):
             own = {
@@ -107,6 +112,7 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
             failed = _wait(ranks)
         except KeyboardInterrupt:
             _end(ranks)
+            _logger.warning("interrupted; --resume goes on from the last checkpoint")
             raise
         if failed is not None:
             _end(ranks)
