@@ -21,8 +21,8 @@ from clipsys.models import build_model
 from clipsys.text_tower import text_encoder
 
 MODEL = "ViT-B-32"
-BATCH = 64
-ROUNDS = 7
+BATCH = 32
+ROUNDS = 5
 CAPTION = "a brown dog runs over wet grass behind two children in red coats"
 
 
