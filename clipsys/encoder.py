@@ -40,7 +40,7 @@ class Encoder:
     ) -> None:
         self.name = parts.name
         self.spec = parts.spec
-        self.fingerprint = models.fingerprint(parts)
+        self.fingerprint = parts.loaded_fingerprint or models.fingerprint(parts)
         self.preprocessing = parts.preprocessing
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)

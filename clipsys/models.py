@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,8 @@ class ModelParts:
         preprocessing: from a decoded image to what the image tower sees.
         name: what messages call it.
         spec: what `load_model` takes to load it again; empty for a model that was built.
+        loaded_fingerprint: what `fingerprint` gave when a folder was loaded; else empty. Hashing
+            half a gigabyte twice would be felt at each start.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class ModelParts:
     preprocessing: Preprocessing
     name: str
     spec: str = ""
+    loaded_fingerprint: str = ""
 
 
 def build_model(
@@ -184,16 +187,14 @@ def _load_folder(folder: Path) -> ModelParts:
     # A run's own model folder is always called "model"; the run says more.
     name = folder.parent.name if folder.name == "model" else folder.name
     parts = ModelParts(model, tokenizer, config, preprocessing, name, str(folder.absolute()))
-    _check_card(folder, parts)
-    return parts
+    mark = fingerprint(parts)
+    _check_card(folder, mark)
+    return replace(parts, loaded_fingerprint=mark)
 
 
-def _check_card(folder: Path, parts: ModelParts) -> None:
+def _check_card(folder: Path, actual: str) -> None:
     card = read_card(folder)
-    if card is None:
-        return
-    actual = fingerprint(parts)
-    if card.fingerprint != actual:
+    if card is not None and card.fingerprint != actual:
         raise ModelError(
             f"{folder}: the weights are not those that were exported ({CARD_NAME} says "
             f"{card.fingerprint[:12]}, the files are {actual[:12]}); export the run again, or "

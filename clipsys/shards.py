@@ -397,17 +397,10 @@ class _TarWriter:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if _FILE_DIGEST else _hash(file)
-
-
-_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11 and later
-
-
-def _hash(file: io.BufferedReader) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

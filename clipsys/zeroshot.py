@@ -58,8 +58,7 @@ class ZeroShotClassifier:
             if template.count("{}") != 1:
                 raise ConfigError(f"template {template!r}: expected one {{}} for the class name")
         texts = [template.format(name) for name in self.classes for template in templates]
-        vectors = encoder.encode_text(texts).reshape(len(self.classes), len(templates), -1)
-        self.class_CD = _unit_rows(vectors.mean(axis=1))
+        self.class_CD = class_vectors(encoder.encode_text(texts), len(templates))
 
     def scores(self, image_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Cosine similarities (N, C) of unit image vectors (N, D) to the classes."""
@@ -83,6 +82,8 @@ class ZeroShotClassifier:
         return Prediction(self.classes[best], float(probabilities[best]), scores)
 
 
-def _unit_rows(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def class_vectors(text_ND: npt.NDArray[np.float32], num_templates: int) -> npt.NDArray[np.float32]:
+    """One unit vector per class from those of its prompts: (C * T, D), class by class -> (C, D)."""
+    vectors = text_ND.reshape(-1, num_templates, text_ND.shape[1]).mean(axis=1)
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)

@@ -24,6 +24,7 @@ from clipsys.training.augmentation import to_input
 from clipsys.training.distributed import gather_objects, rank, world_size
 from clipsys.training.engine import Engine
 from clipsys.training.recipe import EvaluationConfig
+from clipsys.zeroshot import class_vectors
 
 _logger = logging.getLogger(__name__)
 
@@ -93,9 +94,8 @@ class Validation:
                 image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
                 classes = sorted(set(self._labels))
                 templates = self._config.templates
-                class_CD = encode_text([t.format(name) for name in classes for t in templates])
-                class_CD = class_CD.reshape(len(classes), len(templates), -1).mean(axis=1)
-                class_CD /= np.linalg.norm(class_CD, axis=1, keepdims=True)
+                prompts = encode_text([t.format(name) for name in classes for t in templates])
+                class_CD = class_vectors(prompts, len(templates))
                 accuracy = zeroshot_figures(image_ND, class_CD, classes, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
         return figures

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipsys.benchmarking import encode_records
-from clipsys.demo.scenes import COLOURS, SHAPES, all_combinations
+from clipsys.demo.scenes import COLOURS, SHAPES, class_names
 from clipsys.encoder import Encoder, load
 from clipsys.evaluation import Floats, retrieval_figures, retrieval_targets
 from clipsys.sources import Record
@@ -60,7 +60,7 @@ def zeroshot(encoder: Encoder, shards: Path) -> dict[str, dict[str, float]]:
     The classes are all combinations, seen and held out alike. The probability of a colour is the
     sum over its shapes, that of a shape the sum over its colours.
     """
-    names = [f"{colour} {shape}" for colour, shape in all_combinations()]
+    names = class_names()
     classifier = ZeroShotClassifier(encoder, [_with_article(name) for name in names], PROMPTS)
     figures: dict[str, dict[str, float]] = {
         "colour": {"chance": 1 / len(COLOURS)},
