@@ -59,6 +59,11 @@ class DataConfig(Settings):
     train: str | list[str] = Field(description="shards: folder, glob, {000..012} range or list")
     validation: str | list[str] | None = Field(None, description="shards for evaluation")
     batch_size: PositiveInt = Field(256, description="pairs contrasted together, across all ranks")
+    micro_batch_size: PositiveInt | None = Field(
+        None,
+        description="pairs that pass the encoders at once, on each rank; smaller ones need less "
+        "memory and a second forward pass, and change no result; default the rank's whole share",
+    )
     workers: NonNegativeInt = Field(2, description="decoding processes per rank")
     shuffle_buffer: PositiveInt = Field(2000, description="samples shuffled together")
     cache_mb: NonNegativeInt = Field(
@@ -92,7 +97,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a batch.
+    """One rank's part of a batch, or one micro-batch of it.
 
     Attributes:
         keys: (B,) sample keys.
@@ -260,7 +265,10 @@ class _Row:
 
 
 class TrainingBatches(IterableDataset[Batch]):
-    """This rank's batches of all remaining epochs, in order."""
+    """This rank's micro-batches of all remaining epochs, in order.
+
+    Each step has batch_size / world_size / micro_batch_size of them.
+    """
 
     def __init__(
         self,
@@ -268,6 +276,7 @@ class TrainingBatches(IterableDataset[Batch]):
         decoder: Decoder,
         *,
         batch_size: int,
+        micro_batch_size: int | None = None,
         shuffle_buffer: int,
         cache_bytes: int = 0,
         rank: int,
@@ -279,6 +288,8 @@ class TrainingBatches(IterableDataset[Batch]):
         self._decoder = decoder
         self._batch_size = batch_size
         self._local_size = batch_size // world_size
+        self._micro_size = micro_batch_size or self._local_size
+        self._micro_steps = self._local_size // self._micro_size
         self._shuffle_buffer = shuffle_buffer
         self._rank = rank
         self._steps_per_epoch = shard_set.steps_per_epoch(batch_size)
@@ -292,34 +303,40 @@ class TrainingBatches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        per_epoch = self._steps_per_epoch * self._micro_steps
+        start = self._start_step * self._micro_steps
         for epoch in range(self._start_step // self._steps_per_epoch, self._epochs()):
-            first = epoch * self._steps_per_epoch
+            first = epoch * per_epoch
             wanted = {
-                step
-                for step in range(max(first, self._start_step), first + self._steps_per_epoch)
-                if (step - self._start_step) % count == index
+                number - first
+                for number in range(max(first, start), first + per_epoch)
+                if (number - start) % count == index
             }
-            for step, raws in self._batches_of_raws(epoch, first, wanted):
+            for number, raws in self._micro_batches(epoch, wanted):
+                step = epoch * self._steps_per_epoch + number // self._micro_steps
                 yield self._decode(raws, epoch, step)
 
     def _epochs(self) -> int:
         return self._total_steps // self._steps_per_epoch
 
-    def _batches_of_raws(
-        self, epoch: int, first: int, wanted: set[int]
+    def _micro_batches(
+        self, epoch: int, wanted: set[int]
     ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """The undecoded samples of this rank's micro-batches, numbered within the epoch."""
         if not wanted:
             return
         raws: list[dict[str, Any]] = []
         last = max(wanted)
         for position, raw in enumerate(self._stream(epoch)):
-            step = first + position // self._batch_size
-            if step > last:
+            step, place = divmod(position, self._batch_size)
+            owner, row = divmod(place, self._local_size)
+            number = step * self._micro_steps + row // self._micro_size
+            if step * self._micro_steps > last:
                 return
-            if step in wanted and position % self._batch_size // self._local_size == self._rank:
+            if owner == self._rank and number in wanted:
                 raws.append(raw)
-                if len(raws) == self._local_size:
-                    yield step, raws
+                if len(raws) == self._micro_size:
+                    yield number, raws
                     raws = []
 
     def _stream(self, epoch: int) -> Iterator[dict[str, Any]]:

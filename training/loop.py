@@ -229,6 +229,7 @@ class _Trainer:
                 seed=self.recipe.seed,
             ),
             batch_size=data.batch_size,
+            micro_batch_size=data.micro_batch_size,
             shuffle_buffer=data.shuffle_buffer,
             cache_bytes=data.cache_mb * 1_000_000,
             rank=rank(),

@@ -141,6 +141,14 @@ class Recipe(Settings):
                 f"data.batch_size is {self.data.batch_size}, which does not divide among "
                 f"{world_size} processes; try {lower or world_size}"
             )
+        share, micro = self.data.batch_size // world_size, self.data.micro_batch_size
+        if micro and share % micro:
+            near = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
+            raise ConfigError(
+                f"data.micro_batch_size is {micro}, which does not divide the {share} pairs of "
+                f"each process (data.batch_size {self.data.batch_size} over {world_size}); "
+                f"try {near}"
+            )
 
     @property
     def run_folder(self) -> Path:

@@ -44,10 +44,11 @@ def _decoder(**options: Any) -> Decoder:
 
 def _dataset(
     shards: str, *, rank: int = 0, world_size: int = 1, epochs: int = 1, start: int = 0,
-    batch_size: int = 8, cache_bytes: int = 0, **options: Any,
+    batch_size: int = 8, micro_batch_size: int | None = None, cache_bytes: int = 0, **options: Any,
 ) -> TrainingBatches:  # fmt: skip
     return TrainingBatches(
-        open_shards(shards), _decoder(**options), batch_size=batch_size, shuffle_buffer=16,
+        open_shards(shards), _decoder(**options), batch_size=batch_size,
+        micro_batch_size=micro_batch_size, shuffle_buffer=16,
         cache_bytes=cache_bytes, rank=rank, world_size=world_size, epochs=epochs, start_step=start,
     )  # fmt: skip
 
@@ -87,6 +88,18 @@ def test_the_ranks_share_the_single_process_batches(shards: str, world_size: int
     parts = [list(_dataset(shards, rank=rank, world_size=world_size)) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         assert sum((part[step].keys for part in parts), ()) == batch.keys
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_micro_batches_are_the_batch_in_parts(shards: str, workers: int) -> None:
+    options: dict[str, Any] = {"rank": 1, "world_size": 2, "epochs": 2, "start": 4}
+    whole = list(_dataset(shards, **options))
+    parts = list(load_batches(_dataset(shards, micro_batch_size=2, **options), workers))
+    assert len(parts) == 2 * len(whole)
+    for number, batch in enumerate(whole):
+        first, second = parts[2 * number : 2 * number + 2]
+        assert first.keys + second.keys == batch.keys
+        assert torch.equal(torch.cat([first.image_BCHW, second.image_BCHW]), batch.image_BCHW)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
