@@ -70,10 +70,9 @@ def compare(pairs: int, device: str, rounds: int) -> dict[str, Any]:
             row[f"{side}_{name}"] = round(statistics.median(run[name] for run in runs[side]), 3)
     if "dense" in runs:
         both = list(zip(runs["tiled"], runs["dense"], strict=True))
-        row["time_ratio"] = round(statistics.median(t["seconds"] / d["seconds"] for t, d in both), 3)
-        row["memory_ratio"] = round(
-            statistics.median(t["peak_mb"] / d["peak_mb"] for t, d in both), 4
-        )
+        for name, digits in (("seconds", 3), ("peak_mb", 4)):
+            ratio = statistics.median(ours[name] / theirs[name] for ours, theirs in both)
+            row[f"ratio_{name}"] = round(ratio, digits)
         row["gradient_difference"] = max(
             abs(t["gradient"] - d["gradient"]) / d["gradient"] for t, d in both
         )
