@@ -17,8 +17,9 @@ from clipsys.devices import choose_device
 from clipsys.errors import ConfigError
 from clipsys.training.distributed import local_rank, world_size
 from clipsys.training.launch import free_port
-from clipsys.training.recipe import EngineConfig, OptimizerConfig
-from clipsys.training.towers import ContrastiveModel, Features, parameter_groups
+from clipsys.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from clipsys.training.recipe import EngineConfig
+from clipsys.training.towers import ContrastiveModel, Features
 
 _logger = logging.getLogger(__name__)
 
@@ -90,13 +91,9 @@ class Engine:
         self.device = device
         self._peak_lr = optimizer.lr
         model = model.to(device)
-        groups = parameter_groups(model, optimizer.weight_decay)
-        adamw = torch.optim.AdamW(
-            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
-        )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adamw,
+            optimizer=build_optimizer(parameter_groups(model, optimizer), optimizer),
             config=self._deepspeed_config(local_batch_size),
             dist_init_required=False,
         )
@@ -129,7 +126,7 @@ class Engine:
     def update(self, loss: torch.Tensor, lr_factor: float) -> float:
         """Backward, reduce, clip, step. Returns the global gradient norm before clipping."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._peak_lr * lr_factor
+            group["lr"] = self._peak_lr * lr_factor * group["lr_factor"]
         self._engine.backward(loss)
         norm = self._stage_0_norm() if self.config.zero_stage == 0 else None
         self._engine.step()

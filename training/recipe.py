@@ -11,6 +11,7 @@ from clipsys.config import Settings
 from clipsys.errors import ConfigError
 from clipsys.training.augmentation import AugmentationConfig
 from clipsys.training.data import DataConfig, Positives
+from clipsys.training.optimizers import OptimizerConfig
 from clipsys.training.schedule import ScheduleConfig
 
 
@@ -40,15 +41,6 @@ class ObjectiveConfig(Settings):
         "equal captions or equal labels",
     )
     tile_size: PositiveInt | None = Field(None, description="rows of logits held at once")
-
-
-class OptimizerConfig(Settings):
-    """AdamW (Loshchilov & Hutter 2019); no decay for norms, biases and the temperature."""
-
-    lr: PositiveFloat = Field(5e-4, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="decay of the two moments")
-    eps: PositiveFloat = Field(1e-6, description="added to the root of the second moment")
-    weight_decay: float = Field(0.2, ge=0, description="of matrices and kernels only")
 
 
 class EngineConfig(Settings):
@@ -126,6 +118,12 @@ class Recipe(Settings):
             raise ValueError(
                 "engine.ema_decay needs whole parameters on every rank; with engine.zero_stage 3 "
                 "set it to 0, or use stage 0, 1 or 2"
+            )
+        if self.engine.zero_stage and self.optimizer.needs_whole_tensors:
+            raise ValueError(
+                f"engine.zero_stage is {self.engine.zero_stage}, which flattens parameters, and "
+                f"optimizer.name {self.optimizer.name} needs the norm of each; use "
+                "engine.zero_stage 0 or optimizer.name adamw"
             )
         return self
 

@@ -65,26 +65,6 @@ class ContrastiveModel(nn.Module):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: weight decay for matrices and kernels only.
-
-    Norms, biases, embeddings of position and ``logit_scale`` are left alone; decaying the scale
-    would cool the temperature for no reason.
-    """
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        plain = parameter.ndim < 2 or name.endswith(("positional_embedding", "pos_embed"))
-        (kept if plain else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def initial_model(settings: ModelConfig) -> ModelParts:
     """The model that a run begins with: random weights, or pretrained ones.
 

@@ -11,8 +11,9 @@ import torch
 from clipsys.models import build_model
 from clipsys.training.engine import Engine, WeightAverage
 from clipsys.training.losses import info_nce
-from clipsys.training.recipe import EngineConfig, OptimizerConfig
-from clipsys.training.towers import ContrastiveModel, parameter_groups
+from clipsys.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from clipsys.training.recipe import EngineConfig
+from clipsys.training.towers import ContrastiveModel
 from tests.conftest import TINY_MODEL
 from tests.ranks import run_ranks
 
@@ -39,10 +40,7 @@ def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def _one_process(clipping: float) -> dict[str, torch.Tensor]:
     """Plain torch on the full batch."""
     model = _model()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, _OPTIMIZER.weight_decay),
-        lr=_OPTIMIZER.lr, betas=_OPTIMIZER.betas, eps=_OPTIMIZER.eps,
-    )  # fmt: skip
+    optimizer = build_optimizer(parameter_groups(model, _OPTIMIZER), _OPTIMIZER)
     norms = []
     for step in range(_STEPS):
         image, tokens, groups = _batch(step)
