@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F  # noqa: N812
 
 from clipsys.errors import ConfigError
 from clipsys.training.averaging import WeightAverage
-from clipsys.training.distributed import world_size
+from clipsys.training.distributed import rank, world_size
 from clipsys.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.processes import import_deepspeed
 from clipsys.training.recipe import EngineConfig
@@ -59,12 +60,14 @@ class Engine:
         # Weights of 16 bits have masters of 32: the temperature is read from those.
         self._has_masters = model.precision in ("bf16_params", "fp16")
         model = model.to(device)
+        exact = _exact_values(model) if self._has_masters else {}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(parameter_groups(model, optimizer), optimizer),
             config=self._deepspeed_config(local_batch_size, model.precision),
             dist_init_required=False,
         )
+        self._set_masters(exact)
         self._average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self._refresh_scale()
 
@@ -172,6 +175,21 @@ class Engine:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
+    def _set_masters(self, values: dict[str, torch.Tensor]) -> None:
+        """Gives masters the weights as they were: DeepSpeed makes them from those of 16 bits."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            if name not in values:
+                continue
+            value = values.pop(name).to(self.device)
+            if self.config.zero_stage == 3:
+                # The call for whole values fails where they do not divide among the ranks (0.19.8).
+                padded = F.pad(value.flatten(), (0, -value.numel() % world_size()))
+                safe_set_local_fp32_param(parameter, padded.chunk(world_size())[rank()])
+            else:
+                safe_set_full_fp32_param(parameter, value)
+
     def _refresh_scale(self) -> None:
         if self._has_masters:
             from deepspeed.utils import safe_get_full_fp32_param
@@ -259,6 +277,14 @@ class Engine:
                 if parameter.requires_grad and master is not None:
                     state[name] = master.detach().cpu().reshape(state[name].shape).clone()
         return state
+
+
+def _exact_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,8 @@ from clipsys.training.optimizers import (
     build_optimizer,
     parameter_groups,
 )
-from clipsys.training.recipe import EngineConfig, Recipe
+from clipsys.training.recipe import EngineConfig, ObjectiveConfig, Recipe
+from clipsys.training.step import objective
 from clipsys.training.towers import ContrastiveModel
 from tests.conftest import TINY_MODEL
 from tests.ranks import run_ranks
@@ -263,9 +264,11 @@ def _train_on_rank(rank: int, local: int, name: str, stage: int) -> dict[str, An
         local_batch_size=local,
         device=torch.device("cpu"),
     )
+    loss = objective(ObjectiveConfig(positives="pair"), None, local)
     for step in range(_STEPS):
-        image_BCHW, tokens_BL = (part[rank * local : (rank + 1) * local] for part in _batch(step))
-        engine.update(info_nce(*engine.forward(image_BCHW, tokens_BL)), 1.0 / (1 + step))
+        own = [part[rank * local : (rank + 1) * local] for part in _batch(step)]
+        engine.accumulate([lambda own=own: (own[0], own[1])], loss)
+        engine.update(1.0 / (1 + step))
     return {key: tensor.numpy() for key, tensor in engine.state_dict().items()}
 
 
@@ -276,7 +279,7 @@ def _train_alone(name: str) -> dict[str, torch.Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_factor"] / (1 + step)
         optimizer.zero_grad()
-        info_nce(*model(*_batch(step))).backward()
+        info_nce(*model(*_batch(step))[:3]).backward()
         optimizer.step()
     return dict(model.clip.state_dict())
 

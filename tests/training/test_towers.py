@@ -9,14 +9,15 @@ import torch
 from clipsys.errors import TrainingError
 from clipsys.models import build_model, fingerprint, load_model
 from clipsys.training.recipe import ModelConfig
-from clipsys.training.towers import ContrastiveModel, initial_model, parameter_groups
+from clipsys.training.starting import initial_model
+from clipsys.training.towers import ContrastiveModel, TowerOptions
 from tests.conftest import TINY_MODEL
 
 
 def _model(precision: str = "fp32") -> tuple[ContrastiveModel, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     parts = build_model(TINY_MODEL, for_training=True)
-    model = ContrastiveModel(parts, precision=precision)
+    model = ContrastiveModel(parts, TowerOptions(precision))
     return model, torch.randn(3, 3, 32, 32), parts.tokenizer(["a", "b c", "d e f"])
 
 
@@ -55,21 +56,3 @@ def test_a_run_can_begin_with_pretrained_weights(model_folder: Path) -> None:
     with pytest.raises(TrainingError, match="the weights do not fit model") as caught:
         initial_model(ModelConfig(architecture=wider, pretrained=str(model_folder)))
     assert "\n" not in str(caught.value)
-
-
-def test_only_matrices_decay() -> None:
-    model, *_ = _model()
-    decayed, kept = parameter_groups(model, 0.2)
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.2, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    kept_names = {names[id(parameter)] for parameter in kept["params"]}
-    assert {"clip.logit_scale", "clip.positional_embedding", "clip.ln_final.weight"} <= kept_names
-    assert len(decayed["params"]) + len(kept["params"]) == len(names)
-    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
-
-
-def test_frozen_parameters_are_in_no_group() -> None:
-    model, *_ = _model()
-    model.clip.visual.requires_grad_(False)
-    trained = sum(len(group["params"]) for group in parameter_groups(model, 0.1))
-    assert trained == sum(parameter.requires_grad for parameter in model.parameters())
