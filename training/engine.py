@@ -18,6 +18,7 @@ from clipsys.errors import ConfigError
 from clipsys.training.distributed import local_rank, world_size
 from clipsys.training.launch import free_port
 from clipsys.training.recipe import EngineConfig, OptimizerConfig
+from clipsys.training.repartition import load_parts, parts_to_divide
 from clipsys.training.towers import ContrastiveModel, Features, parameter_groups
 
 _logger = logging.getLogger(__name__)
@@ -177,10 +178,16 @@ class Engine:
         """Reads what `save` wrote, on every rank together, and returns the state given then.
 
         Raises:
-            ConfigError: it was written with another ZeRO stage or number of ranks.
+            ConfigError: it was written with another ZeRO stage, or at stage 3 by another number of
+                ranks.
         """
+        parts = parts_to_divide(folder / tag, zero_stage=self.config.zero_stage)
         try:
-            path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+            path, state = self._engine.load_checkpoint(
+                str(folder), tag=tag, load_optimizer_states=not parts
+            )
+            if parts:
+                load_parts(self._optimizer, parts)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
