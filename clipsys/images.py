@@ -11,11 +11,12 @@ import functools
 import io
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipsys.errors import ImageDecodeError
 
@@ -32,12 +33,46 @@ EXTENSIONS = frozenset(
     | {".tga", ".ico", ".pcx", ".qoi"}
 )
 
+#: What turns a stored image upright, by its EXIF orientation.
+UPRIGHT_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 # What Pillow was seen to raise on 17,085 hard files, and what its decoders may raise besides.
 _DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, NotImplementedError, TypeError, RuntimeError, MemoryError,
     KeyError, IndexError, AttributeError, ArithmeticError, EOFError, struct.error, zlib.error,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A decoded image as its file stores it: not yet turned upright, maybe at a fraction.
+
+    Attributes:
+        image: 8-bit RGB.
+        full_size: (width, height) in the file, in pixels.
+        scale: ``image`` is 1/scale of that, its sides rounded up: its last row and column may
+            stand for fewer than ``scale`` pixels.
+        orientation: EXIF's number, 1 to 8; 1 is upright.
+    """
+
+    image: Image.Image
+    full_size: tuple[int, int]
+    scale: int = 1
+    orientation: int = 1
+
+    def upright(self) -> Image.Image:
+        """The image as it is meant to be seen."""
+        turn = UPRIGHT_TURNS.get(self.orientation)
+        return self.image if turn is None else self.image.transpose(turn)
 
 
 def decode_image(
@@ -62,6 +97,18 @@ def decode_image(
     Raises:
         ImageDecodeError: the image cannot be used; its ``reason`` is a countable category.
     """
+    stored = decode_stored(source, uri=uri, max_pixels=max_pixels, min_side=min_side)
+    return stored.upright()
+
+
+def decode_stored(
+    source: str | Path | bytes | IO[bytes],
+    *,
+    uri: str | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    min_side: int | None = None,
+) -> StoredImage:
+    """`decode_image` before the image is turned upright, for who turns a smaller one instead."""
     name = uri or (str(source) if isinstance(source, str | Path) else "image")
     data = _read(source, name)
     if not data:
@@ -77,14 +124,23 @@ def decode_image(
         )
     try:
         if min_side is not None and image.format == "JPEG":
-            image.draft("RGB", (min_side, min_side))
+            scale = _fraction(min(width, height), min_side)
+            image.draft("RGB", (width // scale, height // scale))
         image.load()
-        return _to_rgb(_upright(image))
+        # TIFF and HEIF turn themselves while they load; only JPEG comes at a fraction.
+        full_size = (width, height) if image.format == "JPEG" else image.size
+        scale = round(full_size[0] / image.width)
+        return StoredImage(_to_rgb(image), full_size, scale, _orientation(image))
     except _DECODER_ERRORS as error:
         reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise ImageDecodeError(
             f"{name}: the image does not decode ({_one_line(error)})", uri=name, reason=reason
         ) from error
+
+
+def _fraction(side: int, min_side: int) -> int:
+    """The largest of libjpeg's fast fractions, 1/8, 1/4 and 1/2, that leaves ``min_side``."""
+    return next((scale for scale in (8, 4, 2) if side >= scale * min_side), 1)
 
 
 def _read(source: str | Path | bytes | IO[bytes], name: str) -> bytes:
@@ -116,13 +172,14 @@ def _open(data: bytes, name: str) -> Image.Image:
         ) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DECODER_ERRORS:
         # The pixels are whole (load() passed); only the EXIF block is damaged, so there is no
         # orientation to apply.
-        return image
+        return 1
+    return orientation if orientation in UPRIGHT_TURNS else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,9 @@ from pathlib import Path
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.images import decode_image
 from clipsys.progress import Advance, progress
-from clipsys.shards import DEFAULT_SHARD_BYTES, Sample, ShardInfo, write_shards
+from clipsys.shard_manifest import ShardInfo
+from clipsys.shard_writing import DEFAULT_SHARD_BYTES, write_shards
+from clipsys.shards import Sample
 from clipsys.sources import Columns, Record, iterate_source, to_sample
 
 

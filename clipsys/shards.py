@@ -1,4 +1,4 @@
-"""WebDataset shards: what a sample is, how shards are named, read, counted and written.
+"""WebDataset shards: what a sample is, how shards are named and read.
 
 A shard is a tar file. Members that share a name up to the first dot are one sample::
 
@@ -13,24 +13,20 @@ Shards are only ever streamed: nothing is extracted, nothing is unpickled, no sh
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
+import itertools
 import json
 import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from clipsys.errors import DataError
 from clipsys.images import EXTENSIONS
-
-#: Name of the file that describes a set of shards: counts, sizes and hashes.
-MANIFEST_NAME = "shards.json"
-#: Default size of a shard. Large enough to stream well, small enough to shuffle by shard.
-DEFAULT_SHARD_BYTES = 100_000_000
+from clipsys.remote import ATTEMPTS, is_remote, open_url, pause, reason_of
 
 _IMAGE_SUFFIXES = frozenset(ending.lstrip(".") for ending in EXTENSIONS)
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
@@ -154,7 +150,8 @@ def iterate_raw(
 ) -> Iterator[dict[str, Any]]:
     """Streams webdataset's raw samples: ``__key__``, ``__url__`` and the members' bytes.
 
-    A shard that breaks off gives the samples before the break.
+    A shard that breaks off gives the samples before the break. Of a remote one the rest is asked
+    for again, a few times.
 
     Args:
         shards: paths or urls, in the order in which they are read.
@@ -164,32 +161,47 @@ def iterate_raw(
         DataError: a shard cannot be read and ``on_error`` is not given.
     """
     for shard in shards:
-        failure: list[Exception] = []
-
-        def stop(error: Exception, failure: list[Exception] = failure) -> bool:
-            failure.append(error)
-            return False  # webdataset: end this stream
-
-        try:
-            with _open_shard(shard) as stream:
-                yield from _raw_samples(shard, stream, stop)
-                if not failure and _lacks_end(shard, stream):
-                    failure.append(tarfile.ReadError("unexpected end of data"))
-        except OSError as error:
-            failure.append(error)
-        if failure:
-            if on_error is None:
-                raise DataError(_shard_failure(shard, failure[0])) from failure[0]
-            on_error(shard, failure[0])
+        given = 0
+        for attempt in range(1, (ATTEMPTS if is_remote(shard) else 1) + 1):
+            failure: list[Exception] = []
+            for raw in itertools.islice(_one_shard(shard, failure), given, None):
+                given += 1
+                yield raw
+            if not failure:
+                break
+            if is_remote(shard) and attempt < ATTEMPTS:
+                pause(shard, failure[-1], attempt)
+            elif on_error is None:
+                raise DataError(shard_failure(shard, failure[-1])) from failure[-1]
+            else:
+                on_error(shard, failure[-1])
 
 
-def _open_shard(shard: str) -> IO[bytes]:
-    if "://" not in shard:
-        return Path(shard).open("rb")
-    import webdataset
+def _one_shard(shard: str, failure: list[Exception]) -> Iterator[dict[str, Any]]:
+    """The samples of a shard up to its end or its first failure, which is left in the list."""
 
-    stream: IO[bytes] = webdataset.gopen.gopen(shard)
-    return stream
+    def stop(error: Exception) -> bool:
+        failure.append(error)
+        return False  # webdataset: end this stream
+
+    # One sample is held back: where a shard breaks off, its last sample may lack members.
+    held: dict[str, Any] | None = None
+    try:
+        with _open_shard(shard) as stream:
+            for raw in raw_samples(shard, stream, stop):
+                if held is not None:
+                    yield held
+                held = raw
+            if not failure and _lacks_end(shard, stream):
+                failure.append(tarfile.ReadError("unexpected end of data"))
+    except OSError as error:
+        failure.append(error)
+    if held is not None and not failure:
+        yield held
+
+
+def _open_shard(shard: str) -> AbstractContextManager[IO[bytes]]:
+    return open_url(shard) if is_remote(shard) else Path(shard).open("rb")
 
 
 def _lacks_end(shard: str, stream: IO[bytes]) -> bool:
@@ -197,16 +209,23 @@ def _lacks_end(shard: str, stream: IO[bytes]) -> bool:
 
     Every tar writer closes an archive with two blocks of zeros.
     """
-    if "://" in shard:
+    if is_remote(shard):
         return False
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - 1024))
     return size > 0 and stream.read() != bytes(1024)
 
 
-def _raw_samples(
+def raw_samples(
     shard: str, stream: IO[bytes], handler: Callable[[Exception], bool]
 ) -> Iterator[dict[str, Any]]:
+    """The samples of one open tar; `iterate_raw` for a stream that is at hand.
+
+    Args:
+        shard: what the samples name as their origin.
+        stream: read from its position to its end.
+        handler: called when the stream breaks off; returns False.
+    """
     # webdataset's own opener would leave the file to the garbage collector.
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -214,15 +233,16 @@ def _raw_samples(
     yield from group_by_keys(members, handler=handler)
 
 
-def _shard_failure(shard: str, error: Exception) -> str:
+def shard_failure(shard: str, error: Exception) -> str:
+    """What is wrong with a shard that could not be read to its end, in one line."""
     if isinstance(error, tarfile.ReadError):
         if "unexpected end" in str(error):
             return f"{shard}: the shard is truncated; make it again or remove it"
         return f"{shard}: not a tar file; remove it, or name the shards one by one"
     if isinstance(error, ValueError) and "duplicate file name" in str(error):
         return f"{shard}: two members of one sample have the same name ({error.args[0]})"
-    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error.args[:1]}"
-    return f"{shard}: the shard cannot be read ({reason})"
+    asked = f", asked {ATTEMPTS} times" if is_remote(shard) else ""
+    return f"{shard}: the shard cannot be read ({reason_of(error)}{asked})"
 
 
 def iterate_samples(
@@ -240,7 +260,7 @@ def read_image(shard: str, key: str) -> bytes:
         DataError: the shard cannot be read, or has no such sample.
     """
     place = f"{shard}#{key}"
-    if "://" in shard:
+    if is_remote(shard):
         for raw in iterate_raw([shard]):
             if raw["__key__"] == key:
                 return parse_sample(raw).image
@@ -274,161 +294,3 @@ def _image_members(shard: str, mtime_ns: int, size_bytes: int) -> dict[str, tupl
                 key = f"{folder}/{stem}" if folder else stem
                 members.setdefault(key, (member.offset_data, member.size))
     return members
-
-
-def count_samples(shard: str) -> tuple[int, str | None]:
-    """Counts the samples that a shard will give, and says what is wrong with it.
-
-    Returns:
-        The number of samples, and the fault that ends the shard early, or None.
-
-    Raises:
-        DataError: it is not a tar file at all, or holds no sample.
-    """
-    faults: list[str] = []
-    count = sum(
-        1
-        for _ in iterate_raw(
-            [shard], on_error=lambda name, error: faults.append(_shard_failure(name, error))
-        )
-    )
-    if count == 0:
-        raise DataError(faults[0] if faults else f"{shard}: the shard has no samples")
-    return count, faults[0] if faults else None
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What the manifest says of one shard: its name, samples, size and content."""
-
-    name: str
-    num_samples: int
-    size_bytes: int
-    sha256: str
-
-
-def write_shards(
-    samples: Iterable[Sample],
-    out: str | Path,
-    *,
-    prefix: str = "shard",
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> list[ShardInfo]:
-    """Writes samples into ``OUT/PREFIX-00000.tar`` and onwards, and adds them to the manifest.
-
-    The bytes depend on the samples and nothing else (no times, no owners). Each shard appears
-    under its name only when it is complete.
-
-    Returns:
-        One `ShardInfo` per shard written.
-
-    Raises:
-        DataError: shards of this prefix are already there, or a key occurs twice.
-    """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob(f"{prefix}-*.tar")):
-        raise DataError(
-            f"{folder}: already has {prefix}-*.tar shards; choose an empty folder or remove them"
-        )
-    written: list[ShardInfo] = []
-    seen: set[str] = set()
-    stream = iter(samples)
-    pending = next(stream, None)
-    try:
-        while pending is not None:
-            path = folder / f"{prefix}-{len(written):05d}.tar"
-            partial = path.with_suffix(".tar.partial")
-            count = 0
-            with partial.open("wb") as file:
-                with _TarWriter(file) as writer:
-                    while pending is not None and (count == 0 or file.tell() < shard_bytes):
-                        if pending.key in seen:
-                            raise DataError(f"{folder}: the key {pending.key!r} occurs twice")
-                        seen.add(pending.key)
-                        writer.write(pending)
-                        count += 1
-                        pending = next(stream, None)
-                file.flush()
-                os.fsync(file.fileno())
-            digest = hash_file(partial)
-            partial.rename(path)
-            written.append(ShardInfo(path.name, count, path.stat().st_size, digest))
-    except BaseException:
-        # An interrupted pack must not look like a finished one.
-        for leftover in (
-            *folder.glob(f"{prefix}-*.tar.partial"),
-            *(folder / w.name for w in written),
-        ):
-            leftover.unlink(missing_ok=True)
-        raise
-    if written:
-        _add_to_manifest(folder, written)
-    return written
-
-
-class _TarWriter:
-    """Writes samples as tar members with constant owner and time."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        import webdataset
-
-        self._writer = webdataset.TarWriter(file, encoder=False, mtime=0.0, user="", group="")
-
-    def __enter__(self) -> _TarWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._writer.close()
-
-    def write(self, sample: Sample) -> None:
-        members: dict[str, Any] = {"__key__": sample.key, sample.suffix: sample.image}
-        if sample.captions:
-            members["txt"] = sample.captions[0].encode()
-        if sample.label is not None:
-            members["cls"] = sample.label.encode()
-        details = dict(sample.metadata)
-        if len(sample.captions) > 1:
-            details["captions"] = list(sample.captions)
-        if details:
-            members["json"] = json.dumps(details, ensure_ascii=False, sort_keys=True).encode()
-        self._writer.write(members)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _add_to_manifest(folder: Path, written: Sequence[ShardInfo]) -> None:
-    shards = {info.name: info for info in read_manifest(folder)}
-    shards |= {info.name: info for info in written}
-    document = {
-        "format": "clipsys-shards/1",
-        "num_samples": sum(info.num_samples for info in shards.values()),
-        "shards": [vars(shards[name]) for name in sorted(shards)],
-    }
-    path = folder / MANIFEST_NAME
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_manifest(folder: str | Path) -> list[ShardInfo]:
-    """Reads a folder's ``shards.json``. Empty where there is none.
-
-    Raises:
-        DataError: it is there and cannot be read.
-    """
-    path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
-        return []
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return [ShardInfo(**entry) for entry in cast("list[dict[str, Any]]", document["shards"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a shard manifest ({error}); delete it to go on") from error

@@ -76,7 +76,8 @@ def image_folder(tmp_path: Path) -> Path:
 
 def write_training_shards(folder: Path, count: int = 64, *, shard_bytes: int = 60_000) -> str:
     """Shards of noise images with captions, labels and metadata; returns their glob."""
-    from clipsys.shards import Sample, write_shards
+    from clipsys.shard_writing import write_shards
+    from clipsys.shards import Sample
 
     def samples() -> Any:
         for number in range(count):

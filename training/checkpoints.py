@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ class TrainState:
     """Everything a run needs to go on, beside weights and optimizer.
 
     The order of samples, their augmentation and dropout are functions of the seed and the step, so
-    the step is all there is to remember.
+    the step is all there is to remember of them.
+
+    Attributes:
+        order: fingerprint of the order of samples; empty in checkpoints of older versions.
+        skipped: samples that could not be used so far, by reason.
     """
 
     step: int
@@ -37,6 +41,8 @@ class TrainState:
     batch_size: int
     world_size: int
     seed: int
+    order: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -105,7 +111,8 @@ class Checkpoints:
             ConfigError: it does not fit the model, the ZeRO stage or the number of ranks.
         """
         saved = engine.load(self._folder, name)
-        return TrainState(**{field: saved[field] for field in TrainState.__dataclass_fields__})
+        known = TrainState.__dataclass_fields__.keys() & saved.keys()
+        return TrainState(**{name: saved[name] for name in known})
 
 
 def latest_model(run: Path, step: int | None = None) -> Path:

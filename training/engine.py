@@ -31,6 +31,7 @@ from clipsys.training.distributed import rank, world_size
 from clipsys.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.processes import import_deepspeed
 from clipsys.training.recipe import EngineConfig
+from clipsys.training.repartition import load_parts, parts_to_divide
 from clipsys.training.towers import ContrastiveModel, Features
 
 _logger = logging.getLogger(__name__)
@@ -240,10 +241,16 @@ class Engine:
         """Reads what `save` wrote, on every rank together, and returns the state given then.
 
         Raises:
-            ConfigError: it was written with another ZeRO stage or number of ranks.
+            ConfigError: it was written with another ZeRO stage, or at stage 3 by another number of
+                ranks.
         """
+        parts = parts_to_divide(folder / tag, zero_stage=self.config.zero_stage)
         try:
-            path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+            path, state = self._engine.load_checkpoint(
+                str(folder), tag=tag, load_optimizer_states=not parts
+            )
+            if parts:
+                load_parts(self._optimizer, parts)
         except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(

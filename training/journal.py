@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, skipped.jsonl and the loss curve."""
+"""What a run writes down: metrics.jsonl, TensorBoard and the loss curve."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipsys.training.data import Skipped
-
 METRICS_NAME = "metrics.jsonl"
-SKIPPED_NAME = "skipped.jsonl"
 
 
 class Journal:
@@ -30,12 +27,6 @@ class Journal:
         for name, value in figures.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
-
-    def skip(self, skipped: tuple[Skipped, ...]) -> None:
-        """Lists samples that could not be used."""
-        with (self._run / SKIPPED_NAME).open("a", encoding="utf-8") as file:
-            for one in skipped:
-                file.write(json.dumps(vars(one)) + "\n")
 
     def close(self) -> None:
         """Flushes and closes."""

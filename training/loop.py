@@ -32,20 +32,17 @@ from clipsys.models import ModelParts
 from clipsys.preprocessing import Preprocessing
 from clipsys.progress import Advance, progress
 from clipsys.training.checkpoints import Checkpoints, TrainState
-from clipsys.training.data import (
-    Batch,
-    Decoder,
-    Skipped,
-    TrainingBatches,
-    load_batches,
-    open_shards,
-)
+from clipsys.training.data import TrainingBatches, open_shards, sample_order
 from clipsys.training.distributed import gather_objects, on_first_rank, rank, world_size
 from clipsys.training.engine import Engine
 from clipsys.training.journal import Journal, plot_curves
+from clipsys.training.loader import load_batches
+from clipsys.training.plan import Plan, StepClock, plan_run
 from clipsys.training.processes import start_processes
 from clipsys.training.recipe import Recipe
+from clipsys.training.samples import Batch, Decoder, Skipped
 from clipsys.training.schedule import lr_factor
+from clipsys.training.skips import SkipLedger
 from clipsys.training.starting import initial_model
 from clipsys.training.step import StepFigures, TrainingStep
 from clipsys.training.towers import ContrastiveModel, TowerOptions
@@ -111,8 +108,9 @@ class _Trainer:
     def __init__(self, recipe: Recipe, run: Path, device: torch.device) -> None:
         self.recipe, self.run, self.device = recipe, run, device
         self.parts = self._new_model()
-        self.shard_set = on_first_rank(lambda: open_shards(recipe.data.train))
-        self.steps_per_epoch = self.shard_set.steps_per_epoch(recipe.data.batch_size)
+        self.shard_set = on_first_rank(lambda: open_shards(recipe.data))
+        self.order = sample_order(recipe.data, self.shard_set, recipe.seed)
+        self.steps_per_epoch = self.order.steps_per_epoch(recipe.data.batch_size)
         self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
         self.validation = Validation(
             recipe.evaluation,
@@ -131,43 +129,62 @@ class _Trainer:
         )
         # The engine trains its own copy's parameters in place; this one is for export, so that
         # averaged or gathered weights never pass through the model that trains.
-        self.export_parts = (
-            initial_model(recipe.model, loss=recipe.objective.loss) if rank() == 0 else self.parts
-        )
+        self.export_parts = self._new_model() if rank() == 0 else self.parts
         self.train_step = TrainingStep(recipe, self.engine, self.parts.preprocessing)
-        share = recipe.data.batch_size // world_size()
-        self.micro_steps = share // (recipe.data.micro_batch_size or share)
         self.checkpoints = Checkpoints(run, keep=recipe.checkpoint.keep)
         self.journal: Journal | None = None
         self.window = _Window()
         self.step = 0
-        self.skipped = 0
+        self.skips = SkipLedger(
+            run,
+            max_share=recipe.data.max_bad_share,
+            epoch_samples=self.order.num_positions,
+            writes=rank() == 0,
+        )
         self.figures: dict[str, float] = {}
+        self.plan = self._plan(precision)
         self._announce(precision)
 
     def _new_model(self) -> ModelParts:
         return initial_model(self.recipe.model, loss=self.recipe.objective.loss)
 
+    def _plan(self, precision: str) -> Plan:
+        preprocessing = self.parts.preprocessing
+        side = self.recipe.data.load_size
+        return plan_run(
+            self.recipe,
+            self.export_parts.model,
+            precision=precision,
+            world_size=world_size(),
+            num_samples=self.order.num_positions,
+            embed_dim=int(self.parts.config["embed_dim"]),
+            image_size=(side, side) if side else preprocessing.size,
+            tile_size=self.train_step.tile_size,
+        )
+
     def _announce(self, precision: str) -> None:
+        """Says what the run is and what it takes; only rank 0 speaks."""
         if rank() != 0:
             return
-        size = sum(parameter.numel() for parameter in self.export_parts.model.parameters())
-        data = self.recipe.data
+        data, epochs = self.recipe.data, self.recipe.schedule.epochs
         _logger.info(
-            "%.1f M parameters, %s, ZeRO stage %d, %d process(es) on %s; %s samples in %d shards, "
-            "%d epochs of %d steps, %d pairs each",
-            size / 1e6,
-            precision,
-            self.recipe.engine.zero_stage,
+            "%d process(es) on %s, %s, ZeRO stage %d; %s samples in %d shards, %d epochs of %d "
+            "steps, %d pairs each, %d rows of logits at once",
             world_size(),
             self.device.type,
+            precision,
+            self.recipe.engine.zero_stage,
             f"{self.shard_set.num_samples:,}",
             len(self.shard_set.shards),
-            self.recipe.schedule.epochs,
+            epochs,
             self.steps_per_epoch,
             data.batch_size,
+            min(self.train_step.tile_size, data.batch_size),
         )
-        dropped = self.shard_set.num_samples - self.steps_per_epoch * data.batch_size
+        _logger.info("%s", self.plan)
+        for warning in self.plan.warnings:
+            _logger.warning("%s", warning)
+        dropped = self.order.num_positions - self.steps_per_epoch * data.batch_size
         if dropped:
             _logger.info("the last %d samples of each epoch's order are dropped", dropped)
 
@@ -178,15 +195,30 @@ class _Trainer:
             return
         state = self.checkpoints.load(self.engine, latest)
         expected = self._state()
-        for name in ("steps_per_epoch", "batch_size", "world_size", "seed"):
+        for name in ("seed", "batch_size", "steps_per_epoch"):
             was, now = getattr(state, name), getattr(expected, name)
             if was != now:
                 raise TrainingError(
                     f"{self.run}: the run was started with {name} {was}, now it is {now}; "
                     "resume it as it was, or start a new run from its model (model.pretrained)"
                 )
+        if state.order not in ("", expected.order):
+            raise TrainingError(
+                f"{self.run}: the samples or their order have changed since the run was started "
+                "(the shards of data.train, their sizes or weights, data.shuffle_shards, "
+                "data.resampled or data.samples_per_epoch); resume it as it was, or start a new "
+                "run from its model (model.pretrained)"
+            )
         self.step = state.step
+        self.skips.resume(state.step, state.skipped)
         _logger.info("resuming after step %d of %d", self.step, self.total_steps)
+        if state.world_size != expected.world_size:
+            _logger.info(
+                "%d process(es) instead of %d: the batches go on with the samples that they would "
+                "have had; augmentation and dropout are drawn per process, so they differ",
+                expected.world_size,
+                state.world_size,
+            )
 
     def _state(self) -> TrainState:
         return TrainState(
@@ -195,28 +227,35 @@ class _Trainer:
             batch_size=self.recipe.data.batch_size,
             world_size=world_size(),
             seed=self.recipe.seed,
+            order=self.order.fingerprint(),
+            skipped=dict(self.skips.reasons),
         )
 
     def run_all(self) -> None:
         """Trains to the end, evaluating and saving on the way."""
         if rank() == 0:
             self.journal = Journal(self.run)
+        if self.step == 0:
+            self.skips.resume(0, {})
+            self.skips.note(self.shard_set.faults, step=0)
         self.engine.train()
         remaining = self.total_steps - self.step
         self.window = _Window()
         batches = load_batches(self._dataset(), self.recipe.data.workers)
         title = "Training" if rank() == 0 else None
+        clock = StepClock(remaining_steps=remaining, batch_size=self.recipe.data.batch_size)
         with _bar(title, remaining) as advance:
             while self.step < self.total_steps:
                 asked = time.monotonic()
-                own = list(islice(batches, self.micro_steps))
+                own = list(islice(batches, self.plan.micro_batches))
                 self.window.waited_s += time.monotonic() - asked
                 self._train_step(own)
+                clock.tick()
                 advance(1, note=self._note())
                 if self._due(self.recipe.evaluation.every_epochs):
                     with self._pause():
                         self._evaluate()
-                if self._due(self.recipe.checkpoint.every_epochs) and self.step < self.total_steps:
+                if self._saving_is_due() and self.step < self.total_steps:
                     with self._pause():
                         self._save()
         self._finish()
@@ -235,6 +274,7 @@ class _Trainer:
         loading = Preprocessing(**{**vars(target), "size": (side, side) if side else target.size})
         return TrainingBatches(
             self.shard_set,
+            self.order,
             Decoder(
                 preprocessing=loading,
                 tokenizer=self.parts.tokenizer,
@@ -243,11 +283,11 @@ class _Trainer:
                 label_key=data.label_key,
                 max_image_pixels=data.max_image_pixels,
                 seed=self.recipe.seed,
+                decode=data.decode,
             ),
+            cache=data.shard_cache,
             batch_size=data.batch_size,
             micro_batch_size=data.micro_batch_size,
-            shuffle_buffer=data.shuffle_buffer,
-            cache_bytes=data.cache_mb * 1_000_000,
             rank=rank(),
             world_size=world_size(),
             epochs=self.recipe.schedule.epochs,
@@ -258,6 +298,11 @@ class _Trainer:
         if self.step == self.total_steps:
             return True
         return bool(every_epochs) and self.step % (self.steps_per_epoch * every_epochs) == 0
+
+    def _saving_is_due(self) -> bool:
+        config = self.recipe.checkpoint
+        inside = bool(config.every_steps) and self.step % config.every_steps == 0
+        return inside or self._due(config.every_epochs)
 
     def _train_step(self, batches: Sequence[Batch]) -> None:
         factor = lr_factor(self.step, self.total_steps, self.recipe.schedule)
@@ -272,18 +317,11 @@ class _Trainer:
 
     def _count_skipped(self, own: Sequence[Skipped]) -> None:
         gathered = gather_objects(own)
-        for skipped in gathered:
-            self.skipped += len(skipped)
-            if skipped and self.journal:
-                self.journal.skip(skipped)
-        allowed = self.recipe.data.max_bad_share * self.shard_set.num_samples
-        if self.skipped > max(1.0, allowed * (1 + self.step / self.steps_per_epoch)):
-            last = next(one for skipped in gathered for one in skipped)
-            raise TrainingError(
-                f"{self.skipped} samples could not be used, more than data.max_bad_share = "
-                f"{self.recipe.data.max_bad_share:.1%}; the last: {last.shard}#{last.key}: "
-                f"{last.reason}; all are in {self.run / 'skipped.jsonl'}"
-            )
+        self.skips.add(
+            [one for skipped in gathered for one in skipped],
+            step=self.step,
+            seen=self.step * self.recipe.data.batch_size,
+        )
 
     def _log(self, factor: float, figures: StepFigures) -> None:
         window = self.window
@@ -340,10 +378,8 @@ class _Trainer:
             shutil.rmtree(self.run / "model", ignore_errors=True)
             partial.rename(self.run / "model")
             plot_curves(self.run, self.run / "curves.png")
-            if self.skipped:
-                _logger.warning(
-                    "%d samples could not be used; see %s", self.skipped, self.run / "skipped.jsonl"
-                )
+            if summary := self.skips.summary():
+                _logger.warning("%s", summary)
             if self.journal:
                 self.journal.close()
 

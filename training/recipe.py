@@ -11,8 +11,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from clipsys.config import Settings
 from clipsys.errors import ConfigError
 from clipsys.training.augmentation import AugmentationConfig
-from clipsys.training.data import DataConfig, Positives
+from clipsys.training.data import DataConfig
 from clipsys.training.optimizers import OptimizerConfig
+from clipsys.training.samples import Positives
 from clipsys.training.schedule import ScheduleConfig
 
 
@@ -120,6 +121,7 @@ class CheckpointConfig(Settings):
     """What is kept of a run."""
 
     every_epochs: NonNegativeInt = Field(1, description="0: only at the end")
+    every_steps: NonNegativeInt = Field(0, description="besides; 0: not inside an epoch")
     keep: PositiveInt = Field(2, description="newest checkpoints that stay")
 
 

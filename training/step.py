@@ -12,11 +12,11 @@ import torch.distributed as dist
 from clipsys.errors import TrainingError
 from clipsys.preprocessing import Preprocessing
 from clipsys.training.augmentation import augment
-from clipsys.training.data import Batch
 from clipsys.training.distributed import gather_objects, rank, world_size
 from clipsys.training.engine import Engine, Inputs
 from clipsys.training.losses import auto_tile_size, info_nce, sigmoid_loss
 from clipsys.training.recipe import ObjectiveConfig, Recipe
+from clipsys.training.samples import Batch
 from clipsys.training.towers import Features
 from clipsys.training.validation import normalisation
 

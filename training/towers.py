@@ -114,7 +114,8 @@ class ContrastiveModel(nn.Module):
         # Before ZeRO partitions anything: the comparison inside needs whole weights.
         self._encode_tokens: Encode = text_encoder(parts.model)
         self.clip: Any = parts.model
-        self._encode_image: Encode = self.clip.encode_image
+        encode_image: Any = parts.model.encode_image
+        self._encode_image: Encode = encode_image
         self.precision = options.precision
         self._exact: dict[str, torch.Tensor] = {}
         if options.grad_checkpointing:

@@ -24,7 +24,8 @@ from clipsys.demo.scenes import (
     make_scene,
 )
 from clipsys.progress import progress
-from clipsys.shards import Sample, write_shards
+from clipsys.shard_writing import write_shards
+from clipsys.shards import Sample
 
 _CHUNK = 100
 

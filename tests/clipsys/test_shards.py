@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from clipsys.errors import DataError
+from clipsys.shard_index import index_shard
+from clipsys.shard_manifest import read_manifest
+from clipsys.shard_writing import write_shards
 from clipsys.shards import (
     Sample,
-    count_samples,
     expand_shards,
     iterate_raw,
     iterate_samples,
     parse_sample,
     read_image,
-    read_manifest,
-    write_shards,
 )
 
 
@@ -56,7 +56,7 @@ def test_the_manifest_counts_and_hashes_what_is_there(tmp_path: Path) -> None:
     for info in manifest:
         data = (tmp_path / info.name).read_bytes()
         assert (info.size_bytes, info.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-        assert count_samples(str(tmp_path / info.name)) == (info.num_samples, None)
+        assert len(index_shard(str(tmp_path / info.name))) == info.num_samples
 
 
 def test_two_prefixes_share_a_manifest(tmp_path: Path) -> None:
@@ -149,11 +149,15 @@ def test_a_truncated_shard_gives_the_samples_before_the_break(tmp_path: Path) ->
     shard = tmp_path / "shard-00000.tar"
     data = shard.read_bytes()
     shard.write_bytes(data[: len(data) // 2])
-    count, fault = count_samples(str(shard))
-    assert 0 < count < 20
-    assert fault is not None and "truncated" in fault
+    index = index_shard(str(shard))
+    assert 0 < len(index) < 20
+    assert index.fault is not None and "truncated" in index.fault
     with pytest.raises(DataError, match="truncated"):
         list(iterate_raw([str(shard)]))
+    faults: list[str] = []
+    given = list(iterate_raw([str(shard)], on_error=lambda name, error: faults.append(name)))
+    assert (len(given), faults) == (len(index), [str(shard)])
+    assert all({"jpg", "txt"} <= raw.keys() for raw in given)
 
 
 @pytest.mark.parametrize("data", [b"", b"this is not a tar file" * 100])
@@ -161,12 +165,12 @@ def test_what_is_not_a_tar_is_said_so(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad.tar"
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"bad\.tar: not a tar file"):
-        count_samples(str(path))
+        index_shard(str(path))
 
 
 def test_a_tar_without_samples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no samples"):
-        count_samples(_tar(tmp_path / "empty.tar", {}))
+        index_shard(_tar(tmp_path / "empty.tar", {}))
 
 
 @pytest.mark.parametrize("url", ["pipe:cat secrets", "file:/etc/passwd", "ftp://host/a.tar"])

@@ -12,15 +12,9 @@ import torch
 from clipsys.errors import DataError, TrainingError
 from clipsys.models import build_model
 from clipsys.preprocessing import Preprocessing
-from clipsys.training.data import (
-    Batch,
-    Decoder,
-    TrainingBatches,
-    group_id,
-    load_batches,
-    normalise_caption,
-    open_shards,
-)
+from clipsys.training.data import DataConfig, TrainingBatches, open_shards, sample_order
+from clipsys.training.loader import load_batches
+from clipsys.training.samples import Batch, Decoder, group_id, normalise_caption
 from tests.conftest import TINY_MODEL, write_training_shards
 
 
@@ -44,12 +38,15 @@ def _decoder(**options: Any) -> Decoder:
 
 def _dataset(
     shards: str, *, rank: int = 0, world_size: int = 1, epochs: int = 1, start: int = 0,
-    batch_size: int = 8, micro_batch_size: int | None = None, cache_bytes: int = 0, **options: Any,
+    batch_size: int = 8, micro_batch_size: int | None = None, data: dict[str, Any] | None = None,
+    **options: Any,
 ) -> TrainingBatches:  # fmt: skip
+    config = DataConfig(**{"train": shards, **(data or {})})
+    shard_set, decoder = open_shards(config), _decoder(**options)
     return TrainingBatches(
-        open_shards(shards), _decoder(**options), batch_size=batch_size,
-        micro_batch_size=micro_batch_size, shuffle_buffer=16,
-        cache_bytes=cache_bytes, rank=rank, world_size=world_size, epochs=epochs, start_step=start,
+        shard_set, sample_order(config, shard_set, decoder.seed), decoder, batch_size=batch_size,
+        micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, epochs=epochs,
+        start_step=start,
     )  # fmt: skip
 
 
@@ -113,11 +110,6 @@ def test_the_order_does_not_depend_on_the_number_of_workers(shards: str, workers
 def test_a_resumed_stream_continues_with_the_same_batches(shards: str, start: int) -> None:
     whole = list(_dataset(shards, epochs=2))
     assert _same(list(_dataset(shards, epochs=2, start=start)), whole[start:])
-
-
-def test_data_kept_in_memory_give_the_same_batches(shards: str) -> None:
-    cached = list(_dataset(shards, epochs=3, cache_bytes=10_000_000))
-    assert _same(cached, list(_dataset(shards, epochs=3)))
 
 
 def test_seeds_give_different_orders(shards: str) -> None:
@@ -203,7 +195,7 @@ def test_a_truncated_shard_is_reported_and_its_beginning_used(
 ) -> None:
     data = Path(sorted(Path(shards).parent.glob("*.tar"))[0]).read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) * 2 // 3])
-    shard_set = open_shards(str(tmp_path / "cut.tar"))
+    shard_set = open_shards(DataConfig(train=str(tmp_path / "cut.tar")))
     assert "truncated" in caplog.text
     batches = list(_dataset(str(tmp_path / "cut.tar"), batch_size=2))
     assert len(batches) == shard_set.num_samples // 2
@@ -217,10 +209,10 @@ def test_counts_come_from_the_manifest_unless_a_shard_has_changed(shards: str) -
     try:
         document["shards"][0]["num_samples"] += 100
         path.write_text(json.dumps(document))
-        assert open_shards(shards).num_samples == 150
+        assert open_shards(DataConfig(train=shards)).num_samples == 150
         document["shards"][0]["size_bytes"] += 1
         path.write_text(json.dumps(document))
-        assert open_shards(shards).num_samples == 50
+        assert open_shards(DataConfig(train=shards)).num_samples == 50
     finally:
         path.write_text(original)
 
@@ -233,4 +225,4 @@ def test_too_little_data_for_one_batch_is_said(shards: str) -> None:
 def test_what_is_no_shard_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not a tar file"):
-        open_shards(str(tmp_path))
+        open_shards(DataConfig(train=str(tmp_path)))

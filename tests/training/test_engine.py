@@ -108,7 +108,7 @@ def test_weights_of_16_bits_train_with_an_exact_temperature() -> None:
         assert scales == pytest.approx(exact, rel=1e-3)
         assert len(set(scales)) == _MANY_STEPS
         for name, value in expected.items():
-            # AdamW went up to 16 · 0.001 with each weight; rounded gradients stray little from that.
+            # AdamW moved each weight by up to 16 · 0.001; rounded gradients stray little from it.
             assert abs(state[name] - value).mean() < 2e-3, name
 
 

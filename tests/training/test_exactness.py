@@ -22,7 +22,6 @@ from clipsys.training.recipe import EngineConfig, ObjectiveConfig
 from clipsys.training.starting import lock_tower
 from clipsys.training.step import objective
 from clipsys.training.towers import ContrastiveModel, TowerOptions, rest_frozen
-from tests.conftest import TINY_MODEL
 from tests.ranks import run_ranks
 from tests.training.test_losses import naive_info_nce, naive_sigmoid_loss
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -141,8 +142,92 @@ def test_a_run_whose_launcher_was_killed_ends_bit_for_bit_the_same(
     assert done.returncode == 0, done.stderr
     # How far the ranks came before they noticed is the machine's business.
     assert re.search("resuming after step (6|12) of 12", done.stderr)
-    expected, actual = _weights(finished), _weights(tmp_path / "run")
-    assert all(np.array_equal(expected[name], actual[name]) for name in expected)
+    assert _same_weights(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_step_ends_bit_for_bit_the_same(
+    finished: Path, shards: str, tmp_path: Path, zero_stage: int
+) -> None:
+    settings: dict[str, Any] = {"engine": {"zero_stage": zero_stage}}
+    expected = finished
+    if zero_stage != 1:  # what `finished` has
+        (tmp_path / "whole").mkdir()
+        done = _train(_recipe(tmp_path / "whole", shards, **settings), "--nproc", 2)
+        assert done.returncode == 0, done.stderr
+        expected = tmp_path / "whole" / "run"
+    # Resumed with other numbers of workers each time: they change nothing either.
+    recipe = _recipe(tmp_path, shards, **settings, checkpoint={"every_epochs": 0, "every_steps": 2})
+    kills = sorted(random.Random(4).sample(range(3, 2 * _STEPS_PER_EPOCH + 1), 3))
+    sys.stderr.write(f"killed in steps {kills}\n")
+    saved = 0
+    for workers, step in enumerate(kills):
+        resume = ["--resume"] if saved else []
+        _kill_ranks(step - saved, recipe, f"data.workers={workers}", *resume)
+        saved = (step - 1) // 2 * 2
+        latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+        assert latest == f"step-{saved:08d}"
+    done = _train(recipe, "--nproc", 2, "--resume", "data.workers=2")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {saved} of 12" in done.stderr
+    assert _same_weights(expected, tmp_path / "run")
+
+
+def _same_weights(first: Path, second: Path) -> bool:
+    expected, actual = _weights(first), _weights(second)
+    assert expected.keys() == actual.keys()
+    return all(np.array_equal(expected[name], actual[name]) for name in expected)
+
+
+def _kill_ranks(last: int, *arguments: object) -> None:
+    """Two ranks without a launcher that end themselves in their step ``last``."""
+    script = Path(__file__).with_name("mortal_rank.py")
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(script), str(last), "train", *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=240)
+        assert rank.returncode == -signal.SIGKILL, said
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    shards: str, tmp_path: Path, zero_stage: int
+) -> None:
+    # No augmentation and no dropout: then the number of processes may change nothing but rounding.
+    sections = {"engine": {"zero_stage": zero_stage}, "augmentation": {"flip": 0.0,
+                "brightness": 0.0, "crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]},
+                "evaluation": {"every_epochs": 0}}  # fmt: skip
+    recipes = []
+    for name in ("whole", "parted"):
+        (tmp_path / name).mkdir()
+        recipes.append(_recipe(tmp_path / name, shards, **sections))
+    done = _train(recipes[0])
+    assert done.returncode == 0, done.stderr
+    _kill_ranks(9, recipes[1], "checkpoint.every_steps=4")
+    done = _train(recipes[1], "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 8 of 12" in done.stderr
+    assert "1 process(es) instead of 2: the batches go on" in done.stderr
+    expected, actual = (_weights(tmp_path / name / "run") for name in ("whole", "parted"))
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-3, atol=2e-5)
 
 
 def _wait_until_nothing_is_left(mark: str) -> None:
@@ -206,7 +291,8 @@ def test_ranks_started_by_torchrun_train_together(shards: str, tmp_path: Path) -
 
 
 def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path: Path) -> None:
-    from clipsys.shards import Sample, write_shards
+    from clipsys.shard_writing import write_shards
+    from clipsys.shards import Sample
 
     def samples() -> Any:
         for number in range(48):

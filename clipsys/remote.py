@@ -1,0 +1,178 @@
+"""Shards behind a url: opened by webdataset or fsspec, retried, kept on disc while they are used.
+
+    open_url      a stream. http, https and hf go through webdataset's opener (curl), which works
+                  wherever curl is; s3 and gs through fsspec, if s3fs or gcsfs is installed
+    ShardCache    a folder of whole shards that all processes of a machine share; each is fetched
+                  once, the longest unused go when the folder grows past its limit
+
+A source that fails, also in the middle, is asked again a few times and then reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TypeVar, cast
+
+from clipsys.errors import DataError
+
+_logger = logging.getLogger(__name__)
+
+#: How often a source is asked in all, and the pause after the first failure; it doubles each time.
+ATTEMPTS = 4
+FIRST_PAUSE_S = 0.5
+
+_CURL_STATUS = {
+    "6": "unknown host",
+    "7": "no connection",
+    "18": "the transfer broke off",
+    "22": "the server refuses it",
+    "28": "timeout",
+    "52": "the server sends nothing",
+    "56": "the transfer broke off",
+}
+
+_Result = TypeVar("_Result")
+
+
+def is_remote(shard: str) -> bool:
+    """Whether a shard is named by a url."""
+    return "://" in shard
+
+
+@contextmanager
+def open_url(url: str) -> Iterator[IO[bytes]]:
+    """Opens a url for reading.
+
+    Raises:
+        OSError: it cannot be opened, or its transfer has failed by the time it is closed.
+        DataError: what reads such urls is not installed.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme in ("http", "https", "hf") and shutil.which("curl"):
+        from webdataset.gopen import gopen_schemes
+
+        # Not gopen() itself, which lets the environment rewrite a url into a shell command.
+        stream = gopen_schemes[scheme](url, "rb")
+    else:
+        import fsspec
+
+        try:
+            stream = fsspec.open(url, "rb").open()
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{url}: cannot be opened ({error})") from error
+    failed = False
+    try:
+        yield cast("IO[bytes]", stream)
+    except BaseException:
+        failed = True
+        raise
+    finally:
+        # A reader that stops early breaks curl's pipe: that is no failure of its own.
+        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+            stream.close()
+
+
+def retried(url: str, action: Callable[[], _Result]) -> _Result:
+    """What ``action()`` returns, asked again when it fails with an `OSError`.
+
+    Raises:
+        DataError: it has failed `ATTEMPTS` times.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except OSError as error:
+            if attempt == ATTEMPTS:
+                raise DataError(
+                    f"{url}: cannot be read, asked {ATTEMPTS} times ({reason_of(error)})"
+                ) from error
+            pause(url, error, attempt)
+    raise AssertionError("unreachable")
+
+
+def pause(url: str, error: Exception, attempt: int) -> None:
+    """Says what happened and waits, longer after each attempt (counted from 1)."""
+    pause_s = FIRST_PAUSE_S * 2 ** (attempt - 1)
+    _logger.warning("%s: %s; asking again in %g s", url, reason_of(error), pause_s)
+    time.sleep(pause_s)
+
+
+def reason_of(error: Exception) -> str:
+    """What an opener's error says, in a few words."""
+    text = " ".join(str(error).split())
+    _, marker, status = text.partition("]: exit ")  # webdataset prints the whole curl command
+    if "curl" in text and (marker or "exit " in text):
+        code = (status or text.rpartition("exit ")[2]).split()[0]
+        return _CURL_STATUS.get(code, f"curl ended with status {code}")
+    return getattr(error, "strerror", None) or text or type(error).__name__
+
+
+def fetch(url: str, path: Path) -> None:
+    """Copies a url to a file, which appears only when it is complete.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+    def copy() -> None:
+        with partial.open("wb") as file, open_url(url) as stream:
+            shutil.copyfileobj(stream, file, 1 << 20)
+
+    try:
+        retried(url, copy)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class ShardCache:
+    """Local copies of remote shards. Safe between processes; travels to workers."""
+
+    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+
+    def open(self, shard: str) -> io.FileIO:
+        """Opens a shard: a local one where it lies, a remote one from its copy.
+
+        A copy that is removed while it is open can be read to its end.
+
+        Raises:
+            OSError, DataError: it cannot be read.
+        """
+        if not is_remote(shard):
+            return io.FileIO(shard)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / (hashlib.sha256(shard.encode()).hexdigest()[:32] + ".tar")
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others wait for it
+            if not path.exists():
+                fetch(shard, path)
+                self._make_room(path)
+            os.utime(path)
+            return io.FileIO(path)
+
+    def _make_room(self, newest: Path) -> None:
+        copies = []
+        for path in self._folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                copies.append((status.st_mtime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in copies) - self._limit_bytes
+        for _, size, path in sorted(copies):
+            if excess <= 0:
+                return
+            if path != newest:
+                path.unlink(missing_ok=True)
+                excess -= size

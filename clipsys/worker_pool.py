@@ -1,0 +1,71 @@
+"""Work in other processes, results in order, nothing left behind.
+
+`ordered_map` is ``map`` in processes: it takes items only a little ahead of what is asked for, so a
+stream of any length fits in memory. `end_with_parent` ends a process when the one that started it
+is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+#: Items that wait for each worker, so that none is idle while results are written.
+_AHEAD = 4
+
+
+def ordered_map(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
+) -> Iterator[_Result]:
+    """``function(item)`` of each item, in their order, computed in worker processes.
+
+    Args:
+        function: picklable, as are items and results; raises nothing that shall be survived.
+        items: taken ``4 * workers`` ahead.
+        workers: processes; below 2 everything happens in this one.
+    """
+    if workers < 2:
+        yield from map(function, items)
+        return
+    # Not fork: a child of a process with threads can hang.
+    context = multiprocessing.get_context("forkserver")
+    lifeline, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=end_with_parent, initargs=(lifeline,)
+    )
+    waiting: deque[Future[_Result]] = deque()
+    with lifeline, held:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= workers * _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent(lifeline: Connection) -> None:
+    """Ends this process when the other end of a pipe, which only its parent holds, is closed.
+
+    Watching the parent's number does not do: under forkserver that is the server's, which in turn
+    waits for its children.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv_bytes()  # nothing is ever sent
+        os._exit(0)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
