@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -113,9 +113,8 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         # Before ZeRO partitions anything: the comparison inside needs whole weights.
         self._encode_tokens: Encode = text_encoder(parts.model)
-        self.clip: Any = parts.model
-        encode_image: Any = parts.model.encode_image
-        self._encode_image: Encode = encode_image
+        self.clip = cast("Any", parts.model)
+        self._encode_image: Encode = self.clip.encode_image
         self.precision = options.precision
         self._exact: dict[str, torch.Tensor] = {}
         if options.grad_checkpointing:

@@ -281,3 +281,19 @@ def test_every_option_is_exact_in_one_of_the_splits(world_size: int) -> None:
 @pytest.mark.parametrize("variant", list(_VARIANTS))
 def test_every_option_is_exact_in_all_splits(variant: str, world_size: int) -> None:
     _check([case._replace(**_VARIANTS[variant]) for case in _FEW_SPLITS], world_size)
+
+
+def _autocast(rank: int, world_size: int, cases: list[Case]) -> list[Result]:
+    return [_train(rank, world_size, case) for case in cases]
+
+
+def test_autocast_errs_as_much_in_any_split() -> None:
+    # bf16 has 8 bits: a product errs by up to 0.4 %, and a tower of two blocks by a few times that.
+    # Splitting the work must add nothing to it but other roundings of the same size.
+    reference = _reference(Case(), 1)
+    splits = [Case(stage=stage, micro_batches=4, precision="bf16") for stage in (0, 1, 3)]
+    shares = run_ranks(_autocast, 2, [Case(stage=1, precision="bf16"), *splits])[0]
+    for name, gradient in reference.gradients.items():
+        whole, *parts = (_distance(share.gradients[name], gradient) for share in shares)
+        assert whole < 0.1, name
+        assert max(parts) < max(1.5 * whole, 0.02), name
