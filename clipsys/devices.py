@@ -58,6 +58,32 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return chosen
 
 
+def choose_training_precision(asked: str, device: torch.device) -> str:
+    """What a run computes in; ``auto`` decides by the device, and says why.
+
+    Returns:
+        ``fp32``; ``bf16`` (autocast over float32 parameters); ``bf16_params``; or ``fp16``.
+
+    Raises:
+        ConfigError: the device cannot compute in what was asked for.
+    """
+    import torch
+
+    if asked == "auto":
+        fast, reason = _bf16_is_fast(device)
+        old_gpu = device.type == "cuda" and not fast
+        chosen = "bf16" if fast else "fp16" if old_gpu else "fp32"
+        _logger.info("precision: %s (%s)", chosen, reason)
+        return chosen
+    if (
+        asked == "fp16"
+        and device.type == "cpu"
+        and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    ):
+        raise ConfigError("engine.precision fp16: this processor cannot compute in fp16; use fp32")
+    return asked
+
+
 def _bf16_is_fast(device: torch.device) -> tuple[bool, str]:
     import torch
 

@@ -87,13 +87,8 @@ def build_model(
     """
     import open_clip
 
-    if isinstance(architecture, str):
-        config = open_clip.get_model_config(architecture)
-        if config is None:
-            raise ModelError(_unknown_name(architecture))
-        name = architecture
-    else:
-        config, name = deepcopy(dict(architecture)), "custom"
+    config = architecture_config(architecture)
+    name = architecture if isinstance(architecture, str) else "custom"
     document = {"model_cfg": config, "preprocess_cfg": dict(preprocess or {})}
     with tempfile.TemporaryDirectory(prefix="clipsys-model-") as folder:
         Path(folder, CONFIG_NAME).write_text(json.dumps(document), encoding="utf-8")
@@ -110,6 +105,22 @@ def build_model(
         tokenizer = _tokenizer(name if name != "custom" else f"local-dir:{folder}", config)
     preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     return ModelParts(model, tokenizer, config, preprocessing, name)
+
+
+def architecture_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's ``model_cfg`` of a name that it knows; a copy of what is one already.
+
+    Raises:
+        ModelError: the name is not known.
+    """
+    import open_clip
+
+    if not isinstance(architecture, str):
+        return deepcopy(dict(architecture))
+    config: dict[str, Any] | None = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ModelError(_unknown_name(architecture))
+    return deepcopy(config)
 
 
 def load_model(spec: str | Path) -> ModelParts:

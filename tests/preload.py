@@ -4,6 +4,6 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from clipsys.training.engine import import_deepspeed
+from clipsys.training.processes import import_deepspeed
 
 import_deepspeed()

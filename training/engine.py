@@ -1,81 +1,49 @@
-"""The DeepSpeed engine around a contrastive model."""
+"""The DeepSpeed engine around a contrastive model: exact gradients in any number of micro-batches.
+
+One micro-batch is a plain forward and backward. With more, the loss still contrasts the whole batch
+(GradCache; Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Setup")::
+
+    pass 1   features of every micro-batch, without gradients
+    loss     of all features of all ranks, and its gradient towards this rank's features
+    pass 2   every micro-batch again, with the same dropout; what is propagated back through it is
+             Σ feature · its gradient, so that the parameters' gradients add up to the whole
+             batch's. They are exchanged between ranks once, after the last.
+
+DeepSpeed's own gradient accumulation would contrast each micro-batch on its own: another objective.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F  # noqa: N812
 
-from clipsys.devices import choose_device
 from clipsys.errors import ConfigError
-from clipsys.training.distributed import local_rank, world_size
-from clipsys.training.launch import free_port
-from clipsys.training.recipe import EngineConfig, OptimizerConfig
+from clipsys.training.averaging import WeightAverage
+from clipsys.training.distributed import rank, world_size
+from clipsys.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from clipsys.training.processes import import_deepspeed
+from clipsys.training.recipe import EngineConfig
 from clipsys.training.repartition import load_parts, parts_to_divide
-from clipsys.training.towers import ContrastiveModel, Features, parameter_groups
+from clipsys.training.towers import ContrastiveModel, Features
 
 _logger = logging.getLogger(__name__)
 
-#: A collective that waits longer than this for another rank fails.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
-
-def start_processes(asked_device: str) -> torch.device:
-    """Joins the process group that the launcher's environment describes; a group of one without.
-
-    Returns:
-        This rank's device.
-
-    Raises:
-        ConfigError: the device asked for is not there.
-    """
-    device = choose_device(asked_device)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
-    deepspeed = import_deepspeed()
-    if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
-    return device
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without its compiled extension for shared-memory collectives.
-
-    That extension only serves inference, yet DeepSpeed compiles it at every first start on a CPU,
-    and fails where there is no C++ compiler (`build_shm_op` in deepspeed/comm/torch.py, 0.19.8).
-    """
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    log = logging.getLogger("DeepSpeed")
-    for handler in list(log.handlers):  # it writes to stdout, which is for results
-        log.removeHandler(handler)
-    log.propagate = True
-    return deepspeed
+#: Gives the images and tokens of a micro-batch, the same ones at each call.
+Inputs = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+#: From this rank's features to its share of the loss.
+Loss = Callable[[Features], torch.Tensor]
 
 
 class Engine:
-    """Trains a `ContrastiveModel` through DeepSpeed: forward, backward, step, save, load."""
+    """Trains a `ContrastiveModel` through DeepSpeed: gradients, steps, checkpoints."""
 
     def __init__(
         self,
@@ -90,20 +58,21 @@ class Engine:
         self.config = config
         self.device = device
         self._peak_lr = optimizer.lr
+        # Weights of 16 bits have masters of 32: the temperature is read from those.
+        self._has_masters = model.precision in ("bf16_params", "fp16")
         model = model.to(device)
-        groups = parameter_groups(model, optimizer.weight_decay)
-        adamw = torch.optim.AdamW(
-            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
-        )
+        exact = _exact_values(model) if self._has_masters else {}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adamw,
-            config=self._deepspeed_config(local_batch_size),
+            optimizer=build_optimizer(parameter_groups(model, optimizer), optimizer),
+            config=self._deepspeed_config(local_batch_size, model.precision),
             dist_init_required=False,
         )
+        self._set_masters(exact)
         self._average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self._refresh_scale()
 
-    def _deepspeed_config(self, local_batch_size: int) -> dict[str, Any]:
+    def _deepspeed_config(self, local_batch_size: int, precision: str) -> dict[str, Any]:
         return {
             "train_micro_batch_size_per_gpu": local_batch_size,
             "gradient_accumulation_steps": 1,
@@ -111,6 +80,8 @@ class Engine:
             "gradient_clipping": self.config.gradient_clipping,
             "zero_optimization": {"stage": self.config.zero_stage},
             "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": precision == "bf16_params"},
+            "fp16": {"enabled": precision == "fp16"},
             "steps_per_print": 1_000_000_000,
         }
 
@@ -120,28 +91,116 @@ class Engine:
         module: ContrastiveModel = self._engine.module
         return module
 
-    def forward(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> Features:
-        """Encodes one batch with gradients."""
+    def accumulate(self, inputs: Sequence[Inputs], loss: Loss) -> tuple[torch.Tensor, float]:
+        """Leaves the gradients of the whole batch, for `update`.
+
+        Args:
+            inputs: this rank's micro-batches, of equal size; the same number on every rank.
+            loss: of the features of all of them, in order.
+
+        Returns:
+            This rank's share of the loss, without gradient, and the scale that it was taken at.
+        """
+        if len(inputs) == 1:
+            features = self._forward(inputs[0])
+            value = loss(features)
+            self._engine.backward(value)
+            return value.detach(), float(features.logit_scale.detach())
+        return self._accumulate_cached(inputs, loss)
+
+    def _forward(self, make: Inputs) -> Features:
+        image_BCHW, tokens_BL = make()
         if self.config.channels_last:
             image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
         features: Features = self._engine(image_BCHW, tokens_BL)
         return features
 
-    def update(self, loss: torch.Tensor, lr_factor: float) -> float:
-        """Backward, reduce, clip, step. Returns the global gradient norm before clipping."""
+    def _accumulate_cached(
+        self, inputs: Sequence[Inputs], loss: Loss
+    ) -> tuple[torch.Tensor, float]:
+        with torch.no_grad(), _kept_statistics(self.module):
+            states, parts = [], []
+            for make in inputs:
+                states.append(_random_state(self.device))
+                parts.append(self._cached(self._forward(make)))
+        leaves = Features.stack(parts, self.device)
+        value = loss(leaves)
+        value.backward()  # type: ignore[no-untyped-call]
+        gradients = [self._cached(part) for part in leaves.gradients().split(len(inputs))]
+        with self._one_reduction() as announce:
+            for number, (make, state, gradient) in enumerate(
+                zip(inputs, states, gradients, strict=True)
+            ):
+                announce(number == len(inputs) - 1)
+                _set_random_state(state, self.device)
+                surrogate = self._forward(make).dot(gradient.to(self.device))
+                # The surrogates are parts of one sum: nothing is to be divided by their number.
+                self._engine.backward(surrogate, scale_wrt_gas=False)
+        return value.detach(), float(leaves.logit_scale.detach())
+
+    def _cached(self, features: Features) -> Features:
+        return features.to(torch.device("cpu")) if self.config.cache_on_host else features
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[Callable[[bool], None]]:
+        """One exchange of gradients for all backward passes inside; told which one is the last."""
+        if self.config.zero_stage == 0:
+            yield self._engine.set_gradient_accumulation_boundary
+            return
+        with self._engine.coalesce_grad_reduction():
+            yield lambda last: None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients by parameter, between `accumulate` and `update`; on every rank."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {
+            name: gradient.detach().clone()
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and (gradient := safe_get_full_grad(parameter)) is not None
+        }
+
+    def update(self, lr_factor: float) -> float:
+        """Clips and steps. Returns the global gradient norm before clipping."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._peak_lr * lr_factor
-        self._engine.backward(loss)
+            group["lr"] = self._peak_lr * lr_factor * group["lr_factor"]
         norm = self._stage_0_norm() if self.config.zero_stage == 0 else None
         self._engine.step()
         if self._average:
             self._average.update(self.module)
+        self._refresh_scale()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def _stage_0_norm(self) -> torch.Tensor:
         # Without ZeRO, DeepSpeed reports no norm; gradients are whole on every rank.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    def _set_masters(self, values: dict[str, torch.Tensor]) -> None:
+        """Gives masters the weights as they were: DeepSpeed makes them from those of 16 bits."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            if name not in values:
+                continue
+            value = values.pop(name).to(self.device)
+            if self.config.zero_stage == 3:
+                # The call for whole values fails where they do not divide among the ranks (0.19.8).
+                padded = F.pad(value.flatten(), (0, -value.numel() % world_size()))
+                safe_set_local_fp32_param(parameter, padded.chunk(world_size())[rank()])
+            else:
+                safe_set_full_fp32_param(parameter, value)
+
+    def _refresh_scale(self) -> None:
+        if self._has_masters:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            self.module.keep_exact(
+                {
+                    name: safe_get_full_fp32_param(parameter)
+                    for name, parameter in self.module.temperature()
+                }
+            )
 
     def train(self) -> None:
         """Training mode."""
@@ -152,12 +211,16 @@ class Engine:
         """Evaluation mode, without gradients, with averaged weights where they are kept."""
         self._share_buffers()
         self._engine.eval()
-        swapped = self._average.swapped(self.module) if self._average else _nothing()
         try:
-            with torch.no_grad(), swapped:
+            with torch.no_grad(), self._averaged():
                 yield self.module
         finally:
             self._engine.train()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        with self._average.swapped(self.module) if self._average else nullcontext():
+            yield
 
     def _share_buffers(self) -> None:
         """Averages running statistics (batch norm) over ranks: each saw its part of the data."""
@@ -199,21 +262,36 @@ class Engine:
         average = state.pop("average", None)
         if self._average and average is not None:
             self._average.load(average)
+        self._refresh_scale()
         return dict(state)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Whole weights of the open_clip model, averaged ones where they are kept.
+        """Whole float32 weights of the open_clip model, averaged ones where they are kept.
 
-        Every rank must call it: ZeRO-3 gathers its partitions.
+        Every rank must call it: ZeRO gathers its partitions.
         """
         deepspeed = import_deepspeed()
         self._share_buffers()
-        if self.config.zero_stage == 3:
-            parameters = list(self.module.parameters())
-            with deepspeed.zero.GatheredParameters(parameters):
-                return _copy(self.module.clip.state_dict())
-        with self._average.swapped(self.module) if self._average else _nothing():
-            return _copy(self.module.clip.state_dict())
+        parameters = list(self.module.parameters()) if self.config.zero_stage == 3 else []
+        gathered = deepspeed.zero.GatheredParameters(parameters) if parameters else nullcontext()
+        with gathered, self._averaged():
+            state = _copy(self.module.clip.state_dict())
+        if self._has_masters:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for name, parameter in self.module.clip.named_parameters():
+                master = safe_get_full_fp32_param(parameter)
+                if parameter.requires_grad and master is not None:
+                    state[name] = master.detach().cpu().reshape(state[name].shape).clone()
+        return state
+
+
+def _exact_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -226,58 +304,26 @@ def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def _kept_statistics(module: torch.nn.Module) -> Iterator[None]:
+    """Undoes what forward passes inside do to running statistics: pass 2 is to count, alone."""
+    kept = [
+        (buffer, buffer.clone())
+        for name, buffer in module.named_buffers()
+        if "running_" in name or "num_batches_tracked" in name
+    ]
     yield
+    for buffer, value in kept:
+        buffer.copy_(value)
 
 
-class WeightAverage:
-    """Exponential moving average of weights and running statistics (Polyak & Juditsky 1992).
-
-    The decay starts low, min(decay, (1 + t) / (10 + t)), so that the first steps do not hang on to
-    random weights. Batch norm's statistics are averaged with the weights that they belong to.
-    """
-
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        self._decay = decay
-        self._updates = 0
-        self._shadow = [tensor.detach().clone() for tensor in _averaged(model)]
-
-    @torch.no_grad()
-    def update(self, model: torch.nn.Module) -> None:
-        """Moves the average towards the model."""
-        self._updates += 1
-        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
-        torch._foreach_lerp_(self._shadow, _averaged(model), 1 - decay)
-
-    @contextmanager
-    def swapped(self, model: torch.nn.Module) -> Iterator[None]:
-        """Puts the average into the model for a while."""
-        self._swap(model)
-        try:
-            yield
-        finally:
-            self._swap(model)
-
-    @torch.no_grad()
-    def _swap(self, model: torch.nn.Module) -> None:
-        for shadow, tensor in zip(self._shadow, _averaged(model), strict=True):
-            kept = tensor.clone()
-            tensor.copy_(shadow)
-            shadow.copy_(kept)
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"updates": self._updates, "shadow": self._shadow}
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self._updates = state["updates"]
-        for shadow, saved in zip(self._shadow, state["shadow"], strict=True):
-            shadow.copy_(saved)
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device
 
 
-def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
-    parameters = [parameter.detach() for parameter in model.parameters()]
-    # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
-    return parameters + [buffer for name, buffer in model.named_buffers() if "running_" in name]
+def _set_random_state(
+    state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
+) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from clipsys import errors
 from clipsys.errors import ClipsysError, ConfigError, TrainingError
@@ -109,26 +110,25 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
             command = [sys.executable, "-m", "clipsys", *arguments]
             ranks.append(subprocess.Popen(command, env={**environment, **own}))
         try:
-            failed = _wait(ranks)
+            codes = _wait(ranks)
         except KeyboardInterrupt:
             _end(ranks)
             _logger.warning("interrupted; --resume goes on from the last checkpoint")
             raise
-        if failed is not None:
+        if codes:
             _end(ranks)
-            raise _read_error(Path(folder), failed, ranks[failed].returncode)
+            raise _read_error(Path(folder), codes)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all to succeed; returns the first that failed."""
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Waits for all to succeed; returns the status of each that failed, as soon as one has."""
     while True:
         codes = [process.poll() for process in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
-        if failed:
+        if any(codes):
             time.sleep(0.5)  # the rank that failed first may still be writing why
-            return failed[0]
+            return {rank: code for rank, process in enumerate(ranks) if (code := process.poll())}
         if all(code == 0 for code in codes):
-            return None
+            return {}
         time.sleep(0.05)
 
 
@@ -145,24 +145,31 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _read_error(folder: Path, failed: int, code: int) -> ClipsysError:
-    # A rank that lost its peer fails too, a moment later: the earliest report is the cause.
+def _read_error(folder: Path, codes: dict[int, int]) -> ClipsysError:
+    """The cause of a failed run: a rank that lost its peer fails too, a moment later."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.json")]
-    if reports:
-        first = min(reports, key=lambda report: (not report["deliberate"], report["time"]))
-        kind = getattr(errors, first["kind"], TrainingError)
-        prefix = "" if first["deliberate"] else f"rank {first['rank']}: "
-        if isinstance(kind, type) and issubclass(kind, ClipsysError):
-            with contextlib.suppress(TypeError):  # ImageDecodeError wants more than a message
-                return kind(prefix + str(first["message"]))
-        return TrainingError(prefix + str(first["message"]))
-    if code < 0:
+    reports.sort(key=lambda report: (not report["deliberate"], report["time"]))
+    killed = [(rank, -code) for rank, code in codes.items() if code < 0]
+    if reports and (reports[0]["deliberate"] or not killed):
+        return _reported(reports[0])
+    if killed:
+        rank, number = killed[0]
         return TrainingError(
-            f"rank {failed} was killed by {signal.Signals(-code).name}"
-            + (" (out of memory?)" if -code == signal.SIGKILL else "")
+            f"rank {rank} was killed by {signal.Signals(number).name}"
+            + (" (out of memory?)" if number == signal.SIGKILL else "")
             + "; go on with --resume"
         )
-    return TrainingError(f"rank {failed} ended with status {code}; its output above says why")
+    rank, code = next(iter(codes.items()))
+    return TrainingError(f"rank {rank} ended with status {code}; its output above says why")
+
+
+def _reported(report: dict[str, Any]) -> ClipsysError:
+    kind = getattr(errors, report["kind"], TrainingError)
+    prefix = "" if report["deliberate"] else f"rank {report['rank']}: "
+    if isinstance(kind, type) and issubclass(kind, ClipsysError):
+        with contextlib.suppress(TypeError):  # ImageDecodeError wants more than a message
+            return kind(prefix + str(report["message"]))
+    return TrainingError(prefix + str(report["message"]))
 
 
 @contextlib.contextmanager

@@ -12,39 +12,41 @@ RUN/model/            the trained model, when the run is complete
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from clipsys import __version__
 from clipsys.config import dump_settings
-from clipsys.devices import choose_precision
+from clipsys.devices import choose_training_precision
 from clipsys.errors import TrainingError
+from clipsys.models import ModelParts
 from clipsys.preprocessing import Preprocessing
 from clipsys.progress import Advance, progress
-from clipsys.training.augmentation import augment
 from clipsys.training.checkpoints import Checkpoints, TrainState
 from clipsys.training.data import TrainingBatches, open_shards, sample_order
 from clipsys.training.distributed import gather_objects, on_first_rank, rank, world_size
-from clipsys.training.engine import Engine, start_processes
+from clipsys.training.engine import Engine
 from clipsys.training.journal import Journal, plot_curves
 from clipsys.training.loader import load_batches
-from clipsys.training.losses import info_nce
+from clipsys.training.plan import Plan, StepClock, plan_run
+from clipsys.training.processes import start_processes
 from clipsys.training.recipe import Recipe
-from clipsys.training.samples import Batch, Decoder
+from clipsys.training.samples import Batch, Decoder, Skipped
 from clipsys.training.schedule import lr_factor
 from clipsys.training.skips import SkipLedger
-from clipsys.training.towers import ContrastiveModel, initial_model
-from clipsys.training.validation import Validation, normalisation
+from clipsys.training.starting import initial_model
+from clipsys.training.step import StepFigures, TrainingStep
+from clipsys.training.towers import ContrastiveModel, TowerOptions
+from clipsys.training.validation import Validation
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class _Window:
 class _Trainer:
     def __init__(self, recipe: Recipe, run: Path, device: torch.device) -> None:
         self.recipe, self.run, self.device = recipe, run, device
-        self.parts = initial_model(recipe.model)
+        self.parts = self._new_model()
         self.shard_set = on_first_rank(lambda: open_shards(recipe.data))
         self.order = sample_order(recipe.data, self.shard_set, recipe.seed)
         self.steps_per_epoch = self.order.steps_per_epoch(recipe.data.batch_size)
@@ -116,9 +118,10 @@ class _Trainer:
             self.parts.preprocessing,
             self.parts.tokenizer,
         )
-        precision = choose_precision(recipe.engine.precision, device)
+        precision = choose_training_precision(recipe.engine.precision, device)
+        options = TowerOptions(precision, recipe.engine.grad_checkpointing, recipe.engine.compile)
         self.engine = Engine(
-            ContrastiveModel(self.parts, precision=precision),
+            ContrastiveModel(self.parts, options),
             config=recipe.engine,
             optimizer=recipe.optimizer,
             local_batch_size=recipe.data.batch_size // world_size(),
@@ -126,8 +129,8 @@ class _Trainer:
         )
         # The engine trains its own copy's parameters in place; this one is for export, so that
         # averaged or gathered weights never pass through the model that trains.
-        self.export_parts = initial_model(recipe.model) if rank() == 0 else self.parts
-        self.mean, self.std = normalisation(self.parts.preprocessing, device)
+        self.export_parts = self._new_model() if rank() == 0 else self.parts
+        self.train_step = TrainingStep(recipe, self.engine, self.parts.preprocessing)
         self.checkpoints = Checkpoints(run, keep=recipe.checkpoint.keep)
         self.journal: Journal | None = None
         self.window = _Window()
@@ -139,27 +142,48 @@ class _Trainer:
             writes=rank() == 0,
         )
         self.figures: dict[str, float] = {}
+        self.plan = self._plan(precision)
         self._announce(precision)
 
+    def _new_model(self) -> ModelParts:
+        return initial_model(self.recipe.model, loss=self.recipe.objective.loss)
+
+    def _plan(self, precision: str) -> Plan:
+        preprocessing = self.parts.preprocessing
+        side = self.recipe.data.load_size
+        return plan_run(
+            self.recipe,
+            self.export_parts.model,
+            precision=precision,
+            world_size=world_size(),
+            num_samples=self.order.num_positions,
+            embed_dim=int(self.parts.config["embed_dim"]),
+            image_size=(side, side) if side else preprocessing.size,
+            tile_size=self.train_step.tile_size,
+        )
+
     def _announce(self, precision: str) -> None:
+        """Says what the run is and what it takes; only rank 0 speaks."""
         if rank() != 0:
             return
-        size = sum(parameter.numel() for parameter in self.export_parts.model.parameters())
-        data = self.recipe.data
+        data, epochs = self.recipe.data, self.recipe.schedule.epochs
         _logger.info(
-            "%.1f M parameters, %s, ZeRO stage %d, %d process(es) on %s; %s samples in %d shards, "
-            "%d epochs of %d steps, %d pairs each",
-            size / 1e6,
-            precision,
-            self.recipe.engine.zero_stage,
+            "%d process(es) on %s, %s, ZeRO stage %d; %s samples in %d shards, %d epochs of %d "
+            "steps, %d pairs each, %d rows of logits at once",
             world_size(),
             self.device.type,
+            precision,
+            self.recipe.engine.zero_stage,
             f"{self.shard_set.num_samples:,}",
             len(self.shard_set.shards),
-            self.recipe.schedule.epochs,
+            epochs,
             self.steps_per_epoch,
             data.batch_size,
+            min(self.train_step.tile_size, data.batch_size),
         )
+        _logger.info("%s", self.plan)
+        for warning in self.plan.warnings:
+            _logger.warning("%s", warning)
         dropped = self.order.num_positions - self.steps_per_epoch * data.batch_size
         if dropped:
             _logger.info("the last %d samples of each epoch's order are dropped", dropped)
@@ -219,12 +243,14 @@ class _Trainer:
         self.window = _Window()
         batches = load_batches(self._dataset(), self.recipe.data.workers)
         title = "Training" if rank() == 0 else None
+        clock = StepClock(remaining_steps=remaining, batch_size=self.recipe.data.batch_size)
         with _bar(title, remaining) as advance:
             while self.step < self.total_steps:
                 asked = time.monotonic()
-                batch = next(batches)
+                own = list(islice(batches, self.plan.micro_batches))
                 self.window.waited_s += time.monotonic() - asked
-                self._train_step(batch)
+                self._train_step(own)
+                clock.tick()
                 advance(1, note=self._note())
                 if self._due(self.recipe.evaluation.every_epochs):
                     with self._pause():
@@ -279,75 +305,34 @@ class _Trainer:
         inside = bool(config.every_steps) and self.step % config.every_steps == 0
         return inside or self._due(config.every_epochs)
 
-    def _train_step(self, batch: Batch) -> None:
-        # Dropout and augmentation are functions of seed, step and rank: a resumed run repeats them.
-        own_seed = (self.recipe.seed * 1_000_003 + self.step) * 4096 + rank()
-        torch.manual_seed(own_seed)
-        image_BCHW = augment(
-            batch.image_BCHW.to(self.device, non_blocking=True),
-            self.recipe.augmentation,
-            self.parts.preprocessing.size,
-            self.mean,
-            self.std,
-            torch.Generator().manual_seed(own_seed),
-        )
-        features = self.engine.forward(
-            image_BCHW, batch.tokens_BL.to(self.device, non_blocking=True)
-        )
-        loss = info_nce(
-            *features,
-            tile_size=self.recipe.objective.tile_size,
-            groups=batch.groups_B.to(self.device),
-        )
-        value, num_skipped = self._share(loss, batch)
+    def _train_step(self, batches: Sequence[Batch]) -> None:
         factor = lr_factor(self.step, self.total_steps, self.recipe.schedule)
-        gradient_norm = self.engine.update(loss, factor)
+        figures = self.train_step(batches, self.step, factor)
         self.step += 1
-        self.window.loss += value
+        self.window.loss += figures.loss
         self.window.steps += 1
-        if num_skipped:
-            self._count_skipped(batch)
+        if figures.num_skipped:
+            self._count_skipped([one for batch in batches for one in batch.skipped])
         if self.step % LOG_INTERVAL == 0 or self.step == self.total_steps:
-            self._log(factor, gradient_norm, float(features.logit_scale.detach()))
+            self._log(factor, figures)
 
-    def _share(self, loss: torch.Tensor, batch: Batch) -> tuple[float, int]:
-        """The loss averaged over ranks, and how many samples all ranks had to skip.
-
-        One collective for both: each one makes the ranks wait for the slowest. Every rank stops if
-        any rank's loss is not finite.
-        """
-        totals = torch.stack([loss.detach(), loss.new_tensor(len(batch.skipped))])
-        if world_size() > 1:
-            dist.all_reduce(totals)
-        value, num_skipped = float(totals[0]) / world_size(), int(totals[1].nan_to_num())
-        if not math.isfinite(value):
-            finite = gather_objects(math.isfinite(float(loss.detach())))
-            culprit = finite.index(False) if False in finite else 0
-            keys = gather_objects(batch.keys)[culprit]
-            raise TrainingError(
-                f"step {self.step}: the loss is not finite on rank {culprit} "
-                f"(samples {', '.join(keys[:4])}, …); lower optimizer.lr or use engine.precision "
-                "fp32; the last checkpoint is kept"
-            )
-        return value, num_skipped
-
-    def _count_skipped(self, batch: Batch) -> None:
-        gathered = gather_objects(batch.skipped)
+    def _count_skipped(self, own: Sequence[Skipped]) -> None:
+        gathered = gather_objects(own)
         self.skips.add(
             [one for skipped in gathered for one in skipped],
             step=self.step,
             seen=self.step * self.recipe.data.batch_size,
         )
 
-    def _log(self, factor: float, gradient_norm: float, logit_scale: float) -> None:
+    def _log(self, factor: float, figures: StepFigures) -> None:
         window = self.window
         elapsed = time.monotonic() - window.started
         self.figures = {
             "epoch": round(self.step / self.steps_per_epoch, 4),
             "loss": window.loss / window.steps,
             "lr": self.recipe.optimizer.lr * factor,
-            "logit_scale": logit_scale,
-            "gradient_norm": gradient_norm,
+            "logit_scale": figures.logit_scale,
+            "gradient_norm": figures.gradient_norm,
             "samples_per_s": window.steps * self.recipe.data.batch_size / elapsed,
             "data_wait_share": window.waited_s / elapsed,
         }

@@ -5,22 +5,52 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipsys.errors import ConfigError
-from clipsys.training.losses import info_nce
+from clipsys.training.losses import auto_tile_size, info_nce, sigmoid_loss
 from tests.ranks import run_ranks
 
 
 def naive_info_nce(
-    image_ND: torch.Tensor, text_ND: torch.Tensor, scale: torch.Tensor, ids_N: torch.Tensor
+    image_ND: torch.Tensor,
+    text_ND: torch.Tensor,
+    scale: torch.Tensor,
+    ids_N: torch.Tensor,
+    *,
+    ignore_groups: bool = False,
 ) -> torch.Tensor:
     """One process, the whole matrix, plain autograd."""
     logits_NN = scale * image_ND @ text_ND.T
     target_NN = (ids_N[:, None] == ids_N[None, :]).to(logits_NN.dtype)
+    if ignore_groups:
+        own_NN = torch.eye(len(ids_N), dtype=target_NN.dtype)
+        logits_NN = logits_NN.masked_fill((target_NN - own_NN).bool(), -1e30)
+        target_NN = own_NN
     target_NN = target_NN / target_NN.sum(dim=1, keepdim=True)
     rows = -(target_NN * logits_NN.log_softmax(dim=1)).sum(dim=1).mean()
     columns = -(target_NN * logits_NN.T.log_softmax(dim=1)).sum(dim=1).mean()
     return (rows + columns) / 2
+
+
+def naive_sigmoid_loss(
+    image_ND: torch.Tensor,
+    text_ND: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    ids_N: torch.Tensor,
+    *,
+    ignore_groups: bool = False,
+) -> torch.Tensor:
+    """Zhai et al. 2023, algorithm 1, with several positives."""
+    logits_NN = scale * image_ND @ text_ND.T + bias
+    same_NN = ids_N[:, None] == ids_N[None, :]
+    own_NN = torch.eye(len(ids_N), dtype=torch.bool)
+    sign_NN = torch.where(own_NN if ignore_groups else same_NN, 1.0, -1.0)
+    terms_NN = -F.logsigmoid(sign_NN * logits_NN)
+    if ignore_groups:
+        terms_NN = terms_NN.masked_fill(same_NN & ~own_NN, 0.0)
+    return terms_NN.sum() / len(ids_N)
 
 
 def _features(count: int, *, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -38,19 +68,112 @@ def _gradients(loss: Any, *tensors: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("count", [1, 2, 13])
 @pytest.mark.parametrize("tile_size", [None, 1, 4, 100])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("grouped", "ignore"), [(False, False), (True, False), (True, True)])
 def test_loss_and_gradients_equal_the_naive_ones(
-    count: int, tile_size: int | None, grouped: bool
+    count: int, tile_size: int | None, grouped: bool, ignore: bool
 ) -> None:
     image, text, scale, ids = _features(count)
-    groups = ids if grouped else None
-    ours = _gradients(
-        lambda i, t, s: info_nce(i, t, s, tile_size=tile_size, groups=groups), image, text, scale
-    )
+    options: Any = {"groups": ids if grouped else None, "ignore_groups": ignore}
+    ours = _gradients(lambda i, t, s: info_nce(i, t, s, tile_size, **options), image, text, scale)
     reference = ids if grouped else torch.arange(count)
-    naive = _gradients(lambda i, t, s: naive_info_nce(i, t, s, reference), image, text, scale)
+    naive = _gradients(
+        lambda i, t, s: naive_info_nce(i, t, s, reference, ignore_groups=ignore),
+        image, text, scale,
+    )  # fmt: skip
     for actual, expected in zip(ours, naive, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 13])
+@pytest.mark.parametrize("tile_size", [None, 1, 4, 100])
+@pytest.mark.parametrize(("grouped", "ignore"), [(False, False), (True, False), (True, True)])
+def test_the_sigmoid_loss_and_its_gradients_equal_the_naive_ones(
+    count: int, tile_size: int | None, grouped: bool, ignore: bool
+) -> None:
+    image, text, scale, ids = _features(count)
+    bias = torch.tensor([-5.0], dtype=torch.float64)
+    options: Any = {"groups": ids if grouped else None, "ignore_groups": ignore}
+    ours = _gradients(
+        lambda i, t, s, b: sigmoid_loss(i, t, s, b, tile_size, **options), image, text, scale, bias
+    )
+    reference = ids if grouped else torch.arange(count)
+    naive = _gradients(
+        lambda i, t, s, b: naive_sigmoid_loss(i, t, s, b, reference, ignore_groups=ignore),
+        image, text, scale, bias,
+    )  # fmt: skip
+    for actual, expected in zip(ours, naive, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 60.0, 100.0, 1000.0])
+def test_no_scale_loses_a_sum_to_underflow_or_overflow(dtype: torch.dtype, scale: float) -> None:
+    # One text is opposed to every image and the first pairs match perfectly: at a high scale the
+    # column of the opposed text vanishes beside the others, in any shift that they all share.
+    image, text, _, _ = _features(12, dtype=torch.float64)
+    image = F.normalize(image + 2.0, dim=1)
+    text = torch.cat([image[:11], -image.mean(dim=0, keepdim=True)])
+    text = F.normalize(text, dim=1)
+    arguments = (image.to(dtype), text.to(dtype), torch.tensor([scale], dtype=dtype))
+    ours = _gradients(lambda i, t, s: info_nce(i, t, s, 5), *arguments)
+    exact = _gradients(
+        lambda i, t, s: naive_info_nce(i, t, s, torch.arange(12)),
+        *(argument.double() for argument in arguments),
+    )
+    # float32 logits of this size are known to scale · 1e-7, and exp() makes that relative.
+    tolerance = 1e-5 * max(1.0, scale / 100) if dtype == torch.float32 else 1e-9
+    for actual, expected in zip(ours, exact, strict=True):
+        assert torch.isfinite(actual).all()
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
+
+
+def test_autocast_around_the_loss_does_not_reach_its_products() -> None:
+    image, text, scale, _ = _features(16, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = _gradients(info_nce, image, text, scale * 5)
+    for actual, expected in zip(inside, _gradients(info_nce, image, text, scale * 5), strict=True):
+        assert torch.equal(actual, expected)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
+def test_no_tensor_is_larger_than_a_tile_or_the_features(loss: str, grouped: bool) -> None:
+    count, tile = 1024, 16
+    image, text, scale, ids = _features(count, dtype=torch.float32)
+    options: Any = {"tile_size": tile, "groups": ids if grouped else None}
+    with _LargestTensor() as largest:
+        if loss == "info_nce":
+            _gradients(lambda i, t, s: info_nce(i, t, s, **options), image, text, scale)
+        else:
+            bias = torch.tensor([-5.0])
+            _gradients(
+                lambda i, t, s, b: sigmoid_loss(i, t, s, b, **options), image, text, scale, bias
+            )
+    assert largest.elements == tile * count
+
+
+def test_the_automatic_tile_stays_within_its_memory() -> None:
+    cpu = torch.device("cpu")
+    assert auto_tile_size(16_384, cpu) * 16_384 * 4 == 8 << 20
+    assert auto_tile_size(10**9, cpu) == 16
+    assert auto_tile_size(1, cpu) >= 1
 
 
 def test_the_loss_equals_open_clips() -> None:
@@ -103,35 +226,55 @@ def test_shapes_that_do_not_fit_are_said(change: dict[str, Any], message: str) -
         info_nce(**arguments)
 
 
-def _share(rank: int, world_size: int, tile_size: int | None, grouped: bool) -> list[torch.Tensor]:
-    """This rank's loss and what reaches its own features and the scale."""
+def _share(
+    rank: int, world_size: int, loss: str, tile_size: int | None, grouped: bool, ignore: bool
+) -> list[torch.Tensor]:
+    """This rank's loss and what reaches its own features, the scale and the bias."""
     image, text, scale, ids = _features(12)
     local = 12 // world_size
     rows = slice(rank * local, (rank + 1) * local)
-    groups = ids[rows] if grouped else None
-    gradients = _gradients(
-        lambda i, t, s: info_nce(i, t, s, tile_size=tile_size, groups=groups),
-        image[rows], text[rows], scale,
-    )  # fmt: skip
+    options: Any = {
+        "tile_size": tile_size,
+        "groups": ids[rows] if grouped else None,
+        "ignore_groups": ignore,
+    }
+    bias = torch.tensor([-5.0], dtype=torch.float64)
+    if loss == "info_nce":
+        compute = lambda i, t, s, b: info_nce(i, t, s, **options) + 0 * b.sum()  # noqa: E731
+    else:
+        compute = lambda i, t, s, b: sigmoid_loss(i, t, s, b, **options)  # noqa: E731
+    gradients = _gradients(compute, image[rows], text[rows], scale, bias)
     return [gradient.numpy() for gradient in gradients]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize(("tile_size", "grouped"), [(None, False), (None, True), (3, True)])
+@pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
+@pytest.mark.parametrize(
+    ("tile_size", "grouped", "ignore"),
+    [(None, False, False), (None, True, False), (3, True, False), (3, True, True)],
+)
 def test_gathered_loss_equals_single_process_loss(
-    world_size: int, tile_size: int | None, grouped: bool
+    world_size: int, loss: str, tile_size: int | None, grouped: bool, ignore: bool
 ) -> None:
     image, text, scale, ids = _features(12)
     reference = ids if grouped else torch.arange(12)
-    loss, *expected = _gradients(
-        lambda i, t, s: naive_info_nce(i, t, s, reference), image, text, scale
-    )
-    shares = run_ranks(_share, world_size, tile_size, grouped)
+    bias = torch.tensor([-5.0], dtype=torch.float64)
+    if loss == "info_nce":
+        naive = lambda i, t, s, b: (  # noqa: E731
+            naive_info_nce(i, t, s, reference, ignore_groups=ignore) + 0 * b.sum()
+        )
+    else:
+        naive = lambda i, t, s, b: naive_sigmoid_loss(  # noqa: E731
+            i, t, s, b, reference, ignore_groups=ignore
+        )
+    value, *expected = _gradients(naive, image, text, scale, bias)
+    shares = run_ranks(_share, world_size, loss, tile_size, grouped, ignore)
     average = sum(torch.as_tensor(share[0]) for share in shares) / world_size
-    torch.testing.assert_close(average, loss)
+    torch.testing.assert_close(average, value)
     # The average over ranks, as DDP takes it, divides what each rank contributes by W.
     for position in (1, 2):
         stacked = torch.cat([torch.as_tensor(share[position]) for share in shares]) / world_size
         torch.testing.assert_close(stacked, expected[position - 1])
-    scale_gradient = sum(torch.as_tensor(share[3]) for share in shares) / world_size
-    torch.testing.assert_close(scale_gradient, expected[2])
+    for position in (3, 4):
+        gradient = sum(torch.as_tensor(share[position]) for share in shares) / world_size
+        torch.testing.assert_close(gradient, expected[position - 1])

@@ -331,6 +331,66 @@ def test_a_failing_rank_ends_all_with_its_error(shards: str, tmp_path: Path) -> 
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_the_loss_of_one_rank_ends_all_ranks(shards: str, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, shards, schedule={"epochs": 1000})
+    mark = f"CLIPSYS_TEST_MARK={tmp_path}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "clipsys", "train", str(recipe), "--nproc", "2"],
+        env={**os.environ, "CLIPSYS_TEST_MARK": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        latest = tmp_path / "run" / "checkpoints" / "latest"
+        deadline = time.monotonic() + 200
+        while not latest.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (victim,) = (
+            int(process.name)
+            for process in Path("/proc").glob("[0-9]*")
+            if _has(process / "environ", mark, "\0RANK=1\0")
+            and _has(process / "cmdline", "\0train\0")
+        )
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        error = running.communicate(timeout=100)[1]
+    assert time.monotonic() - killed < 60
+    assert running.returncode == 1
+    assert error.strip().splitlines()[-1].startswith("error: rank 1 was killed by SIGKILL")
+    _wait_until_nothing_is_left(mark)
+    assert latest.exists()
+
+
+def _has(path: Path, *parts: str) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return all(part.encode() in content for part in parts)
+
+
+def test_micro_batches_change_no_result(shards: str, tmp_path: Path) -> None:
+    plain = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "flip": 0.0, "brightness": 0.0}
+    losses = []
+    for name, settings in (("whole", []), ("parts", ["data.micro_batch_size=2"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = _recipe(
+            folder, shards, schedule={"epochs": 1}, augmentation=plain,
+            optimizer={"name": "sgd", "lr": 0.05}, engine={"zero_stage": 2},
+        )  # fmt: skip
+        done = _train(recipe, "--nproc", 2, *settings)
+        assert done.returncode == 0, done.stderr
+        assert ("2 micro-batches" in done.stderr) == bool(settings)
+        assert "a step takes" in done.stderr
+        (last,) = (entry for entry in read_metrics(folder / "run") if "loss" in entry)
+        losses.append(last["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    whole, parts = _weights(tmp_path / "whole" / "run"), _weights(tmp_path / "parts" / "run")
+    for name, weight in whole.items():
+        np.testing.assert_allclose(parts[name], weight, atol=1e-5, rtol=0, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

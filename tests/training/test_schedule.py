@@ -26,3 +26,10 @@ def test_the_end_can_be_a_share_of_the_peak_and_the_decay_constant() -> None:
 def test_a_warm_up_longer_than_the_run_never_divides_by_zero() -> None:
     assert lr_factor(5, 5, ScheduleConfig(warmup_steps=10)) == pytest.approx(0.6)
     assert lr_factor(10, 10, ScheduleConfig(warmup_steps=10)) == 1.0
+
+
+def test_a_cooldown_is_constant_and_then_falls_in_a_line() -> None:
+    config = ScheduleConfig(decay="cooldown", warmup_steps=2, cooldown_steps=4, final_lr_share=0.2)
+    factors = [lr_factor(step, 12, config) for step in range(12)]
+    assert factors[2:9] == [1.0] * 7
+    assert factors[8:] == pytest.approx([1.0, 0.8, 0.6, 0.4])

@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipsys.errors import TrainingError
+from clipsys.errors import ConfigError, TrainingError
 from clipsys.models import build_model, fingerprint, load_model
 from clipsys.training.recipe import ModelConfig
-from clipsys.training.towers import ContrastiveModel, initial_model, parameter_groups
+from clipsys.training.starting import initial_model, lock_tower
+from clipsys.training.towers import ContrastiveModel, TowerOptions
 from tests.conftest import TINY_MODEL
 
 
 def _model(precision: str = "fp32") -> tuple[ContrastiveModel, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     parts = build_model(TINY_MODEL, for_training=True)
-    model = ContrastiveModel(parts, precision=precision)
+    model = ContrastiveModel(parts, TowerOptions(precision))
     return model, torch.randn(3, 3, 32, 32), parts.tokenizer(["a", "b c", "d e f"])
 
 
@@ -57,19 +58,77 @@ def test_a_run_can_begin_with_pretrained_weights(model_folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_only_matrices_decay() -> None:
-    model, *_ = _model()
-    decayed, kept = parameter_groups(model, 0.2)
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.2, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    kept_names = {names[id(parameter)] for parameter in kept["params"]}
-    assert {"clip.logit_scale", "clip.positional_embedding", "clip.ln_final.weight"} <= kept_names
-    assert len(decayed["params"]) + len(kept["params"]) == len(names)
-    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+def test_the_sigmoid_loss_gets_a_bias_and_pretrained_weights_may_lack_it(
+    model_folder: Path,
+) -> None:
+    parts = initial_model(ModelConfig(architecture=TINY_MODEL), loss="sigmoid")
+    assert parts.model.logit_bias.item() == -10
+    assert parts.model.logit_scale.exp().item() == pytest.approx(10)
+    tuned = initial_model(
+        ModelConfig(architecture=TINY_MODEL, pretrained=str(model_folder), initial_logit_bias=-4.0),
+        loss="sigmoid",
+    )
+    assert tuned.model.logit_bias.item() == -4
+    model = ContrastiveModel(tuned).eval()
+    features = model(torch.randn(2, 3, 32, 32), tuned.tokenizer(["a", "b"]))
+    assert features.logit_bias is not None and features.logit_bias.item() == -4
+    with pytest.raises(ConfigError, match="initial_logit_bias is -4"):
+        initial_model(ModelConfig(architecture=TINY_MODEL, initial_logit_bias=-4.0))
 
 
-def test_frozen_parameters_are_in_no_group() -> None:
-    model, *_ = _model()
-    model.clip.visual.requires_grad_(False)
-    trained = sum(len(group["params"]) for group in parameter_groups(model, 0.1))
-    assert trained == sum(parameter.requires_grad for parameter in model.parameters())
+_DEEP = {
+    **TINY_MODEL,
+    "vision_cfg": {**TINY_MODEL["vision_cfg"], "layers": 3},
+    "text_cfg": {**TINY_MODEL["text_cfg"], "layers": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("tower", "blocks", "trained"),
+    [
+        ("image", 0, set()),
+        (
+            "image",
+            1,
+            {"visual.ln_post.weight", "visual.proj", "visual.transformer.resblocks.2.ln_1.weight"},
+        ),
+        ("text", 1, {"ln_final.weight", "text_projection", "transformer.resblocks.1.ln_1.weight"}),
+    ],
+)
+def test_a_locked_tower_trains_its_last_blocks_and_what_follows(
+    tower: str, blocks: int, trained: set[str]
+) -> None:
+    model = build_model(_DEEP, for_training=True).model
+    lock_tower(model, tower, blocks)
+    parameters = dict(model.named_parameters())
+    assert all(parameters[name].requires_grad for name in trained)
+    own = {name for name in parameters if name.startswith("visual.") == (tower == "image")}
+    moving = {name for name in own - {"logit_scale"} if parameters[name].requires_grad}
+    assert trained <= moving
+    last = {0: "resblocks.9.", 1: "resblocks.2." if tower == "image" else "resblocks.1."}[blocks]
+    assert {name for name in moving if "resblocks" in name} == {n for n in own if last in n}
+    others = set(parameters) - own
+    assert all(parameters[name].requires_grad for name in others | {"logit_scale"})
+
+
+def test_more_unlocked_blocks_than_there_are_is_refused() -> None:
+    model = build_model(_DEEP, for_training=True).model
+    with pytest.raises(ConfigError, match="is 4, but the image tower has 3 blocks"):
+        lock_tower(model, "image", 4)
+
+
+def test_what_is_locked_rests_in_training_mode() -> None:
+    config = {**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "patch_dropout": 0.5}}
+    parts = build_model(config, for_training=True)
+    lock_tower(parts.model, "image", 0)
+    model = ContrastiveModel(parts).train()
+    assert not model.clip.visual.training and model.clip.transformer.training
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.encode_image(image), model.encode_image(image))
+
+
+def test_patch_dropout_acts_in_training_only() -> None:
+    parts = initial_model(ModelConfig(architecture=TINY_MODEL, patch_dropout=0.5))
+    model, image = ContrastiveModel(parts), torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model.train().encode_image(image), model.encode_image(image))
+    assert torch.equal(model.eval().encode_image(image), model.encode_image(image))

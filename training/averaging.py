@@ -1,0 +1,62 @@
+"""Averages of the weights over the steps of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class WeightAverage:
+    """Exponential moving average of weights and running statistics (Polyak & Juditsky 1992).
+
+    The decay starts low, min(decay, (1 + t) / (10 + t)), so that the first steps do not hang on to
+    random weights. Batch norm's statistics are averaged with the weights that they belong to.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._updates = 0
+        self._shadow = [tensor.detach().clone() for tensor in _averaged(model)]
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        """Moves the average towards the model."""
+        self._updates += 1
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+        torch._foreach_lerp_(self._shadow, _averaged(model), 1 - decay)
+
+    @contextmanager
+    def swapped(self, model: torch.nn.Module) -> Iterator[None]:
+        """Puts the average into the model for a while."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: torch.nn.Module) -> None:
+        for shadow, tensor in zip(self._shadow, _averaged(model), strict=True):
+            kept = tensor.clone()
+            tensor.copy_(shadow)
+            shadow.copy_(kept)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"updates": self._updates, "shadow": self._shadow}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self._updates = state["updates"]
+        for shadow, saved in zip(self._shadow, state["shadow"], strict=True):
+            shadow.copy_(saved)
+
+
+def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
+    return parameters + [buffer for name, buffer in model.named_buffers() if "running_" in name]
