@@ -15,38 +15,90 @@ DEFAULT_MODEL = "ViT-B-32/laion2b_s34b_b79k"
 
 def shards(
     source: Annotated[str, typer.Argument(help="A folder, a table (.csv …) or shards.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write shards into.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="The folder to write shards into.", show_default=False)
+    ] = None,
     prefix: Annotated[str, typer.Option(help="Shards are named PREFIX-00000.tar.")] = "shard",
     shard_mb: Annotated[float, typer.Option(min=0.01, help="Size of a shard, in MB.")] = 100.0,
     shuffle: Annotated[
         int | None, typer.Option(metavar="SEED", help="Shuffle with this seed; default: in order.")
     ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(min=16, metavar="PIXELS", help="Reduce the shorter side; default: as it is."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read and decode.")] = 1,
     path_column: Annotated[str, typer.Option(help="Column with the image's path.")] = "",
     caption_column: Annotated[
         list[str] | None, typer.Option(help="Column with captions; may be repeated.")
     ] = None,
     label_column: Annotated[str, typer.Option(help="Column with the class label.")] = "",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the shards SOURCE instead; no OUT.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --verify: print JSON.")] = False,
 ) -> None:
-    """Pack images and captions into WebDataset shards."""
+    """Pack images and captions into WebDataset shards, or check some.
+
+    A pack that was interrupted goes on when the same command is repeated.
+    """
+    if verify:
+        _verify_shards(source, workers, as_json)
+        return
+    if out is None:
+        raise typer.BadParameter("name the folder to write into", param_hint="OUT")
     from clipsys.packing import pack
     from clipsys.sources import Columns
 
-    columns = Columns(path_column, tuple(caption_column or ()), label_column)
     report = pack(
         source,
         out,
         prefix=prefix,
         shard_bytes=int(shard_mb * 1e6),
         shuffle_seed=shuffle,
-        columns=columns,
+        columns=Columns(path_column, tuple(caption_column or ()), label_column),
+        resize=resize,
+        workers=workers,
     )
     for info in report.shards:
         print(out / info.name)
     total = sum(info.num_samples for info in report.shards)
     size = sum(info.size_bytes for info in report.shards)
-    print(f"{total:,} samples in {len(report.shards)} shards, {size / 1e6:.1f} MB", file=sys.stderr)
+    resumed = f", {report.resumed} of them written before" if report.resumed else ""
+    print(
+        f"{total:,} samples in {len(report.shards)} shards{resumed}, {size / 1e6:.1f} MB",
+        file=sys.stderr,
+    )
     for reason, count in sorted(report.skipped.items()):
         print(f"skipped {count}: {reason}", file=sys.stderr)
+
+
+def _verify_shards(source: str, workers: int, as_json: bool) -> None:
+    from clipsys.errors import DataError
+    from clipsys.shard_checking import check_shards
+
+    report = check_shards(source, workers=workers)
+    if as_json:
+        print(json.dumps({"sound": report.sound, **vars(report)}, indent=2, ensure_ascii=False))
+    else:
+        print(f"{report.num_samples:,} samples in {report.num_shards} shards")
+        for fault in report.shard_faults:
+            print(fault)
+        for reason, places in report.unusable.items():
+            print(f"{len(places)} unusable, {reason}: {_first_few(places)}")
+        if report.without_text:
+            count = len(report.without_text)
+            print(f"{count} with neither caption nor label: {_first_few(report.without_text)}")
+        for group in report.repeated:
+            print(f"the same image with the same text: {_first_few(group)}")
+        if report.same_image:
+            print(f"{len(report.same_image)} images occur with several texts (no fault)")
+    if not report.sound:
+        raise DataError(f"{source}: the shards are not sound")
+
+
+def _first_few(places: list[str]) -> str:
+    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
 
 def classify(

@@ -105,7 +105,11 @@ class Preprocessing:
         left, top = round((new[0] - kept[0]) / 2.0), round((new[1] - kept[1]) / 2.0)
         crop = (left, top, left + kept[0], top + kept[1])
         resized = self._resized(stored, new[::-1] if turned else new)
-        image = Image.fromarray(_cropped(resized, _stored_box(crop, new, stored.orientation)))
+        x0, y0, x1, y1 = _stored_box(crop, new, stored.orientation)
+        cropped = resized[y0:y1, x0:x1]
+        if kept == (width, height) and stored.orientation == 1:
+            return np.ascontiguousarray(cropped.transpose(2, 0, 1))
+        image = Image.fromarray(np.ascontiguousarray(cropped))
         turn = UPRIGHT_TURNS.get(stored.orientation)
         upright = image if turn is None else image.transpose(turn)
         return _channels_first(_centre(upright, height, width, self._fill()))
@@ -176,13 +180,6 @@ class Preprocessing:
 
 def _channels_first(image: Image.Image) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def _cropped(
-    pixels: npt.NDArray[np.uint8], box: tuple[int, int, int, int]
-) -> npt.NDArray[np.uint8]:
-    x0, y0, x1, y1 = box
-    return np.ascontiguousarray(pixels[y0:y1, x0:x1])
 
 
 def _stored_box(

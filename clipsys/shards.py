@@ -30,6 +30,8 @@ from clipsys.remote import ATTEMPTS, is_remote, open_url, pause, reason_of
 
 _IMAGE_SUFFIXES = frozenset(ending.lstrip(".") for ending in EXTENSIONS)
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
+#: What tarfile says of a tar that breaks off.
+BREAK = "unexpected end of data"
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")
 
 
@@ -193,7 +195,9 @@ def _one_shard(shard: str, failure: list[Exception]) -> Iterator[dict[str, Any]]
                     yield held
                 held = raw
             if not failure and _lacks_end(shard, stream):
-                failure.append(tarfile.ReadError("unexpected end of data"))
+                failure.append(tarfile.ReadError(BREAK))
+            if held and failure and isinstance(failure[-1], tarfile.ReadError):
+                failure[-1] = tarfile.ReadError(BREAK)  # whatever the rest looks like
     except OSError as error:
         failure.append(error)
     if held is not None and not failure:
@@ -236,7 +240,7 @@ def raw_samples(
 def shard_failure(shard: str, error: Exception) -> str:
     """What is wrong with a shard that could not be read to its end, in one line."""
     if isinstance(error, tarfile.ReadError):
-        if "unexpected end" in str(error):
+        if BREAK in str(error):
             return f"{shard}: the shard is truncated; make it again or remove it"
         return f"{shard}: not a tar file; remove it, or name the shards one by one"
     if isinstance(error, ValueError) and "duplicate file name" in str(error):

@@ -22,6 +22,8 @@ from typing import Any
 
 from clipsys.errors import DataError
 from clipsys.images import EXTENSIONS
+from clipsys.parquet_cells import read_cell
+from clipsys.remote import is_remote
 from clipsys.shards import Sample, expand_shards, iterate_raw, parse_sample, read_image
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -141,10 +143,10 @@ def read_uri(uri: str) -> bytes:
     if container.endswith(".tar") and not Path(uri).exists():
         return read_image(container, member)
     if container.endswith(".parquet") and not Path(uri).exists():
-        for record in _iterate_table(Path(container), Columns()):
-            if record.uri == uri:
-                return record.read()
-        raise DataError(f"{uri}: the table has no such row any more")
+        column = _bytes_column(next(_read_rows(Path(container)), {}))
+        if column is None or not member.isdigit():
+            raise DataError(f"{uri}: the table has no such row any more")
+        return read_cell(Path(container), column, int(member))
     return _read_file(Path(uri))
 
 
@@ -215,12 +217,13 @@ def _file_record(
 
 def _iterate_shards(source: str | Path) -> Iterator[Record]:
     for shard in expand_shards(source):
-        name = shard if "://" in shard else str(Path(shard).absolute())
+        name = shard if is_remote(shard) else str(Path(shard).absolute())
         for raw in iterate_raw([shard]):
-            yield _sample_record(f"{name}#{raw['__key__']}", raw)
+            yield _sample_record(name, raw)
 
 
-def _sample_record(uri: str, raw: dict[str, Any]) -> Record:
+def _sample_record(shard: str, raw: dict[str, Any]) -> Record:
+    uri = f"{shard}#{raw['__key__']}"
     try:
         sample = parse_sample(raw)
     except DataError as error:
@@ -231,7 +234,11 @@ def _sample_record(uri: str, raw: dict[str, Any]) -> Record:
             raise failure
 
         return Record(uri=uri, read=fail)
-    return Record(uri, lambda: sample.image, sample.captions, sample.label, sample.metadata)
+    if is_remote(shard):
+        read = partial(bytes, sample.image)
+    else:  # read again when asked for, so that a list of records stays small
+        read = partial(read_image, shard, sample.key)
+    return Record(uri, read, sample.captions, sample.label, sample.metadata)
 
 
 def _iterate_table(path: Path, columns: Columns) -> Iterator[Record]:
@@ -240,9 +247,7 @@ def _iterate_table(path: Path, columns: Columns) -> Iterator[Record]:
     if first is None:
         return
     path_column = _find_column(path, first, columns.path, PATH_COLUMNS)
-    bytes_column = next(
-        (name for name in BYTES_COLUMNS if isinstance(first.get(name), bytes)), None
-    )
+    bytes_column = _bytes_column(first)
     if path_column is None and bytes_column is None:
         raise DataError(
             f"{path}: no column names the image file; the columns are {', '.join(first)}; "
@@ -306,15 +311,18 @@ def _bytes_records(
     number = 0
     for source in (head, rows):
         for row in source:
-            data: bytes = row[roles.bytes] or b""
             yield Record(
                 uri=f"{path}#{number}",
-                read=partial(bytes, data),
+                read=partial(read_cell, path, roles.bytes, number),
                 captions=tuple(roles.row_captions(row)),
                 label=roles.row_label(row),
                 metadata=roles.row_metadata(row),
             )
             number += 1
+
+
+def _bytes_column(row: dict[str, Any]) -> str | None:
+    return next((name for name in BYTES_COLUMNS if isinstance(row.get(name), bytes)), None)
 
 
 def _find_column(table: Path, row: dict[str, Any], asked: str, known: Sequence[str]) -> str | None:

@@ -1,8 +1,7 @@
 """Work in other processes, results in order, nothing left behind.
 
 `ordered_map` is ``map`` in processes: it takes items only a little ahead of what is asked for, so a
-stream of any length fits in memory. `end_with_parent` ends a process when the one that started it
-is gone, however it went.
+stream of any length fits in memory. `start_worker` ties a process to the one that started it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,7 +41,7 @@ def ordered_map(
     context = multiprocessing.get_context("forkserver")
     lifeline, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=end_with_parent, initargs=(lifeline,)
+        workers, mp_context=context, initializer=start_worker, initargs=(lifeline,)
     )
     waiting: deque[Future[_Result]] = deque()
     with lifeline, held:
@@ -56,12 +56,15 @@ def ordered_map(
             pool.shutdown(cancel_futures=True)
 
 
-def end_with_parent(lifeline: Connection) -> None:
-    """Ends this process when the other end of a pipe, which only its parent holds, is closed.
+def start_worker(lifeline: Connection) -> None:
+    """Begins a worker process: quiet about damaged images, and ended with its parent.
 
     Watching the parent's number does not do: under forkserver that is the server's, which in turn
-    waits for its children.
+    waits for its children. A pipe whose other end only the parent holds is closed however the
+    parent goes.
     """
+    # As in the parent (`clipsys.cli`): what is damaged is counted, not remarked upon.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
     def wait() -> None:
         with contextlib.suppress(EOFError, OSError):

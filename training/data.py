@@ -23,13 +23,21 @@ taken for a negative.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch.utils.data import Dataset
 
 from clipsys.config import Settings
@@ -41,6 +49,7 @@ from clipsys.shard_index import MAX_OPEN, ShardReader, index_shard
 from clipsys.shard_manifest import read_manifest, remote_manifest
 from clipsys.shards import expand_shards
 from clipsys.training.order import SampleOrder
+from clipsys.training.pixel_cache import make_cache
 from clipsys.training.samples import Batch, Decoder, Row, Skipped
 
 _logger = logging.getLogger(__name__)
@@ -89,6 +98,11 @@ class DataConfig(Settings):
     )
     cache_gb: PositiveFloat = Field(
         50.0, description="size of cache_dir at which the copies used longest ago are removed"
+    )
+    pixel_cache_gb: NonNegativeFloat = Field(
+        2.0,
+        description="decoded images are kept, in a temporary file per rank, if all of them need no "
+        "more than this; 0 decodes anew in each epoch",
     )
     captions: Literal["first", "random"] = Field(
         "random", description="which caption of a sample is used each time it is seen"
@@ -233,6 +247,7 @@ class TrainingBatches(Dataset[Batch]):
         decoder: Decoder,
         *,
         cache: ShardCache | None = None,
+        pixel_cache_bytes: int = 0,
         batch_size: int,
         micro_batch_size: int | None = None,
         rank: int,
@@ -249,6 +264,13 @@ class TrainingBatches(Dataset[Batch]):
             cache=cache,
             max_open=_MIXED_REMOTE_SHARDS if remote else MAX_OPEN,
         )
+        starts = itertools.accumulate(shard_set.counts, initial=0)
+        self._first_numbers = tuple(starts)
+        self._pixels = None
+        if epochs > 1:
+            self._pixels = make_cache(
+                shard_set.num_samples, decoder.preprocessing.size, limit_bytes=pixel_cache_bytes
+            )
         self._order = order
         self._decoder = decoder
         self._batch_size = batch_size
@@ -296,12 +318,21 @@ class TrainingBatches(Dataset[Batch]):
             try:
                 raw = self._reader.read(shard, sample)
                 key = str(raw["__key__"])
-                rows.append(self._decoder.row(raw, epoch, position))
+                rows.append(self._row(raw, epoch, position, self._first_numbers[shard] + sample))
             except DataError as error:
                 reason = getattr(error, "reason", None) or str(error).rpartition(": ")[2]
                 skipped.append(Skipped(self._shards[shard], key, reason))
                 rows.append(None)
         return rows, skipped
+
+    def _row(self, raw: dict[str, Any], epoch: int, position: int, number: int) -> Row:
+        if self._pixels is None:
+            return self._decoder.row(raw, epoch, position)
+        known = self._pixels.get(number)
+        row = self._decoder.row(raw, epoch, position, known)
+        if known is None:
+            self._pixels.put(number, row.pixels)
+        return row
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
         """The first usable sample that follows, for a micro-batch that has none of its own."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipsys.errors import ClipsysError
 from clipsys.training.data import TrainingBatches
 from clipsys.training.samples import Batch
-from clipsys.worker_pool import end_with_parent
+from clipsys.worker_pool import start_worker
 
 #: Micro-batches that each worker prepares ahead.
 _PREFETCH = 2
@@ -41,7 +41,7 @@ def load_batches(dataset: TrainingBatches, workers: int) -> Iterator[Batch]:
             prefetch_factor=_PREFETCH,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=context,
-            worker_init_fn=_end_with_trainer,
+            worker_init_fn=_start,
         )
         items = iter(loader)
     with lifeline, held:
@@ -68,7 +68,7 @@ class _WorkerItems(Dataset["Batch | ClipsysError"]):
             return error
 
 
-def _end_with_trainer(worker: int) -> None:
+def _start(worker: int) -> None:
     info = torch.utils.data.get_worker_info()
     assert info is not None and isinstance(info.dataset, _WorkerItems)
-    end_with_parent(info.dataset.lifeline)
+    start_worker(info.dataset.lifeline)

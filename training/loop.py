@@ -286,6 +286,7 @@ class _Trainer:
                 decode=data.decode,
             ),
             cache=data.shard_cache,
+            pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
             batch_size=data.batch_size,
             micro_batch_size=data.micro_batch_size,
             rank=rank(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipsys.errors import DataError
@@ -16,6 +17,7 @@ from clipsys.models import Tokenizer
 from clipsys.preprocessing import Preprocessing
 from clipsys.shards import Sample, parse_sample
 
+Pixels = npt.NDArray[np.uint8]
 Positives = Literal["pair", "image", "caption", "label"]
 
 
@@ -71,7 +73,7 @@ class Row:
     """One decoded sample: its key, uint8 (3, H, W) pixels, chosen caption and group id."""
 
     key: str
-    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    pixels: Pixels
     caption: str
     group: int
 
@@ -89,8 +91,16 @@ class Decoder:
     seed: int
     decode: Literal["fast", "exact"] = "fast"
 
-    def row(self, raw: dict[str, Any], epoch: int, position: int) -> Row:
+    def row(
+        self, raw: dict[str, Any], epoch: int, position: int, pixels: Pixels | None = None
+    ) -> Row:
         """Decodes the sample at a position of an epoch's order.
+
+        Args:
+            raw: its members.
+            epoch: counted from 0.
+            position: within the epoch.
+            pixels: of its image, where they are known already.
 
         Raises:
             DataError: no usable image or caption.
@@ -98,15 +108,15 @@ class Decoder:
         sample = parse_sample(raw)
         if not sample.captions:
             raise DataError(f"{raw.get('__url__')}#{sample.key}: the sample has no caption")
-        place = f"{raw.get('__url__')}#{sample.key}"
-        pixels = self._pixels(sample.image, place)
+        if pixels is None:
+            pixels = self._pixels(sample.image, f"{raw.get('__url__')}#{sample.key}")
         caption = sample.captions[0]
         if self.captions == "random" and len(sample.captions) > 1:
             choice = group_id(f"{self.seed}/{epoch}/{position}") % len(sample.captions)
             caption = sample.captions[choice]
         return Row(sample.key, pixels, caption, self._group(sample, caption))
 
-    def _pixels(self, data: bytes, place: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _pixels(self, data: bytes, place: str) -> Pixels:
         if self.decode == "exact":
             image = decode_image(data, uri=place, max_pixels=self.max_image_pixels)
             return self.preprocessing.pixels(image)

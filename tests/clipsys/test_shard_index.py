@@ -16,10 +16,13 @@ from clipsys.shards import Sample, iterate_raw
 _LONG = "a" * 180  # longer than a plain tar header holds
 
 
-def _write(path: Path, members: list[tuple[str, bytes]], **options: Any) -> str:
+def _write(
+    path: Path, members: list[tuple[str, bytes]], *, mtime: float = 0, **options: Any
+) -> str:
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
+            info.mtime = mtime
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return str(path)
@@ -46,7 +49,8 @@ def test_samples_read_one_by_one_are_those_that_webdataset_streams(
     members = _MEMBERS
     if form == tarfile.USTAR_FORMAT:
         members = [(name, data) for name, data in members if _LONG not in name]
-    shard = _write(tmp_path / "a.tar", members, format=form)
+    # A fraction of a second: with PAX each member has an extended header, as webdataset writes.
+    shard = _write(tmp_path / "a.tar", members, format=form, mtime=1.5)
     streamed = list(iterate_raw([shard]))
     reader = ShardReader([shard], [len(streamed)])
     assert len(index_shard(shard)) == len(streamed)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -206,3 +207,22 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "shards.json").write_text("{")
     with pytest.raises(DataError, match=r"shards\.json: not a shard manifest"):
         read_manifest(tmp_path)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_pickles_are_neither_read_nor_taken_for_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bomb = pickle.dumps(_Bomb())
+    members = {f"a.{ending}": bomb for ending in ("pyd", "pkl", "pickle", "pth", "npy")}
+    (raw,) = iterate_raw([_tar(tmp_path / "bomb.tar", {**members, "a.txt": b"x"})])
+    with pytest.raises(DataError, match="no image among the members"):
+        parse_sample(raw)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb)  # it would have gone off
+    assert (tmp_path / "exploded").exists()

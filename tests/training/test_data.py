@@ -38,15 +38,15 @@ def _decoder(**options: Any) -> Decoder:
 
 def _dataset(
     shards: str, *, rank: int = 0, world_size: int = 1, epochs: int = 1, start: int = 0,
-    batch_size: int = 8, micro_batch_size: int | None = None, data: dict[str, Any] | None = None,
-    **options: Any,
+    batch_size: int = 8, micro_batch_size: int | None = None, pixel_cache_bytes: int = 0,
+    data: dict[str, Any] | None = None, **options: Any,
 ) -> TrainingBatches:  # fmt: skip
     config = DataConfig(**{"train": shards, **(data or {})})
     shard_set, decoder = open_shards(config), _decoder(**options)
     return TrainingBatches(
         shard_set, sample_order(config, shard_set, decoder.seed), decoder, batch_size=batch_size,
         micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, epochs=epochs,
-        start_step=start,
+        start_step=start, pixel_cache_bytes=pixel_cache_bytes,
     )  # fmt: skip
 
 
@@ -110,6 +110,47 @@ def test_the_order_does_not_depend_on_the_number_of_workers(shards: str, workers
 def test_a_resumed_stream_continues_with_the_same_batches(shards: str, start: int) -> None:
     whole = list(_dataset(shards, epochs=2))
     assert _same(list(_dataset(shards, epochs=2, start=start)), whole[start:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_kept_are_decoded_once_and_give_the_same_batches(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    damaged = _damage(shards, tmp_path / "d", {"0007.png": b"nothing"})
+    expected = list(_dataset(damaged, epochs=3))
+    decoded: Counter[str] = Counter()
+    pixels = Decoder._pixels
+
+    def counted(self: Decoder, data: bytes, place: str) -> Any:
+        decoded[place] += 1
+        return pixels(self, data, place)
+
+    monkeypatch.setattr(Decoder, "_pixels", counted)
+    kept = _dataset(damaged, epochs=3, pixel_cache_bytes=50 * (3 * 32 * 32 + 1))
+    assert _same(list(load_batches(kept, workers)), expected)
+    if workers == 0:
+        bad = {place for place in decoded if place.endswith("#0007")}
+        assert {decoded[place] for place in decoded.keys() - bad} == {1}
+        assert {decoded[place] for place in bad} <= {2, 3}  # tried again each time
+
+
+def test_what_does_not_fit_is_not_kept(shards: str) -> None:
+    size = 50 * (3 * 32 * 32 + 1)
+    assert _dataset(shards, epochs=3, pixel_cache_bytes=size)._pixels is not None
+    assert _dataset(shards, epochs=3, pixel_cache_bytes=size - 1)._pixels is None
+    assert _dataset(shards, epochs=1, pixel_cache_bytes=size)._pixels is None
+
+
+def test_without_space_images_are_decoded_again(
+    shards: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    caplog.set_level("INFO")
+    assert _dataset(shards, epochs=2, pixel_cache_bytes=10**9)._pixels is None
+    assert "decoded images are not kept: No space left on device" in caplog.text
 
 
 def test_seeds_give_different_orders(shards: str) -> None:
