@@ -39,11 +39,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.embedding import AddReport
     from clipsys.retrieval.filters import Condition
     from clipsys.retrieval.info import CollectionInfo
     from clipsys.retrieval.items import Failure, Item
     from clipsys.retrieval.query import Hit, Part, Query
+    from clipsys.retrieval.report import AddReport
 
 __all__ = [
     "AddReport",
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AddReport": "embedding",
+    "AddReport": "report",
     "Collection": "collection",
     "CollectionInfo": "info",
     "Condition": "filters",

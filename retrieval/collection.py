@@ -2,6 +2,7 @@
 
     photos/
         manifest.json     which model, which index generation            replaced atomically
+    (the next three lie in edition-N/ after the Nth migration to another model)
         items.sqlite      items, failures, names of the segments         the truth
         segments/*.npy    float16 vectors, one file a commit             immutable
         indexes/*.faiss   one FAISS generation                           derived, may be deleted
@@ -29,9 +30,10 @@ import numpy as np
 from clipsys.errors import QueryError
 from clipsys.progress import progress
 from clipsys.retrieval import filters
-from clipsys.retrieval.corpora import count_records, iterate_once
+from clipsys.retrieval.compaction import CompactionReport
+from clipsys.retrieval.corpora import Corpus, count_records
 from clipsys.retrieval.creation import create_folder
-from clipsys.retrieval.embedding import AddReport, Embedder
+from clipsys.retrieval.embedding import Embedder
 from clipsys.retrieval.encoding import (
     ImageTextEncoder,
     TurnTakingEncoder,
@@ -41,8 +43,10 @@ from clipsys.retrieval.encoding import (
 from clipsys.retrieval.info import CollectionInfo, describe
 from clipsys.retrieval.items import Failure, Item
 from clipsys.retrieval.manifest import EncoderPin, Manifest, read_manifest
+from clipsys.retrieval.pruning import PRUNE_LIMIT, find_vanished, prune
 from clipsys.retrieval.query import Hit, ImageSource, Query, embed_query
 from clipsys.retrieval.ranking import rank
+from clipsys.retrieval.report import AddReport
 from clipsys.retrieval.segments import Floats, Ints
 from clipsys.retrieval.snapshot import Snapshot
 from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
@@ -117,7 +121,7 @@ class Collection:
         manifest = read_manifest(folder)
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)
-        return cls(folder, manifest, Store(folder / DATABASE_NAME), encoder)
+        return cls(folder, manifest, Store(folder / manifest.edition / DATABASE_NAME), encoder)
 
     def close(self) -> None:
         """Closes the database."""
@@ -162,22 +166,29 @@ class Collection:
         batch_size: int = 64,
         num_workers: int | None = None,
         show_progress: bool = True,
+        prune_vanished: bool = False,
+        prune_limit: float = PRUNE_LIMIT,
     ) -> AddReport:
         """Brings the collection up to date with folders, tables or shards.
 
         Files that are known and unchanged are recognised by size and modification time without
-        being read; changed ones are encoded again; new ones are added. What a source no longer has
-        stays: it may be an unmounted drive. Images that cannot be used go to the failure ledger.
-        Interrupted at any moment, it loses at most the batch in flight, and a second call resumes.
+        being read, others by a hash of their content; changed ones are encoded again, moved ones
+        keep their vector, new ones are added. What a source no longer has stays, unless pruning is
+        asked for: it may be an unmounted drive. Images that cannot be used go to the failure
+        ledger. Interrupted at any moment, it loses at most the batch in flight, and a second call
+        resumes.
 
         Args:
             sources: see `clipsys.sources.iterate_source`.
             batch_size: images encoded at once.
             num_workers: decoding threads; None: one a processor.
             show_progress: draws a bar on stderr.
+            prune_vanished: removes items that these sources gave once and no source gives now.
+            prune_limit: the largest share of a source that pruning may remove.
 
         Raises:
-            CollectionError: another writer is at work, or the disk is full.
+            CollectionError: another writer is at work, the disk is full, or more has vanished than
+                ``prune_limit`` allows; what was added until then stays.
             DataError: a source is missing, empty or unreadable; said before anything is written,
                 except for a shard that turns out to be cut off.
         """
@@ -192,13 +203,19 @@ class Collection:
                 batch_size=batch_size,
                 num_workers=num_workers,
             )
-            records = iterate_once(sources)
+            corpus = Corpus(sources)
             if show_progress:
                 with progress(f"indexing into {self.path.name}", total) as advance:
-                    embedder.run(records, advance)
+                    embedder.run(corpus, advance)
             else:
-                embedder.run(records, lambda _: None)
-            writer.refresh_index()
+                embedder.run(corpus, lambda _: None)
+            try:
+                if prune_vanished:
+                    vanished = find_vanished(self._store, corpus.seen, limit=prune_limit)
+                    embedder.report.pruned = prune(self._store, vanished)
+            finally:
+                writer.join_small()
+                writer.refresh_index()
         embedder.report.seconds = time.monotonic() - started
         return embedder.report
 
@@ -208,6 +225,18 @@ class Collection:
             num_removed = writer.delete(ids)
             writer.refresh_index()
         return num_removed
+
+    def compact(self) -> CompactionReport:
+        """Drops the vectors of deleted items, joins small segments, renews the index.
+
+        Replaced files are deleted by the writer that comes after, a minute later at the earliest:
+        searches that are under way, in other processes too, read them to their end.
+
+        Raises:
+            CollectionError: another writer is at work, a segment is damaged, or the disk is full.
+        """
+        with self._writing() as writer:
+            return writer.compact()
 
     def build_index(self) -> None:
         """Builds a new index generation over all live items and publishes it."""

@@ -51,7 +51,16 @@ class Manifest(BaseModel):
     collection_id: str
     created_at: str = Field(description="ISO 8601, UTC")
     encoder: EncoderPin
+    edition: str = Field(
+        default="",
+        pattern=r"^(edition-\d+)?$",
+        description="folder of database, segments and indexes; empty: the collection's own",
+    )
     index: IndexGeneration | None = None
+    superseded: tuple[str, ...] = Field(
+        default=(), description="files and folders of the edition before; deleted after a grace"
+    )
+    superseded_at: float = Field(default=0.0, description="seconds since 1970")
 
 
 def read_manifest(folder: Path) -> Manifest:

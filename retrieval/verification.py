@@ -34,8 +34,8 @@ def verify(folder: Path) -> list[str]:
         faults = store.check_integrity()
         if faults:
             return faults
-        segments = store.segments()
         changes = store.changes_since(-1)
+        segments = changes.segments
         faults += _segment_faults(folder / "segments", segments, manifest.encoder.dim)
         faults += _row_faults(changes, segments)
         faults += _uri_faults(store, changes)
