@@ -19,11 +19,12 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,9 +32,9 @@ from clipsys.errors import QueryError
 from clipsys.progress import progress
 from clipsys.retrieval import filters
 from clipsys.retrieval.compaction import CompactionReport
-from clipsys.retrieval.corpora import Corpus, count_records
+from clipsys.retrieval.corpora import Corpus, Entry, count_records
 from clipsys.retrieval.creation import create_folder
-from clipsys.retrieval.embedding import Embedder
+from clipsys.retrieval.embedding import Embedder, retry_entry
 from clipsys.retrieval.encoding import (
     ImageTextEncoder,
     TurnTakingEncoder,
@@ -53,6 +54,10 @@ from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.store import Store
 from clipsys.retrieval.view import View
 from clipsys.retrieval.writing import Writer, writing
+
+if TYPE_CHECKING:
+    from clipsys.retrieval.repairing import RepairReport
+    from clipsys.retrieval.verification import Fault
 
 _logger = logging.getLogger(__name__)
 
@@ -193,6 +198,31 @@ class Collection:
                 except for a shard that turns out to be cut off.
         """
         total = count_records(sources)
+        corpus = Corpus(sources)
+
+        def prune_after(report: AddReport) -> None:
+            if prune_vanished:
+                vanished = find_vanished(self._store, corpus.seen, limit=prune_limit)
+                report.pruned = prune(self._store, vanished)
+
+        return self._embed(
+            corpus,
+            prune_after,
+            total=total,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            show_progress=show_progress,
+        )
+
+    def _embed(
+        self,
+        entries: Iterable[Entry],
+        then: Callable[[AddReport], None] = lambda _: None,
+        *,
+        total: int | None,
+        show_progress: bool,
+        **options: Any,
+    ) -> AddReport:
         started = time.monotonic()
         with self._writing() as writer:
             embedder = Embedder(
@@ -200,19 +230,13 @@ class Collection:
                 TurnTakingEncoder(lambda: self.encoder, self.encoder_lock),
                 writer.commit,
                 dim=self._pin.dim,
-                batch_size=batch_size,
-                num_workers=num_workers,
+                **options,
             )
-            corpus = Corpus(sources)
-            if show_progress:
-                with progress(f"indexing into {self.path.name}", total) as advance:
-                    embedder.run(corpus, advance)
-            else:
-                embedder.run(corpus, lambda _: None)
+            shown = progress(f"indexing into {self.path.name}", total) if show_progress else None
             try:
-                if prune_vanished:
-                    vanished = find_vanished(self._store, corpus.seen, limit=prune_limit)
-                    embedder.report.pruned = prune(self._store, vanished)
+                with shown or nullcontext(lambda _: None) as advance:
+                    embedder.run(entries, advance)
+                then(embedder.report)
             finally:
                 writer.join_small()
                 writer.refresh_index()
@@ -220,11 +244,26 @@ class Collection:
         return embedder.report
 
     def remove(self, ids: Sequence[int]) -> int:
-        """Deletes items; they are never returned again. Returns how many there were."""
+        """Deletes items; they are never returned again. Returns how many there were.
+
+        A file that is still in its source comes back, under a new id, when that is indexed again.
+        """
         with self._writing() as writer:
             num_removed = writer.delete(ids)
             writer.refresh_index()
         return num_removed
+
+    def select(self, where: filters.Where) -> list[int]:
+        """Ids of the items whose metadata match a filter, ascending.
+
+        Raises:
+            QueryError: the filter is malformed, or empty.
+        """
+        conditions = filters.parse_where(where)
+        if not conditions:
+            raise QueryError("an empty filter selects nothing; give a condition such as year<2020")
+        ids: list[int] = self._store.select_ids(*filters.to_sql(conditions)).tolist()
+        return ids
 
     def compact(self) -> CompactionReport:
         """Drops the vectors of deleted items, joins small segments, renews the index.
@@ -237,6 +276,42 @@ class Collection:
         """
         with self._writing() as writer:
             return writer.compact()
+
+    def repair(self) -> RepairReport:
+        """Mends what `verify` finds, as far as it can be mended without a backup.
+
+        Items whose vector is lost go to the failure ledger; `retry_failures` encodes them again.
+
+        Raises:
+            CollectionError: another writer is at work, or the database itself is damaged.
+        """
+        from clipsys.retrieval.repairing import index_is_unsound, repair_data
+
+        with self._writing() as writer:
+            report = repair_data(self.path, writer.manifest, self._store)
+            if index_is_unsound(self.path, writer.manifest, self._store):
+                writer.publish_index()
+                report.index_rebuilt = True
+        report.remaining = [str(fault) for fault in self.verify()]
+        return report
+
+    def retry_failures(
+        self,
+        *,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        show_progress: bool = True,
+    ) -> AddReport:
+        """Tries every file of the failure ledger again, changed or not; see `add`."""
+        entries = [retry_entry(failure) for failure in self._store.failures()]
+        return self._embed(
+            entries,
+            total=len(entries),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            show_progress=show_progress,
+            retry_failures=True,
+        )
 
     def build_index(self) -> None:
         """Builds a new index generation over all live items and publishes it."""
@@ -401,7 +476,7 @@ class Collection:
         """Every metadata key that an item has, for building filters."""
         return self._store.metadata_keys()
 
-    def verify(self) -> list[str]:
+    def verify(self) -> list[Fault]:
         """Checks every invariant, reading every file. Returns what is wrong; empty when sound."""
         from clipsys.retrieval.verification import verify
 

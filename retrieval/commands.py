@@ -38,19 +38,32 @@ def index(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Decoding threads; one a processor by default."),
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove what the sources gave once and no longer have.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Prune even more than a tenth of a source.")
+    ] = False,
 ) -> None:
     """Creates a collection, or brings it up to date with its sources."""
     from clipsys.errors import DataError
     from clipsys.retrieval.corpora import count_records
     from clipsys.retrieval.creation import destroy_folder
     from clipsys.retrieval.manifest import FILE_NAME
+    from clipsys.retrieval.pruning import PRUNE_LIMIT
 
     count_records(sources)  # a missing source is said before a model is loaded
     is_new = not (collection.expanduser() / FILE_NAME).exists()
     photos = _create(collection, model) if is_new else _open(collection, model)
     with photos:
         try:
-            report = photos.add(*sources, batch_size=batch_size, num_workers=workers)
+            report = photos.add(
+                *sources,
+                batch_size=batch_size,
+                num_workers=workers,
+                prune_vanished=prune,
+                prune_limit=1.0 if yes else PRUNE_LIMIT,
+            )
             if is_new and len(photos) == 0:
                 first = report.first_failures[0].message
                 raise DataError(

@@ -10,6 +10,7 @@ batch size, not on the number of images. Every record ends in exactly one tally 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +43,7 @@ from clipsys.retrieval.items import (
 from clipsys.retrieval.report import AddReport
 from clipsys.retrieval.segments import Floats
 from clipsys.retrieval.store import Store
-from clipsys.sources import Record
+from clipsys.sources import Record, read_uri
 
 #: A batch of the encoder is committed at once if the last commit is this many seconds ago. On a
 #: CPU, where a batch takes longer than that, a kill loses the batch in flight; on a fast GPU it
@@ -192,7 +195,7 @@ class Embedder:
         try:
             loaded = job.future.result()
         except DataError as error:
-            self._record_failure(record, error)
+            self._record_failure(record, known, error)
             return
         if known is not None and loaded.content_hash == known.content_hash:
             self._update(record, known)
@@ -229,11 +232,14 @@ class Embedder:
         self._batch.updates.append(update)
         self.report.updated += 1
 
-    def _record_failure(self, record: Record, error: DataError) -> None:
+    def _record_failure(self, record: Record, known: Item | None, error: DataError) -> None:
         reason = error.reason if isinstance(error, ImageDecodeError) else "unreadable"
         # A file that could not even be read has no facts to recognise it by: it is tried again.
         facts = (None, None) if reason == "unreadable" else (record.size_bytes, record.mtime_ns)
-        failure = Failure(record.uri, reason, str(error), *facts)
+        captions, metadata = _texts(record, known)
+        failure = Failure(
+            record.uri, reason, str(error), *facts, captions=captions, metadata=metadata
+        )
         self._batch.failures.append(failure)
         if len(self.report.first_failures) < _FAILURES_SHOWN:
             self.report.first_failures.append(failure)
@@ -281,3 +287,20 @@ def _texts(record: Record, known: Item | None) -> tuple[tuple[str, ...], dict[st
         elif "label" in known.metadata:
             metadata.setdefault("label", known.metadata["label"])
     return captions, json.loads(to_json(metadata))
+
+
+def retry_entry(failure: Failure) -> Entry:
+    """A ledger entry as a record, to be tried again."""
+    status = None
+    with contextlib.suppress(OSError):
+        status = Path(failure.uri).stat()
+    return Entry(
+        Record(
+            uri=failure.uri,
+            read=partial(read_uri, failure.uri),
+            captions=failure.captions,
+            metadata=dict(failure.metadata),
+            size_bytes=status.st_size if status else None,
+            mtime_ns=status.st_mtime_ns if status else None,
+        )
+    )

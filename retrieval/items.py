@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Failure:
-    """One file that could not be used, and why."""
+    """One file that could not be used, why, and what is known of it for another attempt."""
 
     uri: str
     reason: str
@@ -37,6 +37,8 @@ class Failure:
     size_bytes: int | None = None
     mtime_ns: int | None = None
     attempts: int = 1
+    captions: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

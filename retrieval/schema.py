@@ -46,6 +46,8 @@ CREATE TABLE failures (
     size_bytes INTEGER,
     mtime_ns INTEGER,
     attempts INTEGER NOT NULL DEFAULT 1,
+    captions TEXT NOT NULL CHECK (json_valid(captions)),
+    metadata TEXT NOT NULL CHECK (json_valid(metadata)),
     failed_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
 );
 -- Which source gave which uri: pruning removes what no source gives any more.
@@ -61,7 +63,9 @@ CREATE TABLE retired (path TEXT PRIMARY KEY, retired_at REAL NOT NULL);
 """
 
 SELECT_ITEM = "SELECT id, uri, content_hash, size_bytes, mtime_ns, captions, metadata FROM items"
-SELECT_FAILURE = "SELECT uri, reason, message, size_bytes, mtime_ns, attempts FROM failures"
+SELECT_FAILURE = (
+    "SELECT uri, reason, message, size_bytes, mtime_ns, attempts, captions, metadata FROM failures"
+)
 
 
 def item_of(row: tuple[Any, ...]) -> Item:
@@ -80,7 +84,17 @@ def item_of(row: tuple[Any, ...]) -> Item:
 
 def failure_of(row: tuple[Any, ...]) -> Failure:
     """A ledger entry from a row of `SELECT_FAILURE`."""
-    return Failure(python_text(row[0]), *row[1:])
+    uri, reason, message, size_bytes, mtime_ns, attempts, captions, metadata = row
+    return Failure(
+        python_text(uri),
+        reason,
+        message,
+        size_bytes,
+        mtime_ns,
+        attempts,
+        tuple(json.loads(captions)),
+        json.loads(metadata),
+    )
 
 
 def sql_text(text: str) -> str | bytes:

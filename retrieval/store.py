@@ -337,18 +337,26 @@ class Store:
             "DELETE FROM failures WHERE uri = (SELECT uri FROM items WHERE id = ?)", (update.id,)
         )
 
+    def record_failures(self, failures: Sequence[Failure]) -> None:
+        """Puts files into the ledger, in one transaction."""
+        self.commit(Batch(failures=list(failures)), None)
+
     def _record_failure(self, failure: Failure) -> None:
         self._connection.execute(
-            "INSERT INTO failures (uri, reason, message, size_bytes, mtime_ns) "
-            "VALUES (?, ?, ?, ?, ?) ON CONFLICT (uri) DO UPDATE SET reason = excluded.reason, "
-            "message = excluded.message, size_bytes = excluded.size_bytes, "
-            "mtime_ns = excluded.mtime_ns, attempts = attempts + 1, failed_at = excluded.failed_at",
+            "INSERT INTO failures (uri, reason, message, size_bytes, mtime_ns, captions, metadata) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (uri) DO UPDATE SET "
+            "reason = excluded.reason, message = excluded.message, "
+            "size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns, "
+            "captions = excluded.captions, metadata = excluded.metadata, "
+            "attempts = attempts + 1, failed_at = excluded.failed_at",
             (
                 sql_text(failure.uri),
                 failure.reason,
                 plain_text(failure.message),
                 failure.size_bytes,
                 failure.mtime_ns,
+                to_json([plain_text(caption) for caption in failure.captions]),
+                to_json(dict(failure.metadata)),
             ),
         )
 

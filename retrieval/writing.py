@@ -96,6 +96,11 @@ class Writer:
         self._manifest = manifest
         self._num_segments = 0
 
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest as it is now."""
+        return self._manifest
+
     def commit(self, batch: Batch, vectors_ND: Floats) -> None:
         """Commits a batch: first its vectors, durably, then the transaction that names them."""
         segment = write_segment(self._data / SEGMENTS, vectors_ND) if len(vectors_ND) else None
