@@ -40,10 +40,11 @@ from clipsys.retrieval.encoding import (
     TurnTakingEncoder,
     check_encoder,
     load_encoder,
+    pin_of,
 )
 from clipsys.retrieval.info import CollectionInfo, describe
 from clipsys.retrieval.items import Failure, Item
-from clipsys.retrieval.manifest import EncoderPin, Manifest, read_manifest
+from clipsys.retrieval.manifest import Manifest, read_manifest
 from clipsys.retrieval.pruning import PRUNE_LIMIT, find_vanished, prune
 from clipsys.retrieval.query import Hit, ImageSource, Query, embed_query
 from clipsys.retrieval.ranking import rank
@@ -56,6 +57,7 @@ from clipsys.retrieval.view import View
 from clipsys.retrieval.writing import Writer, writing
 
 if TYPE_CHECKING:
+    from clipsys.retrieval.migration import MigrationOptions
     from clipsys.retrieval.repairing import RepairReport
     from clipsys.retrieval.verification import Fault
 
@@ -100,12 +102,7 @@ class Collection:
         manifest = Manifest(
             collection_id=str(uuid.uuid4()),
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            encoder=EncoderPin(
-                name=encoder.name,
-                model=model or encoder.spec or encoder.name,
-                fingerprint=encoder.fingerprint,
-                dim=encoder.dim,
-            ),
+            encoder=pin_of(encoder, model),
         )
         create_folder(folder, manifest)
         return cls.open(folder, encoder)
@@ -312,6 +309,42 @@ class Collection:
             show_progress=show_progress,
             retry_failures=True,
         )
+
+    def migrate(
+        self,
+        encoder: ImageTextEncoder,
+        *,
+        model: str | None = None,
+        options: MigrationOptions | None = None,
+        show_progress: bool = True,
+    ) -> AddReport:
+        """Encodes every image anew with another model, beside the old vectors, then swaps.
+
+        Items keep their ids. Readers, this object too, go on with the old vectors: open the
+        collection again to search the new ones. A migration that was killed goes on when it is
+        called again.
+
+        Args:
+            encoder: the new model.
+            model: what `clipsys.load` takes to load it again; `encoder.spec` if None.
+            options: how to encode, and what may be lost.
+            show_progress: draws a bar on stderr.
+
+        Raises:
+            CollectionError: another writer is at work, the collection has this model already, or
+                too many images cannot be read; the collection is as it was.
+        """
+        from clipsys.retrieval.migration import MigrationOptions, migrate
+
+        shown = progress(f"migrating {self.path.name}", len(self)) if show_progress else None
+        with shown or nullcontext(lambda _: None) as advance:
+            return migrate(
+                self.path,
+                encoder,
+                pin_of(encoder, model),
+                options=options or MigrationOptions(),
+                advance=advance,
+            )
 
     def build_index(self) -> None:
         """Builds a new index generation over all live items and publishes it."""
