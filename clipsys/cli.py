@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "index": ("clipsys.retrieval.commands", "index"),
     "search": ("clipsys.retrieval.commands", "search"),
     "info": ("clipsys.retrieval.keeping_commands", "info"),
+    "duplicates": ("clipsys.retrieval.keeping_commands", "duplicates"),
     "failures": ("clipsys.retrieval.keeping_commands", "failures"),
     "remove": ("clipsys.retrieval.keeping_commands", "remove"),
     "compact": ("clipsys.retrieval.keeping_commands", "compact"),

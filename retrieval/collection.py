@@ -57,6 +57,7 @@ from clipsys.retrieval.view import View
 from clipsys.retrieval.writing import Writer, writing
 
 if TYPE_CHECKING:
+    from clipsys.retrieval.duplicates import DuplicateGroup
     from clipsys.retrieval.migration import MigrationOptions
     from clipsys.retrieval.repairing import RepairReport
     from clipsys.retrieval.verification import Fault
@@ -500,6 +501,35 @@ class Collection:
         ids = self._view.snapshot().ids_N
         chosen = ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)]
         return list(self._store.items(chosen.tolist()).values())
+
+    def duplicates(
+        self, threshold: float | None = None, *, show_progress: bool = True
+    ) -> list[DuplicateGroup]:
+        """Groups of items that are nearly the same; see `clipsys.retrieval.duplicates`.
+
+        Args:
+            threshold: cosine from which two count as nearly the same; None: 0.95.
+            show_progress: draws a bar on stderr.
+
+        Raises:
+            QueryError: the threshold is not a cosine above 0.
+        """
+        from clipsys.retrieval import duplicates
+
+        snapshot = self._view.snapshot()
+        threshold = duplicates.DEFAULT_THRESHOLD if threshold is None else threshold
+        shown = progress(f"comparing {self.path.name}", len(snapshot)) if show_progress else None
+        with shown or nullcontext(lambda _: None) as advance:
+            groups = duplicates.find_groups(snapshot, threshold, advance=advance)
+        found = []
+        for group in groups:
+            ids = snapshot.ids_N[group].tolist()
+            items = self._store.items(ids)
+            scores = duplicates.scores_with_first(snapshot, group)
+            found.append(
+                duplicates.DuplicateGroup(tuple(items[number] for number in ids), tuple(scores))
+            )
+        return found
 
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The failure ledger: every file that could not be used, with its reason."""

@@ -1,4 +1,4 @@
-"""The verbs that look after a collection: info, failures, remove, compact, verify, repair.
+"""The verbs that look after a collection: info, duplicates, failures, remove, compact and so on.
 
 Heavy imports stand inside the functions: this module is loaded to print their help.
 """
@@ -77,6 +77,31 @@ def failures(
     for failure in ledger:
         typer.echo(f"{failure.reason}: {_printable(failure.message)}")
     typer.echo(f"{len(ledger):,} files cannot be used", err=True)
+
+
+def duplicates(
+    collection: _Folder,
+    *,
+    threshold: Annotated[
+        float, typer.Option(help="Cosine from which two images are nearly the same.")
+    ] = 0.95,
+    as_json: _Json = False,
+) -> None:
+    """Lists groups of images that are nearly the same, in the whole collection."""
+    from clipsys.retrieval.collection import Collection
+
+    with Collection.open(collection) as photos:
+        groups = photos.duplicates(threshold)
+    if as_json:
+        document = {"threshold": threshold, "groups": [group.to_dict() for group in groups]}
+        typer.echo(json.dumps(document, indent=2))
+        return
+    for number, group in enumerate(groups, 1):
+        typer.echo(f"group {number}: {len(group.items)} images")
+        for item, score in zip(group.items, group.scores, strict=True):
+            typer.echo(f"  {score:.3f}  {item.id:>8}  {_printable(item.uri)}")
+    copies = sum(len(group.items) - 1 for group in groups)
+    typer.echo(f"{len(groups):,} groups, {copies:,} images more than one of each", err=True)
 
 
 def remove(
