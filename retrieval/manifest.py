@@ -90,6 +90,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Swaps the manifest atomically and durably."""
+    """Swaps the manifest atomically and durably.
+
+    Raises:
+        CollectionError: the disk refuses it; the manifest before stays.
+    """
     text = manifest.model_dump_json(indent=2) + "\n"
-    durable.replace(folder / FILE_NAME, text.encode("utf-8"))
+    try:
+        durable.replace(folder / FILE_NAME, text.encode("utf-8"))
+    except OSError as error:
+        raise CollectionError(
+            f"{folder / FILE_NAME}: cannot be written ({error.strerror}); free some space and run "
+            "the same command again"
+        ) from error
