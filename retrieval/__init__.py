@@ -29,6 +29,7 @@ Modules, each of which builds on those above it:
     compaction    dropping deleted vectors, joining small segments
     writing       a writer's turn: commits and index generations
     info          what a collection holds, in numbers
+    keeping       what changes and checks a collection
     collection    all of it behind one class
     verification  every invariant, checked against the files
     repairing     what can be mended of them
