@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from clipsys import models
 from clipsys.devices import choose_device, choose_precision
+from clipsys.image_tower import EncodeImage, image_encoder
 from clipsys.images import decode_image
 from clipsys.text_tower import text_encoder
 
@@ -62,6 +64,11 @@ class Encoder:
         """What similarities are multiplied with before a softmax, as trained (no logarithm)."""
         return float(self._model.logit_scale.detach().exp())
 
+    @cached_property
+    def _encode_pixels(self) -> EncodeImage:
+        # When first needed: a search by text must not wait for it.
+        return image_encoder(self._model)
+
     def preprocess(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Resizes and crops one decoded image: uint8 (3, H, W). Thread-safe."""
         return self.preprocessing.pixels(image.convert("RGB"))
@@ -71,7 +78,7 @@ class Encoder:
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_BCHW)).to(self.device)
         image_BCHW = (pixels.to(torch.float32) / 255 - self._mean) / self._std
         with torch.inference_mode(), self._autocast():
-            features = self._model.encode_image(image_BCHW)
+            features = self._encode_pixels(image_BCHW)
         return _unit(features)
 
     def encode_image(

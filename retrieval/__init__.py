@@ -11,6 +11,7 @@ Modules, each of which builds on those above it:
     durable       files that are whole or absent, the writer's lock
     segments      immutable vector files
     items         items and failures as values
+    schema        the database's tables
     store         items, failures and segments in SQLite: the truth
     manifest      which model, which index generation
     creation      a collection's folder, whole or not at all
@@ -22,12 +23,20 @@ Modules, each of which builds on those above it:
     query         what is searched for, and what comes back
     ranking       the exact top k
     corpora       several sources as one stream of records
+    report        what became of the records
     embedding     records to committed batches, decoding ahead of the encoder
+    pruning       removing what no source gives any more
+    compaction    dropping deleted vectors, joining small segments
     writing       a writer's turn: commits and index generations
     info          what a collection holds, in numbers
+    keeping       what changes and checks a collection
     collection    all of it behind one class
     verification  every invariant, checked against the files
+    repairing     what can be mended of them
+    migration     another model, built beside and swapped
+    duplicates    near-duplicate groups
     commands      ``clipsys index`` and ``clipsys search``
+    keeping_commands  ``clipsys info``, ``verify``, ``repair`` and so on
 
 Importing this package imports none of them: names load on first use.
 """
@@ -39,17 +48,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.embedding import AddReport
+    from clipsys.retrieval.duplicates import DuplicateGroup
     from clipsys.retrieval.filters import Condition
     from clipsys.retrieval.info import CollectionInfo
     from clipsys.retrieval.items import Failure, Item
     from clipsys.retrieval.query import Hit, Part, Query
+    from clipsys.retrieval.report import AddReport
 
 __all__ = [
     "AddReport",
     "Collection",
     "CollectionInfo",
     "Condition",
+    "DuplicateGroup",
     "Failure",
     "Hit",
     "Item",
@@ -58,10 +69,11 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AddReport": "embedding",
+    "AddReport": "report",
     "Collection": "collection",
     "CollectionInfo": "info",
     "Condition": "filters",
+    "DuplicateGroup": "duplicates",
     "Failure": "items",
     "Hit": "query",
     "Item": "items",

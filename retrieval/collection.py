@@ -2,6 +2,7 @@
 
     photos/
         manifest.json     which model, which index generation            replaced atomically
+    (the next three lie in edition-N/ after the Nth migration to another model)
         items.sqlite      items, failures, names of the segments         the truth
         segments/*.npy    float16 vectors, one file a commit             immutable
         indexes/*.faiss   one FAISS generation                           derived, may be deleted
@@ -15,11 +16,8 @@ commit by commit: a search that starts after `Collection.add` returned finds wha
 from __future__ import annotations
 
 import logging
-import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -27,49 +25,33 @@ from types import TracebackType
 import numpy as np
 
 from clipsys.errors import QueryError
-from clipsys.progress import progress
 from clipsys.retrieval import filters
-from clipsys.retrieval.corpora import count_records, iterate_once
 from clipsys.retrieval.creation import create_folder
-from clipsys.retrieval.embedding import AddReport, Embedder
 from clipsys.retrieval.encoding import (
     ImageTextEncoder,
     TurnTakingEncoder,
     check_encoder,
-    load_encoder,
+    pin_of,
 )
 from clipsys.retrieval.info import CollectionInfo, describe
 from clipsys.retrieval.items import Failure, Item
-from clipsys.retrieval.manifest import EncoderPin, Manifest, read_manifest
+from clipsys.retrieval.keeping import KeptCollection
+from clipsys.retrieval.manifest import Manifest, read_manifest
 from clipsys.retrieval.query import Hit, ImageSource, Query, embed_query
 from clipsys.retrieval.ranking import rank
 from clipsys.retrieval.segments import Floats, Ints
 from clipsys.retrieval.snapshot import Snapshot
 from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.store import Store
-from clipsys.retrieval.view import View
-from clipsys.retrieval.writing import Writer, writing
 
 _logger = logging.getLogger(__name__)
 
 
-class Collection:
+class Collection(KeptCollection):
     """An open collection. Made by `create` or `open`; close it, or use it as a context manager.
 
     Thread-safe: searches run concurrently, the encoder takes one call at a time.
     """
-
-    def __init__(
-        self, path: Path, manifest: Manifest, store: Store, encoder: ImageTextEncoder | None
-    ) -> None:
-        """Use `create` or `open`."""
-        self.path = path
-        #: Held around each call of the encoder; hold it to call the same encoder from elsewhere.
-        self.encoder_lock = threading.Lock()
-        self._pin = manifest.encoder
-        self._store = store
-        self._encoder = encoder
-        self._view = View(path, manifest, store)
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -91,12 +73,7 @@ class Collection:
         manifest = Manifest(
             collection_id=str(uuid.uuid4()),
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            encoder=EncoderPin(
-                name=encoder.name,
-                model=model or encoder.spec or encoder.name,
-                fingerprint=encoder.fingerprint,
-                dim=encoder.dim,
-            ),
+            encoder=pin_of(encoder, model),
         )
         create_folder(folder, manifest)
         return cls.open(folder, encoder)
@@ -117,7 +94,7 @@ class Collection:
         manifest = read_manifest(folder)
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)
-        return cls(folder, manifest, Store(folder / DATABASE_NAME), encoder)
+        return cls(folder, manifest, Store(folder / manifest.edition / DATABASE_NAME), encoder)
 
     def close(self) -> None:
         """Closes the database."""
@@ -134,88 +111,8 @@ class Collection:
     ) -> None:
         self.close()
 
-    def __len__(self) -> int:
-        return self._store.count_items()
-
     def __repr__(self) -> str:
         return f"Collection({str(self.path)!r}, model={self._pin.name!r})"
-
-    @property
-    def encoder(self) -> ImageTextEncoder:
-        """The encoder, loaded now if it was not yet.
-
-        Raises:
-            ModelError: the manifest's model cannot be loaded.
-            CollectionError: what lies there now is another model.
-        """
-        if self._encoder is None:
-            with self.encoder_lock:
-                if self._encoder is None:
-                    self._encoder = load_encoder(self.path, self._pin)
-        return self._encoder
-
-    # ---- writing ---------------------------------------------------------------------------
-
-    def add(
-        self,
-        *sources: str | Path,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        show_progress: bool = True,
-    ) -> AddReport:
-        """Brings the collection up to date with folders, tables or shards.
-
-        Files that are known and unchanged are recognised by size and modification time without
-        being read; changed ones are encoded again; new ones are added. What a source no longer has
-        stays: it may be an unmounted drive. Images that cannot be used go to the failure ledger.
-        Interrupted at any moment, it loses at most the batch in flight, and a second call resumes.
-
-        Args:
-            sources: see `clipsys.sources.iterate_source`.
-            batch_size: images encoded at once.
-            num_workers: decoding threads; None: one a processor.
-            show_progress: draws a bar on stderr.
-
-        Raises:
-            CollectionError: another writer is at work, or the disk is full.
-            DataError: a source is missing, empty or unreadable; said before anything is written,
-                except for a shard that turns out to be cut off.
-        """
-        total = count_records(sources)
-        started = time.monotonic()
-        with self._writing() as writer:
-            embedder = Embedder(
-                self._store,
-                TurnTakingEncoder(lambda: self.encoder, self.encoder_lock),
-                writer.commit,
-                dim=self._pin.dim,
-                batch_size=batch_size,
-                num_workers=num_workers,
-            )
-            records = iterate_once(sources)
-            if show_progress:
-                with progress(f"indexing into {self.path.name}", total) as advance:
-                    embedder.run(records, advance)
-            else:
-                embedder.run(records, lambda _: None)
-            writer.refresh_index()
-        embedder.report.seconds = time.monotonic() - started
-        return embedder.report
-
-    def remove(self, ids: Sequence[int]) -> int:
-        """Deletes items; they are never returned again. Returns how many there were."""
-        with self._writing() as writer:
-            num_removed = writer.delete(ids)
-            writer.refresh_index()
-        return num_removed
-
-    def build_index(self) -> None:
-        """Builds a new index generation over all live items and publishes it."""
-        with self._writing() as writer:
-            writer.publish_index()
-
-    def _writing(self) -> AbstractContextManager[Writer]:
-        return writing(self.path, self._store, self._view, self._pin)
 
     # ---- reading ---------------------------------------------------------------------------
 
@@ -371,12 +268,6 @@ class Collection:
     def metadata_keys(self) -> list[str]:
         """Every metadata key that an item has, for building filters."""
         return self._store.metadata_keys()
-
-    def verify(self) -> list[str]:
-        """Checks every invariant, reading every file. Returns what is wrong; empty when sound."""
-        from clipsys.retrieval.verification import verify
-
-        return verify(self.path)
 
     def info(self) -> CollectionInfo:
         """Counts, model, index and size."""

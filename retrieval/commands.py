@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 def index(
     collection: Annotated[Path, typer.Argument(help="Folder of the collection.")],
     sources: Annotated[
-        list[str],
+        Optional[list[str]],  # noqa: UP045  (typer evaluates annotations on Python 3.10 as well)
         typer.Argument(
-            help="Folders, tables (.csv .tsv .jsonl .parquet) or WebDataset shards (.tar).",
+            help="Folders, tables (.csv .tsv .jsonl .parquet) or WebDataset shards (.tar); "
+            "none are needed with --migrate.",
             metavar="SOURCE...",
         ),
-    ],
+    ] = None,
     model: Annotated[
-        Optional[str],  # noqa: UP045  (typer evaluates annotations on Python 3.10 as well)
+        Optional[str],  # noqa: UP045
         typer.Option(
             help="Model folder, run folder, open_clip NAME/TAG or hf-hub:ORG/REPO; "
             "needed for a new collection only."
@@ -38,19 +39,46 @@ def index(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Decoding threads; one a processor by default."),
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove what the sources gave once and no longer have.")
+    ] = False,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Prune, or leave behind in a migration, even more than a tenth."
+        ),
+    ] = False,
+    migrate: Annotated[
+        bool,
+        typer.Option("--migrate", help="Encode the whole collection anew with --model, then swap."),
+    ] = False,
 ) -> None:
     """Creates a collection, or brings it up to date with its sources."""
     from clipsys.errors import DataError
     from clipsys.retrieval.corpora import count_records
     from clipsys.retrieval.creation import destroy_folder
     from clipsys.retrieval.manifest import FILE_NAME
+    from clipsys.retrieval.migration import LOSS_LIMIT
+    from clipsys.retrieval.pruning import PRUNE_LIMIT
 
-    count_records(sources)  # a missing source is said before a model is loaded
+    sources = sources or []
+    if sources or not migrate:
+        count_records(sources)  # a missing source is said before a model is loaded
+    if migrate:
+        _migrate(collection, model, batch_size, workers, loss_limit=1.0 if yes else LOSS_LIMIT)
+    if not sources:
+        return
     is_new = not (collection.expanduser() / FILE_NAME).exists()
     photos = _create(collection, model) if is_new else _open(collection, model)
     with photos:
         try:
-            report = photos.add(*sources, batch_size=batch_size, num_workers=workers)
+            report = photos.add(
+                *sources,
+                batch_size=batch_size,
+                num_workers=workers,
+                prune_vanished=prune,
+                prune_limit=1.0 if yes else PRUNE_LIMIT,
+            )
             if is_new and len(photos) == 0:
                 first = report.first_failures[0].message
                 raise DataError(
@@ -66,6 +94,25 @@ def index(
     more = report.failed - len(report.first_failures)
     if more > 0:
         typer.echo(f"skipped: {more:,} more, all in the failure ledger", err=True)
+
+
+def _migrate(
+    path: Path, model: str | None, batch_size: int, workers: int | None, *, loss_limit: float
+) -> None:
+    import clipsys
+    from clipsys.errors import ModelError
+    from clipsys.retrieval.collection import Collection
+    from clipsys.retrieval.migration import MigrationOptions
+
+    if model is None:
+        raise ModelError(f"{path}: --migrate needs the new model; name it with --model")
+    with Collection.open(path) as photos:
+        report = photos.migrate(
+            clipsys.load(model),
+            model=_absolute(model),
+            options=MigrationOptions(batch_size, workers, loss_limit),
+        )
+        typer.echo(f"{photos.path}: now of model {model}; {report.summary()}")
 
 
 def _create(path: Path, model: str | None) -> Collection:

@@ -1,12 +1,29 @@
-"""Several sources as one stream of records."""
+"""Several sources as one stream of records, each with the source that gave it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clipsys.errors import DataError
 from clipsys.sources import Record, iterate_source, source_kind
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record on its way into a collection.
+
+    Attributes:
+        source: the source that gave it, by `source_name`; None if no source claims it.
+        repeated: its uri came earlier in the same run; only the source's claim is news.
+        item_id: the id that a new item takes; None: the next one.
+    """
+
+    record: Record
+    source: str | None = None
+    repeated: bool = False
+    item_id: int | None = None
 
 
 def count_records(sources: Sequence[str | Path]) -> int | None:
@@ -31,15 +48,31 @@ def count_records(sources: Sequence[str | Path]) -> int | None:
     return total
 
 
-def iterate_once(sources: Sequence[str | Path]) -> Iterator[Record]:
-    """The records of all sources; where several have the same uri, the first one's.
+def source_name(source: str | Path) -> str:
+    """What a collection remembers a source by: its absolute path, or its address."""
+    return str(source) if "://" in str(source) else str(Path(source).expanduser().absolute())
 
-    Raises:
-        DataError: a source cannot be read, or not to its end.
-    """
-    seen: set[str] = set()
-    for source in sources:
-        for record in iterate_source(source):
-            if record.uri not in seen:
-                seen.add(record.uri)
-                yield record
+
+class Corpus:
+    """The records of several sources, and after the walk which uris each of them gave."""
+
+    def __init__(self, sources: Sequence[str | Path]) -> None:
+        self._sources = list(dict.fromkeys(sources))
+        #: Uris by source, filled while iterating.
+        self.seen: dict[str, set[str]] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Where several sources have the same uri, the first one's captions and metadata count.
+
+        Raises:
+            DataError: a source cannot be read, or not to its end.
+        """
+        for source in self._sources:
+            name = source_name(source)
+            mine = self.seen.setdefault(name, set())
+            for record in iterate_source(source):
+                if record.uri in mine:
+                    continue
+                repeated = any(record.uri in others for others in self.seen.values())
+                mine.add(record.uri)
+                yield Entry(record, name, repeated=repeated)

@@ -10,14 +10,17 @@ batch size, not on the number of images. Every record ends in exactly one tally 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ import numpy.typing as npt
 
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.images import decode_image
+from clipsys.retrieval.corpora import Entry
 from clipsys.retrieval.encoding import ImageTextEncoder
 from clipsys.retrieval.items import (
     Batch,
@@ -36,69 +40,19 @@ from clipsys.retrieval.items import (
     plain_text,
     to_json,
 )
+from clipsys.retrieval.report import AddReport
 from clipsys.retrieval.segments import Floats
 from clipsys.retrieval.store import Store
-from clipsys.sources import Record
+from clipsys.sources import Record, read_uri
 
-#: A commit happens at the first batch boundary after this many seconds or new items: that much work
-#: at most is lost to a kill, and segments do not become needlessly small.
-COMMIT_INTERVAL_S = 5.0
+#: A batch of the encoder is committed at once if the last commit is this many seconds ago. On a
+#: CPU, where a batch takes longer than that, a kill loses the batch in flight; on a fast GPU it
+#: loses the batches of the last second, and segments do not become needlessly small.
+COMMIT_INTERVAL_S = 1.0
 COMMIT_ITEMS = 4_096
 #: Records read ahead of the encoder, in batches.
 _BATCHES_AHEAD = 2
 _FAILURES_SHOWN = 5
-
-
-@dataclass
-class AddReport:
-    """What became of each record.
-
-    Attributes:
-        added: new items that were encoded.
-        changed: known items whose image changed; encoded again under a new id.
-        reused: new items whose vector was already there (a moved or copied file).
-        updated: known items with other captions, metadata or file times; not encoded.
-        unchanged: known items as they were; not even read, where the source tells size and time.
-        failed: records that could not be used, now in the failure ledger.
-        known_failures: records that failed before and have not changed; not tried again.
-        reasons: `failed` by category.
-        first_failures: a few of them, to show.
-        seconds: how long it took.
-    """
-
-    added: int = 0
-    changed: int = 0
-    reused: int = 0
-    updated: int = 0
-    unchanged: int = 0
-    failed: int = 0
-    known_failures: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    first_failures: list[Failure] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def total(self) -> int:
-        """Records seen."""
-        tallies = (self.added, self.changed, self.reused, self.updated, self.unchanged)
-        return sum(tallies) + self.failed + self.known_failures
-
-    def summary(self) -> str:
-        """One line for people: ``120 added, 3 failed (2 corrupt, 1 empty), 512 unchanged``."""
-        words = {
-            "added": self.added,
-            "changed": self.changed,
-            "moved or copied": self.reused,
-            "updated": self.updated,
-            "unchanged": self.unchanged,
-        }
-        parts = [f"{count:,} {word}" for word, count in words.items() if count]
-        if self.failed:
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.reasons.most_common())
-            parts.append(f"{self.failed:,} failed ({reasons})")
-        if self.known_failures:
-            parts.append(f"{self.known_failures:,} failed before and not changed since")
-        return ", ".join(parts) or "nothing to do"
 
 
 @dataclass(frozen=True)
@@ -112,7 +66,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Job:
-    record: Record
+    entry: Entry
     known: Item | None
     future: Future[_Loaded]
 
@@ -127,6 +81,7 @@ class Embedder:
         dim: embedding width D.
         batch_size: images encoded at once.
         num_workers: decoding threads; None: one a processor, at most 16.
+        retry_failures: try files again that failed before and have not changed.
     """
 
     def __init__(
@@ -138,6 +93,7 @@ class Embedder:
         dim: int,
         batch_size: int,
         num_workers: int | None,
+        retry_failures: bool = False,
     ) -> None:
         self.report = AddReport()
         self._store = store
@@ -146,19 +102,20 @@ class Embedder:
         self._dim = dim
         self._batch_size = batch_size
         self._num_workers = num_workers or min(16, os.cpu_count() or 1)
+        self._retry_failures = retry_failures
         self._batch = Batch()
         self._vectors: list[Floats] = []
         self._waiting: list[tuple[NewItem, npt.NDArray[np.uint8]]] = []
         self._last_commit = time.monotonic()
         self._source_error: DataError | None = None
 
-    def run(self, records: Iterable[Record], advance: Callable[[int], Any]) -> None:
-        """Works through all records, committing as it goes.
+    def run(self, entries: Iterable[Entry], advance: Callable[[int], Any]) -> None:
+        """Works through all entries, committing as it goes.
 
         When it is interrupted, or the source breaks off, what is encoded by then is committed.
 
         Args:
-            records: no uri twice.
+            entries: none with the uri of an earlier one, unless it says so.
             advance: called with the number of records done.
 
         Raises:
@@ -166,7 +123,7 @@ class Embedder:
         """
         pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="clipsys-decode")
         try:
-            for job in self._jobs_ahead(records, pool, advance):
+            for job in self._jobs_ahead(entries, pool, advance):
                 self._finish(job)
                 advance(1)
             self._encode_waiting()
@@ -177,24 +134,36 @@ class Embedder:
             self._flush()
 
     def _jobs_ahead(
-        self, records: Iterable[Record], pool: ThreadPoolExecutor, advance: Callable[[int], Any]
+        self, entries: Iterable[Entry], pool: ThreadPoolExecutor, advance: Callable[[int], Any]
     ) -> Iterator[_Job]:
-        """Starts jobs ahead of their use and yields them in the order of the records."""
+        """Starts jobs ahead of their use and yields them in the order of the entries."""
         ahead: deque[_Job] = deque()
         limit = _BATCHES_AHEAD * self._batch_size + self._num_workers
         try:
-            for record in records:
+            for entry in entries:
+                self._note_origin(entry)
+                if entry.repeated:
+                    advance(1)
+                    continue
+                record = entry.record
                 known = self._store.find(record.uri)
                 if self._settle_without_reading(record, known):
                     advance(1)
+                    if len(self._batch) >= COMMIT_ITEMS:
+                        self._flush()
                     continue
-                ahead.append(_Job(record, known, pool.submit(self._load, record, known)))
+                ahead.append(_Job(entry, known, pool.submit(self._load, record, known)))
                 if len(ahead) >= limit:
                     yield ahead.popleft()
         except DataError as error:  # a shard that breaks off: what it gave so far still counts
             self._source_error = error
         while ahead:
             yield ahead.popleft()
+
+    def _note_origin(self, entry: Entry) -> None:
+        source, uri = entry.source, entry.record.uri
+        if source is not None and not self._store.has_origin(source, uri):
+            self._batch.origins.append((source, uri))
 
     def _settle_without_reading(self, record: Record, known: Item | None) -> bool:
         if record.mtime_ns is None:
@@ -203,7 +172,7 @@ class Embedder:
         if known is not None and (known.size_bytes, known.mtime_ns) == facts:
             self._update(record, known)
             return True
-        failure = self._store.find_failure(record.uri)
+        failure = None if self._retry_failures else self._store.find_failure(record.uri)
         if failure is not None and (failure.size_bytes, failure.mtime_ns) == facts:
             self.report.known_failures += 1
             return True
@@ -222,11 +191,11 @@ class Embedder:
         return _Loaded(content_hash, pixels_CHW=self._encoder.preprocess(image))
 
     def _finish(self, job: _Job) -> None:
-        record, known = job.record, job.known
+        record, known = job.entry.record, job.known
         try:
             loaded = job.future.result()
         except DataError as error:
-            self._record_failure(record, error)
+            self._record_failure(record, known, error)
             return
         if known is not None and loaded.content_hash == known.content_hash:
             self._update(record, known)
@@ -241,6 +210,7 @@ class Embedder:
             metadata=metadata,
             location=loaded.location,
             replaces=known.id if known is not None else None,
+            id=job.entry.item_id,
         )
         if loaded.pixels_CHW is None:
             self._batch.new.append(item)
@@ -262,11 +232,14 @@ class Embedder:
         self._batch.updates.append(update)
         self.report.updated += 1
 
-    def _record_failure(self, record: Record, error: DataError) -> None:
+    def _record_failure(self, record: Record, known: Item | None, error: DataError) -> None:
         reason = error.reason if isinstance(error, ImageDecodeError) else "unreadable"
         # A file that could not even be read has no facts to recognise it by: it is tried again.
         facts = (None, None) if reason == "unreadable" else (record.size_bytes, record.mtime_ns)
-        failure = Failure(record.uri, reason, str(error), *facts)
+        captions, metadata = _texts(record, known)
+        failure = Failure(
+            record.uri, reason, str(error), *facts, captions=captions, metadata=metadata
+        )
         self._batch.failures.append(failure)
         if len(self.report.first_failures) < _FAILURES_SHOWN:
             self.report.first_failures.append(failure)
@@ -314,3 +287,20 @@ def _texts(record: Record, known: Item | None) -> tuple[tuple[str, ...], dict[st
         elif "label" in known.metadata:
             metadata.setdefault("label", known.metadata["label"])
     return captions, json.loads(to_json(metadata))
+
+
+def retry_entry(failure: Failure) -> Entry:
+    """A ledger entry as a record, to be tried again."""
+    status = None
+    with contextlib.suppress(OSError):
+        status = Path(failure.uri).stat()
+    return Entry(
+        Record(
+            uri=failure.uri,
+            read=partial(read_uri, failure.uri),
+            captions=failure.captions,
+            metadata=dict(failure.metadata),
+            size_bytes=status.st_size if status else None,
+            mtime_ns=status.st_mtime_ns if status else None,
+        )
+    )

@@ -126,6 +126,16 @@ def load_encoder(folder: Path, pin: EncoderPin) -> ImageTextEncoder:
     return encoder
 
 
+def pin_of(encoder: ImageTextEncoder, model: str | None) -> EncoderPin:
+    """What a manifest says of an encoder; ``model``: what `clipsys.load` takes to load it again."""
+    return EncoderPin(
+        name=encoder.name,
+        model=model or encoder.spec or encoder.name,
+        fingerprint=encoder.fingerprint,
+        dim=encoder.dim,
+    )
+
+
 def check_encoder(folder: Path, pin: EncoderPin, encoder: ImageTextEncoder) -> None:
     """Refuses an encoder that did not make a collection's vectors.
 

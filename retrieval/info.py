@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from clipsys.retrieval.manifest import read_manifest
+from clipsys.retrieval.schema import python_text
 from clipsys.retrieval.store import Store
 
 
@@ -17,6 +19,9 @@ class CollectionInfo:
     Attributes:
         num_indexed: live and deleted items that the current index generation covers.
         size_bytes: of all files in the folder.
+        failures: the ledger's entries by reason.
+        sources: where the items came from, by absolute path or address.
+        index: what the manifest says of the published generation, its measured recall too.
     """
 
     path: Path
@@ -32,6 +37,13 @@ class CollectionInfo:
     num_indexed: int
     index_generation: int | None
     size_bytes: int
+    failures: dict[str, int]
+    sources: tuple[str, ...]
+    index: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``clipsys info --json`` prints it."""
+        return {**asdict(self), "path": str(self.path)}
 
 
 def describe(folder: Path, store: Store) -> CollectionInfo:
@@ -52,6 +64,13 @@ def describe(folder: Path, store: Store) -> CollectionInfo:
         num_indexed=index.num_items if index else 0,
         index_generation=index.generation if index else None,
         size_bytes=_folder_bytes(folder),
+        failures=dict(
+            store.read("SELECT reason, count(*) FROM failures GROUP BY reason ORDER BY 2 DESC")
+        ),
+        sources=tuple(
+            python_text(name) for (name,) in store.read("SELECT name FROM sources ORDER BY name")
+        ),
+        index=index.model_dump(mode="json") if index else None,
     )
 
 

@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Failure:
-    """One file that could not be used, and why."""
+    """One file that could not be used, why, and what is known of it for another attempt."""
 
     uri: str
     reason: str
@@ -37,6 +37,8 @@ class Failure:
     size_bytes: int | None = None
     mtime_ns: int | None = None
     attempts: int = 1
+    captions: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Location:
 
 @dataclass(frozen=True)
 class NewItem:
-    """An item to insert. ``location`` None: its vector is the next row of the batch's segment."""
+    """An item to insert. ``location`` None: its vector is the next row of the batch's segment.
+
+    ``id`` None: it gets the next one; a migration carries ids over.
+    """
 
     uri: str
     content_hash: str
@@ -59,6 +64,7 @@ class NewItem:
     metadata: Mapping[str, Any]
     location: Location | None = None
     replaces: int | None = None
+    id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,15 @@ class ItemUpdate:
 
 @dataclass
 class Batch:
-    """What one transaction commits."""
+    """What one transaction commits. ``origins``: (source, uri), which source gave which uri."""
 
     new: list[NewItem] = field(default_factory=list)
     updates: list[ItemUpdate] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    origins: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.new) + len(self.updates) + len(self.failures)
+        return len(self.new) + len(self.updates) + len(self.failures) + len(self.origins)
 
 
 def plain_text(text: str) -> str:

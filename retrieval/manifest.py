@@ -51,7 +51,16 @@ class Manifest(BaseModel):
     collection_id: str
     created_at: str = Field(description="ISO 8601, UTC")
     encoder: EncoderPin
+    edition: str = Field(
+        default="",
+        pattern=r"^(edition-\d+)?$",
+        description="folder of database, segments and indexes; empty: the collection's own",
+    )
     index: IndexGeneration | None = None
+    superseded: tuple[str, ...] = Field(
+        default=(), description="files and folders of the edition before; deleted after a grace"
+    )
+    superseded_at: float = Field(default=0.0, description="seconds since 1970")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -81,6 +90,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Swaps the manifest atomically and durably."""
+    """Swaps the manifest atomically and durably.
+
+    Raises:
+        CollectionError: the disk refuses it; the manifest before stays.
+    """
     text = manifest.model_dump_json(indent=2) + "\n"
-    durable.replace(folder / FILE_NAME, text.encode("utf-8"))
+    try:
+        durable.replace(folder / FILE_NAME, text.encode("utf-8"))
+    except OSError as error:
+        raise CollectionError(
+            f"{folder / FILE_NAME}: cannot be written ({error.strerror}); free some space and run "
+            "the same command again"
+        ) from error

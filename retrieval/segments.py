@@ -27,6 +27,8 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 SUFFIX = ".npy"
+#: Segments mapped at once: each map keeps a file descriptor, of which 1,024 is a usual limit.
+MAX_MAPPED = 256
 _DTYPE = np.dtype("<f2")
 
 
@@ -116,11 +118,13 @@ class SegmentReader:
 
     def _segment(self, segment_id: int) -> npt.NDArray[np.float16]:
         with self._lock:
-            if segment_id not in self._open:
-                self._open[segment_id] = open_segment(
-                    self._folder, self._names[segment_id], self._dim
-                )
-            return self._open[segment_id]
+            rows = self._open.pop(segment_id, None)
+            if rows is None:
+                rows = open_segment(self._folder, self._names[segment_id], self._dim)
+                if len(self._open) >= MAX_MAPPED:
+                    del self._open[next(iter(self._open))]  # the one that was used longest ago
+            self._open[segment_id] = rows
+            return rows
 
 
 def open_segment(folder: Path, segment: SegmentFile, dim: int) -> npt.NDArray[np.float16]:

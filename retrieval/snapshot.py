@@ -74,8 +74,9 @@ def follow(snapshot: Snapshot, store: Store) -> Snapshot:
     if store.change() == snapshot.change:
         return snapshot
     changes = store.changes_since(snapshot.change)
-    # Segments are read after the items, so none of the items can name an unknown one.
-    snapshot.vectors.register(store.segments())
+    snapshot.vectors.register(changes.segments)
+    if changes.from_start:
+        snapshot = empty_snapshot(snapshot.vectors)
     keep_N = ~np.isin(snapshot.ids_N, changes.ids_N, assume_unique=True)
     live_N = changes.live_N.astype(bool)
     ids_N = np.concatenate([snapshot.ids_N[keep_N], changes.ids_N[live_N]])

@@ -16,7 +16,6 @@ inserted anew, which keeps index generations immutable and true.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,15 @@ from clipsys.retrieval.items import (
     plain_text,
     to_json,
 )
+from clipsys.retrieval.schema import (
+    SCHEMA,
+    SELECT_FAILURE,
+    SELECT_ITEM,
+    VERSION,
+    failure_of,
+    item_of,
+    sql_text,
+)
 from clipsys.retrieval.segments import Ints, SegmentFile
 
 FILE_NAME = "items.sqlite"
@@ -46,54 +54,23 @@ BUSY_TIMEOUT_S = 30.0
 #: Ids bound in one statement; SQLite's own bound is 32,766 from 3.32 on.
 _IDS_PER_STATEMENT = 5_000
 
-_SCHEMA = """
-PRAGMA user_version = 1;
-CREATE TABLE state (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
-INSERT INTO state VALUES ('change', 0);
-CREATE TABLE segments (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    file TEXT NOT NULL UNIQUE,
-    num_rows INTEGER NOT NULL CHECK (num_rows > 0),
-    sha256 TEXT NOT NULL
-);
-CREATE TABLE items (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    uri TEXT NOT NULL,
-    content_hash TEXT NOT NULL,
-    size_bytes INTEGER,
-    mtime_ns INTEGER,
-    caption TEXT,
-    captions TEXT NOT NULL CHECK (json_valid(captions)),
-    metadata TEXT NOT NULL CHECK (json_valid(metadata)),
-    state TEXT NOT NULL DEFAULT 'live' CHECK (state IN ('live', 'deleted')),
-    segment INTEGER NOT NULL REFERENCES segments (id),
-    row INTEGER NOT NULL CHECK (row >= 0),
-    change INTEGER NOT NULL
-);
-CREATE UNIQUE INDEX items_live_uri ON items (uri) WHERE state = 'live';
-CREATE INDEX items_content ON items (content_hash) WHERE state = 'live';
-CREATE INDEX items_change ON items (change);
-CREATE TABLE failures (
-    uri TEXT PRIMARY KEY,
-    reason TEXT NOT NULL,
-    message TEXT NOT NULL,
-    size_bytes INTEGER,
-    mtime_ns INTEGER,
-    attempts INTEGER NOT NULL DEFAULT 1,
-    failed_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
-);
-"""
-
 
 @dataclass(frozen=True)
 class Changes:
-    """Which items changed after some change number, as parallel arrays sorted by id."""
+    """Which items changed after some change number, as parallel arrays sorted by id.
+
+    ``segments_N`` and ``rows_N`` are -1 for a deleted item whose vector is gone. ``segments`` are
+    all segments as of the same moment. ``from_start``: deleted items were purged since, so these
+    are all items there are, and what was known before is to be forgotten.
+    """
 
     change: int
+    from_start: bool
     ids_N: Ints
     live_N: Ints
     segments_N: Ints
     rows_N: Ints
+    segments: dict[int, SegmentFile]
 
 
 class Store:
@@ -124,12 +101,12 @@ class Store:
             raise CollectionError(
                 f"{path}: the item database cannot be opened ({error}); restore it from a backup"
             ) from error
-        if version != 1:
+        try:
+            self._check_version(version)
+            self._check_length()
+        except CollectionError:
             self._connection.close()
-            raise CollectionError(
-                f"{path}: is of database version {version}, this clipsys knows version 1; "
-                "use the clipsys version that wrote it"
-            )
+            raise
 
     @classmethod
     def create(cls, path: Path) -> Store:
@@ -137,7 +114,7 @@ class Store:
         connection = sqlite3.connect(path, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_SCHEMA)
+            connection.executescript(SCHEMA)
         finally:
             connection.close()
         return cls(path)
@@ -167,8 +144,8 @@ class Store:
 
     def find(self, uri: str) -> Item | None:
         """The live item of a uri."""
-        rows = self._all(f"{_SELECT_ITEM} WHERE uri = ? AND state = 'live'", (_sql_text(uri),))
-        return _item(rows[0]) if rows else None
+        rows = self._all(f"{SELECT_ITEM} WHERE uri = ? AND state = 'live'", (sql_text(uri),))
+        return item_of(rows[0]) if rows else None
 
     def items(self, ids: Sequence[int]) -> dict[int, Item]:
         """The stored items with these ids, deleted ones too."""
@@ -176,15 +153,15 @@ class Store:
         for start in range(0, len(ids), _IDS_PER_STATEMENT):
             chunk = [int(item_id) for item_id in ids[start : start + _IDS_PER_STATEMENT]]
             marks = ",".join("?" * len(chunk))
-            for row in self._all(f"{_SELECT_ITEM} WHERE id IN ({marks})", chunk):
-                item = _item(row)
+            for row in self._all(f"{SELECT_ITEM} WHERE id IN ({marks})", chunk):
+                item = item_of(row)
                 found[item.id] = item
         return found
 
     def live_items(self, *, start_after: int = 0, limit: int = 1_000) -> list[Item]:
         """Live items in the order of their ids, a page at a time."""
-        query = f"{_SELECT_ITEM} WHERE state = 'live' AND id > ? ORDER BY id LIMIT ?"
-        return [_item(row) for row in self._all(query, (start_after, limit))]
+        query = f"{SELECT_ITEM} WHERE state = 'live' AND id > ? ORDER BY id LIMIT ?"
+        return [item_of(row) for row in self._all(query, (start_after, limit))]
 
     def find_vector(self, content_hash: str) -> Location | None:
         """Where the vector of a live item with this content lies."""
@@ -194,15 +171,15 @@ class Store:
 
     def find_failure(self, uri: str) -> Failure | None:
         """The ledger's entry of a uri."""
-        rows = self._all(f"{_SELECT_FAILURE} WHERE uri = ?", (_sql_text(uri),))
-        return _failure(rows[0]) if rows else None
+        rows = self._all(f"{SELECT_FAILURE} WHERE uri = ?", (sql_text(uri),))
+        return failure_of(rows[0]) if rows else None
 
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The failure ledger, in the order of the uris."""
         rows = self._all(
-            f"{_SELECT_FAILURE} ORDER BY uri LIMIT ?", (-1 if limit is None else limit,)
+            f"{SELECT_FAILURE} ORDER BY uri LIMIT ?", (-1 if limit is None else limit,)
         )
-        return [_failure(row) for row in rows]
+        return [failure_of(row) for row in rows]
 
     def segments(self) -> dict[int, SegmentFile]:
         """All committed segments by database id."""
@@ -210,16 +187,35 @@ class Store:
         return {row[0]: SegmentFile(*row[1:]) for row in rows}
 
     def changes_since(self, change: int) -> Changes:
-        """Every item stamped after a change number, as of one moment."""
+        """Every item stamped after a change number, and all segments, as of one moment."""
         with self._transaction("BEGIN"):
             current = self.change()
+            from_start = change < self.state("floor")
             rows = self._all(
-                "SELECT id, state = 'live', segment, row FROM items WHERE change > ? ORDER BY id",
-                (change,),
+                "SELECT id, state = 'live', coalesce(segment, -1), coalesce(row, -1) FROM items "
+                "WHERE change > ? ORDER BY id",
+                (-1 if from_start else change,),
             )
+            segments = self.segments()
         table = np.array(rows, np.int64).reshape(-1, 4)
-        columns = (np.ascontiguousarray(column) for column in table.T)
-        return Changes(current, *columns)
+        ids_N, live_N, segments_N, rows_N = (np.ascontiguousarray(column) for column in table.T)
+        return Changes(current, from_start, ids_N, live_N, segments_N, rows_N, segments)
+
+    def state(self, name: str) -> int:
+        """A counter of the collection; see the schema."""
+        return int(self._one("SELECT value FROM state WHERE name = ?", (name,))[0])
+
+    def has_origin(self, source: str, uri: str) -> bool:
+        """Whether a source is known to give a uri."""
+        query = (
+            "SELECT 1 FROM origins JOIN sources ON sources.id = origins.source "
+            "WHERE origins.uri = ? AND sources.name = ?"
+        )
+        return bool(self._all(query, (sql_text(uri), sql_text(source))))
+
+    def read(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a query, for the modules that look after a collection."""
+        return self._all(query, parameters)
 
     def select_ids(self, condition: str, parameters: Sequence[Any]) -> Ints:
         """Ids of live items for which an SQL condition holds, ascending.
@@ -247,6 +243,12 @@ class Store:
         return [] if rows == [("ok",)] else [f"{self.path}: {row[0]}" for row in rows]
 
     # ---- writing, with the writer lock held ---------------------------------------------------
+
+    @contextmanager
+    def changing(self) -> Iterator[tuple[sqlite3.Connection, int]]:
+        """One transaction of changes: yields the connection and the number to stamp rows with."""
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection, self._next_change()
 
     def commit(self, batch: Batch, segment: SegmentFile | None) -> list[int]:
         """Commits a batch in one transaction. Returns the ids of the new items, in their order.
@@ -277,6 +279,8 @@ class Store:
                 self._update(update, change)
             for failure in batch.failures:
                 self._record_failure(failure)
+            for source, uri in batch.origins:
+                self._record_origin(source, uri)
         return ids
 
     def delete(self, ids: Sequence[int]) -> int:
@@ -295,10 +299,11 @@ class Store:
     def _insert(self, item: NewItem, location: Location, change: int) -> int:
         captions = [plain_text(caption) for caption in item.captions]
         cursor = self._connection.execute(
-            "INSERT INTO items (uri, content_hash, size_bytes, mtime_ns, caption, captions, "
-            "metadata, segment, row, change) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO items (id, uri, content_hash, size_bytes, mtime_ns, caption, captions, "
+            "metadata, segment, row, change) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                _sql_text(item.uri),
+                item.id,
+                sql_text(item.uri),
                 item.content_hash,
                 item.size_bytes,
                 item.mtime_ns,
@@ -310,7 +315,7 @@ class Store:
                 change,
             ),
         )
-        self._connection.execute("DELETE FROM failures WHERE uri = ?", (_sql_text(item.uri),))
+        self._connection.execute("DELETE FROM failures WHERE uri = ?", (sql_text(item.uri),))
         return int(cursor.lastrowid or 0)
 
     def _update(self, update: ItemUpdate, change: int) -> None:
@@ -332,22 +337,63 @@ class Store:
             "DELETE FROM failures WHERE uri = (SELECT uri FROM items WHERE id = ?)", (update.id,)
         )
 
+    def record_failures(self, failures: Sequence[Failure]) -> None:
+        """Puts files into the ledger, in one transaction."""
+        self.commit(Batch(failures=list(failures)), None)
+
     def _record_failure(self, failure: Failure) -> None:
         self._connection.execute(
-            "INSERT INTO failures (uri, reason, message, size_bytes, mtime_ns) "
-            "VALUES (?, ?, ?, ?, ?) ON CONFLICT (uri) DO UPDATE SET reason = excluded.reason, "
-            "message = excluded.message, size_bytes = excluded.size_bytes, "
-            "mtime_ns = excluded.mtime_ns, attempts = attempts + 1, failed_at = excluded.failed_at",
+            "INSERT INTO failures (uri, reason, message, size_bytes, mtime_ns, captions, metadata) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (uri) DO UPDATE SET "
+            "reason = excluded.reason, message = excluded.message, "
+            "size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns, "
+            "captions = excluded.captions, metadata = excluded.metadata, "
+            "attempts = attempts + 1, failed_at = excluded.failed_at",
             (
-                _sql_text(failure.uri),
+                sql_text(failure.uri),
                 failure.reason,
                 plain_text(failure.message),
                 failure.size_bytes,
                 failure.mtime_ns,
+                to_json([plain_text(caption) for caption in failure.captions]),
+                to_json(dict(failure.metadata)),
             ),
         )
 
+    def _record_origin(self, source: str, uri: str) -> None:
+        self._connection.execute(
+            "INSERT OR IGNORE INTO sources (name) VALUES (?)", (sql_text(source),)
+        )
+        self._connection.execute(
+            "INSERT OR IGNORE INTO origins SELECT id, ? FROM sources WHERE name = ?",
+            (sql_text(uri), sql_text(source)),
+        )
+
     # ---- plumbing ------------------------------------------------------------------------------
+
+    def _check_version(self, version: int) -> None:
+        if version == 0:
+            raise CollectionError(
+                f"{self.path}: is not the database of a collection; restore it from a backup"
+            )
+        if version != VERSION:
+            raise CollectionError(
+                f"{self.path}: is of database version {version}, this clipsys knows version "
+                f"{VERSION}; use the clipsys version that wrote it"
+            )
+
+    def _check_length(self) -> None:
+        """A database that was cut off opens without complaint; its header knows better."""
+        log = self.path.with_name(f"{self.path.name}-wal")
+        (pages,), (page_bytes,) = self._one("PRAGMA page_count"), self._one("PRAGMA page_size")
+        # While there is a log, pages may still be only there.
+        if not (log.exists() and log.stat().st_size):
+            size = self.path.stat().st_size
+            if size < pages * page_bytes:
+                raise CollectionError(
+                    f"{self.path}: is cut off: {size:,} bytes, its header says "
+                    f"{pages * page_bytes:,}; restore it from a backup"
+                )
 
     def _one(self, query: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
         return self._all(query, parameters)[0]
@@ -378,39 +424,5 @@ class Store:
         return CollectionError(f"{self.path}: the item database reports: {error}")
 
 
-_SELECT_ITEM = "SELECT id, uri, content_hash, size_bytes, mtime_ns, captions, metadata FROM items"
-_SELECT_FAILURE = "SELECT uri, reason, message, size_bytes, mtime_ns, attempts FROM failures"
-
-
-def _item(row: tuple[Any, ...]) -> Item:
-    item_id, uri, content_hash, size_bytes, mtime_ns, captions, metadata = row
-    return Item(
-        item_id,
-        _python_text(uri),
-        content_hash,
-        size_bytes,
-        mtime_ns,
-        tuple(json.loads(captions)),
-        json.loads(metadata),
-    )
-
-
-def _failure(row: tuple[Any, ...]) -> Failure:
-    return Failure(_python_text(row[0]), *row[1:])
-
-
 def _casefold(value: str | int | float | bytes | None) -> str | int | float | bytes | None:
     return value.casefold() if isinstance(value, str) else value
-
-
-def _sql_text(text: str) -> str | bytes:
-    """A uri as SQLite can hold it: file names that are not UTF-8 become a blob of their bytes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogateescape")
-    return text
-
-
-def _python_text(value: str | bytes) -> str:
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value

@@ -26,10 +26,12 @@ class View:
 
     def __init__(self, folder: Path, manifest: Manifest, store: Store) -> None:
         self._folder = folder
+        self._data = folder / manifest.edition
+        self._pin = manifest.encoder
         self._store = store
         self._dim = manifest.encoder.dim
         self._lock = threading.RLock()
-        self._snapshot = empty_snapshot(SegmentReader(folder / SEGMENTS, self._dim))
+        self._snapshot = empty_snapshot(SegmentReader(self._data / SEGMENTS, self._dim))
         self._index: LoadedIndex | None = None
         self._tried: IndexGeneration | None = None  # loaded, or found to be unusable
         self._manifest_stamp: tuple[int, int] | None = None
@@ -51,10 +53,21 @@ class View:
         stamp = (status.st_mtime_ns, status.st_ino)
         if stamp == self._manifest_stamp:
             return
-        published = read_manifest(self._folder).index
+        manifest = read_manifest(self._folder)
+        if manifest.encoder != self._pin:
+            _logger.warning(
+                "%s: its vectors are of model %s by now; this search still sees those of %s: "
+                "open it again",
+                self._folder,
+                manifest.encoder.name,
+                self._pin.name,
+            )
+            self._manifest_stamp = stamp
+            return
+        published = manifest.index
         while published is not None and published != self._tried:
             try:
-                self._index = load_index(self._folder / INDEXES, published, self._dim)
+                self._index = load_index(self._data / INDEXES, published, self._dim)
                 self._tried = published
             except FileNotFoundError:
                 latest = read_manifest(self._folder).index

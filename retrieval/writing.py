@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,15 @@ import numpy as np
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import durable
+from clipsys.retrieval.compaction import (
+    GRACE_S,
+    SEGMENTS_PER_TIER,
+    CompactionReport,
+    compact,
+    due,
+    join_small,
+    retired,
+)
 from clipsys.retrieval.creation import INDEXES, LOCK_NAME, SEGMENTS
 from clipsys.retrieval.index import build_index, delete_stale, is_sound
 from clipsys.retrieval.items import Batch
@@ -41,9 +52,37 @@ def writing(folder: Path, store: Store, view: View, pin: EncoderPin) -> Iterator
                 f"{folder}: its vectors are of model {manifest.encoder.name} by now, not of "
                 f"{pin.name}; open it again"
             )
-        delete_orphans(folder / SEGMENTS, [segment.name for segment in store.segments().values()])
-        delete_stale(folder / INDEXES, manifest.index)
-        yield Writer(folder, store, view, manifest)
+        data = folder / manifest.edition
+        clear_leftovers(data, store)
+        delete_stale(data / INDEXES, manifest.index)
+        yield Writer(folder, store, view, clear_superseded(folder, manifest))
+
+
+def clear_leftovers(data: Path, store: Store) -> None:
+    """Deletes segments that no commit names, and those that were replaced a grace ago."""
+    gone = due(store)
+    if gone:
+        for path in gone:
+            (data / path).unlink(missing_ok=True)
+        with store.changing() as (connection, _):
+            connection.executemany("DELETE FROM retired WHERE path = ?", [(path,) for path in gone])
+    known = [segment.name for segment in store.segments().values()]
+    delete_orphans(data / SEGMENTS, [*known, *(Path(path).name for path in retired(store))])
+
+
+def clear_superseded(folder: Path, manifest: Manifest) -> Manifest:
+    """Deletes the edition before a migration, once its readers have had their grace."""
+    if not manifest.superseded or time.time() - manifest.superseded_at < GRACE_S:
+        return manifest
+    for name in manifest.superseded:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    manifest = manifest.model_copy(update={"superseded": (), "superseded_at": 0.0})
+    write_manifest(folder, manifest)
+    return manifest
 
 
 class Writer:
@@ -51,14 +90,41 @@ class Writer:
 
     def __init__(self, folder: Path, store: Store, view: View, manifest: Manifest) -> None:
         self._folder = folder
+        self._data = folder / manifest.edition
         self._store = store
         self._view = view
         self._manifest = manifest
+        self._num_segments = 0
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest as it is now."""
+        return self._manifest
 
     def commit(self, batch: Batch, vectors_ND: Floats) -> None:
         """Commits a batch: first its vectors, durably, then the transaction that names them."""
-        segment = write_segment(self._folder / SEGMENTS, vectors_ND) if len(vectors_ND) else None
+        segment = write_segment(self._data / SEGMENTS, vectors_ND) if len(vectors_ND) else None
         self._store.commit(batch, segment)
+        self._num_segments += segment is not None
+        if self._num_segments >= SEGMENTS_PER_TIER:
+            self.join_small()
+
+    def join_small(self) -> None:
+        """Joins small segments where there are many."""
+        self._num_segments = 0
+        join_small(self._data / SEGMENTS, self._store, self._manifest.encoder.dim)
+
+    def compact(self) -> CompactionReport:
+        """Drops the vectors of deleted items, and makes an index without them."""
+        dim = self._manifest.encoder.dim
+        report = compact(self._data / SEGMENTS, self._store, dim)
+        snapshot, index = self._view.snapshot(), self._manifest.index
+        num_live = 0
+        if index is not None:
+            num_live = int(np.searchsorted(snapshot.ids_N, index.last_id, side="right"))
+        if index is None or not index.num_items == num_live == len(snapshot):
+            self.publish_index()
+        return report
 
     def delete(self, ids: Sequence[int]) -> int:
         """Marks items as deleted. Returns how many were live."""
@@ -67,7 +133,7 @@ class Writer:
     def refresh_index(self) -> None:
         """Builds a new generation if the current one is damaged or covers too little."""
         snapshot, current = self._view.snapshot(), self._manifest.index
-        if current is not None and is_sound(self._folder / INDEXES, current):
+        if current is not None and is_sound(self._data / INDEXES, current):
             num_covered = int(np.searchsorted(snapshot.ids_N, current.last_id, side="right"))
             num_outdated = (len(snapshot) - num_covered) + (current.num_items - num_covered)
             if num_outdated < max(REBUILD_ITEMS, REBUILD_SHARE * current.num_items):
@@ -78,8 +144,8 @@ class Writer:
         """Builds a generation over all live items and swaps the manifest to it."""
         previous = self._manifest.index
         number = previous.generation + 1 if previous else 1
-        generation = build_index(self._folder / INDEXES, self._view.snapshot(), generation=number)
+        generation = build_index(self._data / INDEXES, self._view.snapshot(), generation=number)
         self._manifest = self._manifest.model_copy(update={"index": generation})
         write_manifest(self._folder, self._manifest)
-        delete_stale(self._folder / INDEXES, generation)
+        delete_stale(self._data / INDEXES, generation)
         _logger.debug("%s: published index generation %d", self._folder, number)

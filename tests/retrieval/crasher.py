@@ -1,20 +1,25 @@
-"""A writer to be killed: adds, changes, removes and rebuilds at random, and says what it did.
+"""A writer to be killed: adds, changes, removes, compacts and rebuilds at random, and says so.
 
 Usage: python -m tests.retrieval.crasher COLLECTION PICTURES SEED
 
-Each operation is announced before it starts and acknowledged after it returned, as JSON lines:
-``{"begin": {"add": [...]}}``, ``{"done": ...}``. Every batch is committed on its own, so that a
-kill often falls between two commits of one operation.
+It begins with what it finds: the faults, the items, and those whose vector is not that of their
+image. Then each operation is announced before it starts and acknowledged after it returned, as JSON
+lines: ``{"begin": {"add": [...]}}``, ``{"done": ...}``. Every batch is committed on its own and
+replaced files go at once, so that a kill often falls between two steps of one operation.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
 from pathlib import Path
 
-from clipsys.retrieval import Collection, embedding
+import numpy as np
+
+from clipsys.images import decode_image
+from clipsys.retrieval import Collection, compaction, embedding, writing
 from tests.retrieval.colours import ColourEncoder, paint
 
 
@@ -23,15 +28,36 @@ def say(**words: object) -> None:
     sys.stdout.flush()
 
 
+def describe(photos: Collection, encoder: ColourEncoder) -> dict[str, object]:
+    """What a fresh process finds in a collection."""
+    items = list(photos.items())
+    wrong = []
+    for item in items:
+        data = Path(item.uri).read_bytes() if Path(item.uri).exists() else b""
+        if hashlib.blake2b(data, digest_size=20).hexdigest() == item.content_hash:
+            vector = encoder.encode_image([decode_image(data)])[0]
+            if photos.vector(item.id) @ vector < 0.999:
+                wrong.append(item.uri)
+    hits = photos.search_vector(np.ones(encoder.dim, np.float32), k=100_000)
+    return {
+        "faults": [str(fault) for fault in photos.verify()],
+        "uris": [item.uri for item in items],
+        "wrong": wrong,
+        "found": len(hits) == len(items) and {h.id for h in hits} == {i.id for i in items},
+    }
+
+
 def main(collection: Path, pictures: Path, seed: int) -> None:
     embedding.COMMIT_INTERVAL_S = 0.0
+    compaction.GRACE_S = writing.GRACE_S = 0.0
+    compaction.SEGMENTS_PER_TIER = writing.SEGMENTS_PER_TIER = 8
     generator = random.Random(seed)
     encoder = ColourEncoder()
     is_new = not collection.exists()
     with (Collection.create if is_new else Collection.open)(collection, encoder) as photos:
-        say(ready=True)
+        say(state=describe(photos, encoder))
         for number in range(10_000):
-            operation = generator.choice(["add", "add", "change", "remove", "rebuild"])
+            operation = generator.choice(["add", "add", "change", "remove", "compact", "rebuild"])
             live = [item.uri for item in photos.items()]
             if operation == "add":
                 folder = pictures / f"{seed}-{number}"
@@ -43,7 +69,7 @@ def main(collection: Path, pictures: Path, seed: int) -> None:
                 source.write_text("\n".join(["path", *map(str, paths)]), encoding="utf-8")
             elif operation == "remove" and live:
                 items = list(photos.items())
-                chosen = generator.sample(items, min(3, len(items)))
+                chosen = generator.sample(items, min(6, len(items)))
                 say(begin={"remove": [item.uri for item in chosen]})
                 for item in chosen:
                     Path(item.uri).unlink(missing_ok=True)  # a killed removal may have
@@ -51,9 +77,9 @@ def main(collection: Path, pictures: Path, seed: int) -> None:
                 say(done={"remove": [item.uri for item in chosen]})
                 continue
             else:
-                say(begin={"rebuild": []})
-                photos.build_index()
-                say(done={"rebuild": []})
+                say(begin={operation: []})
+                photos.compact() if operation == "compact" else photos.build_index()
+                say(done={operation: []})
                 continue
             say(begin={operation: [str(path) for path in paths]})
             for path in paths:

@@ -511,32 +511,3 @@ def test_info_counts(collection: Collection, photos: Path) -> None:
     assert (info.num_segments, info.num_indexed, info.dim) == (1, len(COLOURS), 24)
     assert info.model_name == "colours-0"
     assert info.size_bytes > 10_000
-
-
-def test_sixteen_threads_read_beside_a_writer(
-    collection: Collection, tmp_path: Path, photos: Path
-) -> None:
-    collection.add(photos, show_progress=False)
-    stop, problems = threading.Event(), []
-
-    def read() -> None:
-        while not stop.is_set():
-            hits = collection.search("red", k=500)
-            ids = [hit.id for hit in hits]
-            if names(hits[:1]) != ["red"] or len(set(ids)) != len(ids):
-                problems.append(ids)
-
-    threads = [threading.Thread(target=read) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    try:
-        for number in range(5):
-            folder = paint_folder(tmp_path / f"m{number}", num_images=20, seed=number)
-            collection.add(folder, batch_size=4, show_progress=False)
-            collection.build_index()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert problems == []
-    assert collection.verify() == []

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
+from tests.retrieval.colours import ColourEncoder
 
 
 def run_sql(folder: Path, statement: str) -> None:
@@ -36,7 +38,31 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def overwrite_a_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[4096 * 3 : 4096 * 4] = bytes(4096)
+    path.write_bytes(data)
+
+
+def forget_the_last_ids(folder: Path) -> None:
+    """What a database restored from an older backup than the index looks like."""
+    run_sql(folder, "DELETE FROM items")
+    run_sql(folder, "DELETE FROM segments")
+    run_sql(folder, "UPDATE sqlite_sequence SET seq = 0 WHERE name = 'items'")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: cut(only_file(f, "segments")), r"\.npy: .*cannot be read"),
+    (lambda f: cut(only_file(f, "indexes")), r"\.faiss: .*damaged"),
+    (lambda f: cut(f / "items.sqlite"), r"items\.sqlite: is cut off"),
+    (lambda f: cut(f / "manifest.json"), r"manifest\.json: not a manifest"),
+    (lambda f: (f / "items.sqlite").unlink(), r"items\.sqlite: .*cannot be opened"),
+    (lambda f: (f / "items.sqlite").write_bytes(b""), r"items\.sqlite: is not the database"),
+    (lambda f: overwrite_a_page(f / "items.sqlite"), r"items\.sqlite: "),
     (lambda f: flip_a_bit(only_file(f, "segments")), r"\.npy: .*SHA-256 differs"),
     (lambda f: zero_a_row(f), r"\.npy: .*SHA-256 differs"),
     (lambda f: only_file(f, "segments").unlink(), r"\.npy: .*cannot be read"),
@@ -49,6 +75,31 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         "item 2: its vector .* not exist",
     ),
     (lambda f: run_sql(f, "DELETE FROM items WHERE id = 3"), "1 rows belong to no item"),
+    (
+        lambda f: run_sql(f, "UPDATE items SET segment = NULL WHERE id = 2"),
+        r"items\.sqlite: CHECK constraint failed in items",
+    ),
+    (
+        lambda f: run_sql(f, "UPDATE sqlite_sequence SET seq = 2 WHERE name = 'items'"),
+        r"items\.sqlite: the id counter is behind item 6",
+    ),
+    (
+        lambda f: run_sql(f, "UPDATE state SET value = 0 WHERE name = 'change'"),
+        r"items\.sqlite: the change counter is behind change 1",
+    ),
+    (
+        lambda f: run_sql(f, "UPDATE items SET captions = '{}' WHERE id = 4"),
+        "item 4: its captions or metadata are not of their form",
+    ),
+    (
+        lambda f: run_sql(
+            f,
+            "INSERT INTO failures (uri, reason, message, captions, metadata) "
+            "VALUES ('/x.jpg', '', '', '[]', '{}')",
+        ),
+        r"/x\.jpg: is in the failure ledger without a reason",
+    ),
+    (forget_the_last_ids, r"\.faiss: covers items up to 6, which the database never had"),
 ]
 
 
@@ -61,7 +112,46 @@ def test_damage_is_named(
     damage(collection.path)
     faults = collection.verify()
     assert faults
-    assert any(re.search(message, fault) for fault in faults), faults
+    assert any(re.search(message, str(fault)) for fault in faults), faults
+    assert all(fault.place and fault.problem and "\n" not in str(fault) for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda f: cut(f / "items.sqlite"), "items.sqlite"),
+        (lambda f: (f / "items.sqlite").write_bytes(b""), "items.sqlite"),
+        (lambda f: cut(f / "manifest.json"), "manifest.json"),
+        (lambda f: cut(only_file(f, "segments")), ".npy"),
+    ],
+)
+def test_damage_is_named_when_it_is_met(
+    collection: Collection, photos: Path, damage: Callable[[Path], object], name: str
+) -> None:
+    collection.add(photos, show_progress=False)
+    collection.close()
+    damage(collection.path)
+    only_file(collection.path, "indexes").unlink()
+    with (
+        pytest.raises(CollectionError, match=re.escape(name)),
+        Collection.open(collection.path, ColourEncoder()) as opened,
+    ):
+        opened.search("red")
+
+
+def test_index_of_another_hash_is_never_given_to_faiss(
+    collection: Collection, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection.add(photos, show_progress=False)
+    flip_a_bit(only_file(collection.path, "indexes"))
+
+    def unreachable(*_: object) -> None:
+        raise AssertionError("FAISS read a file that is not the published one")
+
+    monkeypatch.setattr("faiss.read_index", unreachable)
+    with Collection.open(collection.path, ColourEncoder()) as opened:
+        assert len(opened.search("red", k=9)) == 6
+        assert [fault.kind for fault in opened.verify()] == ["index"]
 
 
 def test_sound_collection_has_no_faults(collection: Collection, photos: Path) -> None:

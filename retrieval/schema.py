@@ -1,0 +1,111 @@
+"""The database of a collection as SQL: its tables, and how values become rows and back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from clipsys.retrieval.items import Failure, Item
+
+#: Raised whenever a table changes; another version is refused.
+VERSION = 2
+
+SCHEMA = f"""
+PRAGMA user_version = {VERSION};
+CREATE TABLE state (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+INSERT INTO state VALUES ('change', 0), ('floor', 0), ('purgeable', 0), ('purgeable_at', 0);
+CREATE TABLE segments (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    file TEXT NOT NULL UNIQUE,
+    num_rows INTEGER NOT NULL CHECK (num_rows > 0),
+    sha256 TEXT NOT NULL
+);
+CREATE TABLE items (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    uri TEXT NOT NULL,
+    content_hash TEXT NOT NULL,
+    size_bytes INTEGER,
+    mtime_ns INTEGER,
+    caption TEXT,
+    captions TEXT NOT NULL CHECK (json_valid(captions)),
+    metadata TEXT NOT NULL CHECK (json_valid(metadata)),
+    state TEXT NOT NULL DEFAULT 'live' CHECK (state IN ('live', 'deleted')),
+    -- A deleted item loses its vector when the segment is compacted.
+    segment INTEGER REFERENCES segments (id) CHECK (state = 'deleted' OR segment IS NOT NULL),
+    row INTEGER CHECK (row >= 0 OR (state = 'deleted' AND row IS NULL)),
+    change INTEGER NOT NULL
+);
+CREATE UNIQUE INDEX items_live_uri ON items (uri) WHERE state = 'live';
+CREATE INDEX items_content ON items (content_hash) WHERE state = 'live';
+CREATE INDEX items_change ON items (change);
+CREATE INDEX items_segment ON items (segment);
+CREATE TABLE failures (
+    uri TEXT PRIMARY KEY,
+    reason TEXT NOT NULL,
+    message TEXT NOT NULL,
+    size_bytes INTEGER,
+    mtime_ns INTEGER,
+    attempts INTEGER NOT NULL DEFAULT 1,
+    captions TEXT NOT NULL CHECK (json_valid(captions)),
+    metadata TEXT NOT NULL CHECK (json_valid(metadata)),
+    failed_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
+);
+-- Which source gave which uri: pruning removes what no source gives any more.
+CREATE TABLE sources (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE origins (
+    source INTEGER NOT NULL REFERENCES sources (id),
+    uri TEXT NOT NULL,
+    PRIMARY KEY (source, uri)
+) WITHOUT ROWID;
+CREATE INDEX origins_uri ON origins (uri);
+-- Files and folders that nothing needs any more; deleted once no search can still be reading them.
+CREATE TABLE retired (path TEXT PRIMARY KEY, retired_at REAL NOT NULL);
+"""
+
+SELECT_ITEM = "SELECT id, uri, content_hash, size_bytes, mtime_ns, captions, metadata FROM items"
+SELECT_FAILURE = (
+    "SELECT uri, reason, message, size_bytes, mtime_ns, attempts, captions, metadata FROM failures"
+)
+
+
+def item_of(row: tuple[Any, ...]) -> Item:
+    """An item from a row of `SELECT_ITEM`."""
+    item_id, uri, content_hash, size_bytes, mtime_ns, captions, metadata = row
+    return Item(
+        item_id,
+        python_text(uri),
+        content_hash,
+        size_bytes,
+        mtime_ns,
+        tuple(json.loads(captions)),
+        json.loads(metadata),
+    )
+
+
+def failure_of(row: tuple[Any, ...]) -> Failure:
+    """A ledger entry from a row of `SELECT_FAILURE`."""
+    uri, reason, message, size_bytes, mtime_ns, attempts, captions, metadata = row
+    return Failure(
+        python_text(uri),
+        reason,
+        message,
+        size_bytes,
+        mtime_ns,
+        attempts,
+        tuple(json.loads(captions)),
+        json.loads(metadata),
+    )
+
+
+def sql_text(text: str) -> str | bytes:
+    """A uri as SQLite can hold it: file names that are not UTF-8 become a blob of their bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape")
+    return text
+
+
+def python_text(value: str | bytes) -> str:
+    """A uri as Python holds it."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
