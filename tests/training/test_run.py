@@ -188,7 +188,8 @@ def _kill_ranks(last: int, *arguments: object) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
+        # The number of threads is inherited, as it is by the other runs: it decides the order of
+        # sums, and so their last bits.
     }
     command = [sys.executable, str(script), str(last), "train", *map(str, arguments)]
     ranks = [
