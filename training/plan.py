@@ -115,14 +115,19 @@ def plan_run(
 
 
 def _warnings(recipe: Recipe, num_samples: int) -> list[str]:
-    batch = recipe.data.batch_size
-    if batch <= num_samples * LARGEST_SHARE:
-        return []
-    return [
-        f"data.batch_size {batch:,} is more than a twentieth of the {num_samples:,} samples: an "
-        f"epoch has only {max(1, num_samples // batch)} steps, and the same negatives come again "
-        "and again; small data are usually learnt better in smaller batches"
-    ]
+    batch, found = recipe.data.batch_size, []
+    if batch > num_samples * LARGEST_SHARE:
+        found.append(
+            f"data.batch_size {batch:,} is more than a twentieth of the {num_samples:,} samples: "
+            f"an epoch has only {max(1, num_samples // batch)} steps, and the same negatives come "
+            "again and again; small data are usually learnt better in smaller batches"
+        )
+    if recipe.data.micro_batch_size and recipe.engine.precision in ("bf16_params", "fp16"):
+        found.append(
+            f"with engine.precision {recipe.engine.precision} DeepSpeed adds up the gradients of "
+            "micro-batches in 16 bits; bf16 (autocast) adds them up in float32"
+        )
+    return found
 
 
 def _size(size_bytes: float) -> str:

@@ -121,8 +121,11 @@ class ContrastiveModel(nn.Module):
             self.clip.set_grad_checkpointing(True)
         if options.compile:
             _check_compiler()
-            self._encode_image = torch.compile(self._encode_image)
-            self._encode_tokens = torch.compile(self._encode_tokens, dynamic=True)
+            # In place, so that parameters keep their names; and of the text only the blocks, since
+            # the cut to the longest caption looks at values, which breaks a graph.
+            self.clip.visual.compile()
+            text = getattr(self.clip, "text", self.clip)
+            getattr(text, "transformer", text).compile(dynamic=True)
 
     def forward(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> Features:
         """Encodes float images (B, 3, H, W), normalised, and int64 tokens (B, L)."""

@@ -70,6 +70,14 @@ def test_a_batch_beyond_a_twentieth_of_the_data_is_warned_of(batch_size: int, wa
     assert all("more than a twentieth of the 1,000 samples" in warning for warning in warnings)
 
 
+def test_gradients_that_add_up_in_16_bits_are_warned_of() -> None:
+    recipe = _recipe(
+        data={"batch_size": 16, "micro_batch_size": 4}, engine={"precision": "bf16_params"}
+    )
+    (warning,) = _plan(recipe).warnings
+    assert "adds up the gradients of micro-batches in 16 bits" in warning
+
+
 def test_the_clock_speaks_once_and_not_of_the_warm_up(caplog: pytest.LogCaptureFixture) -> None:
     clock = StepClock(remaining_steps=100, batch_size=64)
     with caplog.at_level(logging.INFO):
