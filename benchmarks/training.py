@@ -172,7 +172,8 @@ def _clipsys(
         "data": {"train": f"{shards}/*.tar", "batch_size": arguments.batch,
                  "workers": arguments.workers},
         "schedule": {"epochs": 1, "warmup_steps": 100},
-        "engine": {"precision": precision},
+        # One process: ZeRO would have nothing to divide, and keep a second copy of the weights.
+        "engine": {"precision": precision, "zero_stage": 0},
     }  # fmt: skip
     recipe.write_text(json.dumps(settings), encoding="utf-8")
     # A rank that a launcher has started, so that the code above reaches it.
