@@ -99,7 +99,7 @@ def _versions(python: str) -> dict[str, str]:
 
 def _write_samples(arguments: argparse.Namespace, folder: Path) -> Path:
     """As many samples as a run trains on, in as many shards as the peer has workers, at least."""
-    from clipsys.shards import write_shards
+    from clipsys.shard_writing import write_shards
 
     wanted = arguments.batch * arguments.steps
     samples = _given(arguments.shards) if arguments.shards else _drawn()
