@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 #: Largest difference of a coordinate of unit vectors between torch and numpy.
 TOLERANCE = 1e-5
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _NORM_EPSILON = 1e-5  # torch's default, which open_clip keeps
 
 #: Texts that models are verified with: short, long, mended, and with every kind of token.
@@ -95,8 +95,10 @@ class LightTextTower:
             hidden_LW = hidden_LW + self._mlp(block, self._norm(block + "ln_2", hidden_LW))
         pooled_1W = self._norm("ln_final", hidden_LW[-1:])
         if "text_projection.weight" in self._tensors:
-            return self._linear("text_projection", pooled_1W)[0]
-        features_D: Floats = (pooled_1W @ self._tensor("text_projection"))[0]
+            features_1D = self._linear("text_projection", pooled_1W)
+        else:
+            features_1D = pooled_1W @ self._tensor("text_projection")
+        features_D: Floats = features_1D[0]
         return features_D
 
     def _attention(self, block: str, x_LW: Floats) -> Floats:

@@ -31,7 +31,7 @@ from clipsys.retrieval.tuning import TuningQueries, tune
 _faiss: Any = faiss
 _logger = logging.getLogger(__name__)
 
-_KMEANS_ROUNDS = 10
+_KMEANS_ROUNDS = 8
 _HNSW_BUILD_EFFORT = 120
 #: GPU searches, even two of them, must not run at the same time.
 _gpu_lock = threading.Lock()
