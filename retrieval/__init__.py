@@ -20,6 +20,7 @@ Modules, each of which builds on those above it:
     index         FAISS generations, derived from the snapshot
     encoding      what is needed of an encoder, and which one is the right one
     tuning        measuring an index, and the effort that reaches a recall
+    clustering    k-means by matrix products
     building      training, filling, extending and writing an index
     ranking       the top k by exact cosine
     calibration   how far a score stands out

@@ -21,6 +21,7 @@ import numpy as np
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import durable
+from clipsys.retrieval.clustering import nearest, spherical_kmeans
 from clipsys.retrieval.index import SUFFIX, IdSet, read_file
 from clipsys.retrieval.manifest import IndexGeneration
 from clipsys.retrieval.planning import HNSW_LINKS, IndexPlan, plan_of_kind
@@ -32,6 +33,8 @@ _faiss: Any = faiss
 _logger = logging.getLogger(__name__)
 
 _KMEANS_ROUNDS = 8
+#: Vectors that the codes of compressed lists are trained with.
+_CODE_SAMPLE = 16_384
 _HNSW_BUILD_EFFORT = 120
 #: GPU searches, even two of them, must not run at the same time.
 _gpu_lock = threading.Lock()
@@ -66,8 +69,7 @@ def build_index(
     index = _empty_index(plan)
     if plan.num_training:
         _train(index, _sample(snapshot, plan.num_training))
-    for ids_N, vectors_ND in snapshot.blocks():
-        index.add_with_ids(vectors_ND, ids_N)
+    _fill(index, plan.kind, snapshot, np.arange(len(snapshot)))
     effort = None
     if not plan.is_exact and len(snapshot):
         effort = tune(index, plan, snapshot, queries)
@@ -94,8 +96,7 @@ def extend_index(folder: Path, snapshot: Snapshot, previous: IndexGeneration) ->
     index = read_file(folder / previous.file, mapped=False)
     covered = snapshot.ids_N <= previous.last_id
     _forget_all_but(index, snapshot.ids_N[covered])
-    for ids_N, vectors_ND in snapshot.blocks(np.flatnonzero(~covered)):
-        index.add_with_ids(vectors_ND, ids_N)
+    _fill(index, previous.kind, snapshot, np.flatnonzero(~covered))
     name, sha256 = _write(folder, index, previous.generation + 1)
     return previous.model_copy(
         update={
@@ -127,6 +128,21 @@ def _empty_index(plan: IndexPlan) -> Any:
     return _faiss.index_factory(dim, f"IVF{plan.num_lists},{factory}", metric)
 
 
+def _fill(index: Any, kind: str, snapshot: Snapshot, positions: Ints) -> None:
+    """Adds the vectors at positions, block by block."""
+    centroids_LD = None
+    if kind.startswith("ivf"):
+        quantizer = _faiss.extract_index_ivf(index).quantizer
+        centroids_LD = quantizer.reconstruct_n(0, quantizer.ntotal)
+    for ids_N, vectors_ND in snapshot.blocks(positions):
+        if centroids_LD is None:
+            index.add_with_ids(vectors_ND, ids_N)
+            continue
+        list_N, _ = nearest(vectors_ND, centroids_LD)
+        arrays = (np.ascontiguousarray(one) for one in (vectors_ND, ids_N, list_N))
+        index.add_core(len(ids_N), *map(_faiss.swig_ptr, arrays))
+
+
 def _sample(snapshot: Snapshot, count: int) -> Floats:
     """Vectors drawn without replacement, in the order of the segments: (count, D), unit norm."""
     chosen = np.random.default_rng(0).choice(len(snapshot), count, replace=False)
@@ -142,20 +158,24 @@ def _sample(snapshot: Snapshot, count: int) -> Floats:
 def _train(index: Any, sample_ND: Floats) -> None:
     """Finds the centroids, then whatever the codes need; on GPUs where FAISS sees any."""
     inverted = _faiss.extract_index_ivf(index)
-    kmeans = _faiss.Clustering(index.d, inverted.nlist)
-    kmeans.niter, kmeans.seed = _KMEANS_ROUNDS, 1
-    kmeans.spherical = True
+    if _faiss.get_num_gpus() > 0:
+        centroids_LD = _kmeans_on_gpus(sample_ND, inverted.nlist)
+    else:
+        centroids_LD = spherical_kmeans(sample_ND, inverted.nlist, rounds=_KMEANS_ROUNDS)
+    inverted.quantizer.add(centroids_LD)
+    # Finds the centroids in place, and trains the codes alone: a few vectors are enough for them.
+    index.train(sample_ND[:: max(1, len(sample_ND) // _CODE_SAMPLE)])
+
+
+def _kmeans_on_gpus(sample_ND: Floats, num_lists: int) -> Floats:
+    kmeans = _faiss.Clustering(sample_ND.shape[1], num_lists)
+    kmeans.niter, kmeans.seed, kmeans.spherical = _KMEANS_ROUNDS, 1, True
     kmeans.min_points_per_centroid = 1
     kmeans.max_points_per_centroid = len(sample_ND)  # the sample is of the planned size already
-    assigner = _faiss.IndexFlatIP(index.d)
-    if _faiss.get_num_gpus() > 0:
-        with _gpu_lock:
-            kmeans.train(sample_ND, _faiss.index_cpu_to_all_gpus(assigner))
-    else:
-        kmeans.train(sample_ND, assigner)
-    centroids_LD = _faiss.vector_to_array(kmeans.centroids).reshape(inverted.nlist, index.d)
-    inverted.quantizer.add(unit_rows(centroids_LD))
-    index.train(sample_ND)  # finds the centroids in place and trains the codes alone
+    with _gpu_lock:
+        on_gpus = _faiss.index_cpu_to_all_gpus(_faiss.IndexFlatIP(sample_ND.shape[1]))
+        kmeans.train(sample_ND, on_gpus)
+    return unit_rows(_faiss.vector_to_array(kmeans.centroids).reshape(num_lists, -1))
 
 
 def _write(folder: Path, index: Any, generation: int) -> tuple[str, str]:

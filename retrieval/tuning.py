@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 
 from clipsys.errors import ClipsysError, CollectionError
@@ -27,7 +26,6 @@ from clipsys.retrieval.planning import IndexPlan
 from clipsys.retrieval.segments import Floats, Ints
 from clipsys.retrieval.snapshot import Snapshot, unit_rows
 
-_faiss: Any = faiss
 _logger = logging.getLogger(__name__)
 
 #: Recall is measured at this many neighbours.
@@ -145,12 +143,12 @@ def _every_other(examples: _Examples, first: int) -> _Examples:
 
 
 def _ladder(plan: IndexPlan) -> Iterator[int]:
-    """Efforts in steps of about 1.4, up to looking everywhere."""
+    """Efforts in steps of about a fifth, up to looking everywhere."""
     most = plan.num_lists or min(plan.num_items, 4_096)
     effort = 4.0 if plan.num_lists else 16.0
     while round(effort) < most:
         yield round(effort)
-        effort *= 1.4
+        effort *= 1.2
     yield most
 
 
@@ -202,13 +200,15 @@ def _stored(snapshot: Snapshot) -> _Examples:
 
 def exact_neighbours(snapshot: Snapshot, queries_QD: Floats, k: int) -> Ints:
     """Ids of the true nearest, (Q, K), by comparing everything block by block; -1 where fewer."""
-    heap = _faiss.ResultHeap(len(queries_QD), k, keep_max=True)
+    best_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
+    ids_QK = np.full((len(queries_QD), k), -1, np.int64)
     for ids_N, vectors_ND in snapshot.blocks():
-        # Where a block has fewer than k rows FAISS pads with row -1.
-        scores_QK, rows_QK = _faiss.knn(
-            queries_QD, vectors_ND, k, metric=_faiss.METRIC_INNER_PRODUCT
-        )
-        heap.add_result(scores_QK, np.where(rows_QK >= 0, ids_N[rows_QK], -1))
-    heap.finalize()
-    nearest_QK: Ints = heap.I
+        scores_QC = np.concatenate([best_QK, queries_QD @ vectors_ND.T], axis=1)
+        chosen_QK = np.argpartition(scores_QC, -k, axis=1)[:, -k:]
+        best_QK = np.take_along_axis(scores_QC, chosen_QK, axis=1)
+        known_QK = np.take_along_axis(ids_QK, np.minimum(chosen_QK, k - 1), axis=1)
+        new_QK = ids_N[np.maximum(chosen_QK - k, 0)]
+        ids_QK = np.where(chosen_QK < k, known_QK, new_QK)
+    order_QK = np.argsort(-best_QK, axis=1, kind="stable")
+    nearest_QK: Ints = np.take_along_axis(ids_QK, order_QK, axis=1)
     return nearest_QK

@@ -10,6 +10,7 @@ import pytest
 from clipsys.errors import CollectionError
 from clipsys.retrieval import tuning
 from clipsys.retrieval.building import build_index, extend_index
+from clipsys.retrieval.clustering import nearest, spherical_kmeans
 from clipsys.retrieval.index import LoadedIndex, load_index
 from clipsys.retrieval.planning import KINDS, Kind, plan_of_kind
 from clipsys.retrieval.ranking import cover, rank, rank_batch
@@ -156,3 +157,24 @@ def test_exact_neighbours_are_the_naive_ones(whole: Snapshot, count: int) -> Non
     found = exact_neighbours(snapshot, queries, 11)
     for ids, query in zip(found, queries, strict=True):
         assert ids[ids >= 0].tolist() == naive(snapshot, query, 11, None)
+
+
+def test_kmeans_finds_separate_clusters_and_leaves_no_list_empty() -> None:
+    centres = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, DIM)))[0][:20]
+    noise = 0.05 * np.random.default_rng(1).normal(size=(2_000, DIM))
+    vectors = np.repeat(centres, 100, axis=0) + noise
+    unit = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    found = spherical_kmeans(unit, 20, rounds=20, seed=3)
+    lists, scores = nearest(unit, found)
+    assert len(set(lists.tolist())) == 20
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(lists, (unit @ found.T).argmax(1))
+    np.testing.assert_allclose(scores, (unit @ found.T).max(1), atol=1e-6)
+    first = spherical_kmeans(unit, 20, rounds=1, seed=3)
+    assert scores.mean() > nearest(unit, first)[1].mean()
+    np.testing.assert_array_equal(found, spherical_kmeans(unit, 20, rounds=20, seed=3))
+
+
+def test_kmeans_of_equal_vectors_ends() -> None:
+    same = np.repeat(clustered(1, DIM), 50, axis=0)
+    assert np.isfinite(spherical_kmeans(same, 5, rounds=3)).all()

@@ -61,10 +61,10 @@ def test_senseless_recall_is_an_error(recall: float) -> None:
         plan_index(10, 512, GB, recall)
 
 
-@pytest.mark.parametrize("num_items", [1, 39, 40, 1_000, 10**6, 10**9])
+@pytest.mark.parametrize("num_items", [1, 31, 32, 1_000, 10**6, 10**9])
 def test_lists_have_enough_vectors_to_be_trained(num_items: int) -> None:
     lists = num_lists_for(num_items)
-    assert 1 <= lists <= max(1, num_items // 40)
+    assert 1 <= lists <= max(1, num_items // 32)
     for kind in KINDS:
         assert plan_of_kind(kind, num_items, 8).num_training <= num_items
 
