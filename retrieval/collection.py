@@ -248,7 +248,7 @@ class Collection:
             CollectionError: the memory does not suffice, or the recall is not reached.
         """
         with self._writing() as writer:
-            return writer.build_index(memory_bytes=memory_bytes, recall=recall)
+            return writer.publish_index(memory_bytes=memory_bytes, recall=recall)
 
     def _writing(self) -> AbstractContextManager[Writer]:
         return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)

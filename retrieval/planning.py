@@ -5,7 +5,7 @@ The thresholds come from `benchmarks/search.py`, on two cores and clustered vect
 
     kind         in memory, of float32   why it is there
     flat         1.00                    exact; nothing to train or to tune
-    hnsw         1.13                    fewest milliseconds a query; built slowly, cannot forget
+    hnsw         1.13                    in no plan: six times the building, and more work for texts
     ivf-flat     1.02                    trained in seconds, no compression
     ivf-sq8      0.26                    a byte a number; candidates are scored again exactly
     ivf-rabitq   0.05                    a bit a number (Gao and Long 2024); many more candidates

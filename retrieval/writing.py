@@ -39,7 +39,7 @@ def writing(
     store: Store,
     view: View,
     pin: EncoderPin,
-    tuning_queries: Callable[[], TuningQueries],
+    tuning_queries: Callable[[], TuningQueries] | None = None,
 ) -> Iterator[Writer]:
     """Holds the writer's lock, clears what a killed writer left, and yields the means to write.
 
@@ -69,7 +69,7 @@ class Writer:
         store: Store,
         view: View,
         manifest: Manifest,
-        tuning_queries: Callable[[], TuningQueries],
+        tuning_queries: Callable[[], TuningQueries] | None = None,
     ) -> None:
         self._folder = folder
         self._store = store
@@ -92,7 +92,7 @@ class Writer:
 
         snapshot, current = self._view.snapshot(), self._manifest.index
         if current is None or not is_sound(self._folder / INDEXES, current):
-            self.build_index()
+            self.publish_index()
             return
         num_live = int(np.searchsorted(snapshot.ids_N, current.last_id, side="right"))
         upkeep = plan_upkeep(
@@ -105,9 +105,9 @@ class Writer:
         if upkeep == "extend":
             self._publish(extend_index(self._folder / INDEXES, snapshot, current))
         elif upkeep == "build":
-            self.build_index()
+            self.publish_index()
 
-    def build_index(
+    def publish_index(
         self, *, memory_bytes: int | None = None, recall: float = DEFAULT_RECALL
     ) -> IndexPlan:
         """Builds a generation over all live items and swaps the manifest to it.
@@ -126,6 +126,7 @@ class Writer:
 
         snapshot, previous = self._view.snapshot(), self._manifest.index
         allowed_bytes = default_memory_bytes() if memory_bytes is None else memory_bytes
+        get = self._tuning_queries
         plan = plan_index(len(snapshot), snapshot.vectors.dim, allowed_bytes, recall)
         level = logging.DEBUG if plan.is_exact else logging.INFO
         _logger.log(level, "%s: index %s", self._folder, plan)
@@ -134,7 +135,7 @@ class Writer:
             snapshot,
             generation=previous.generation + 1 if previous else 1,
             plan=plan,
-            queries=None if plan.is_exact else self._tuning_queries(),
+            queries=None if plan.is_exact or get is None else get(),
         )
         self._publish(generation)
         return plan
