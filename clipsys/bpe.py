@@ -13,7 +13,7 @@ import gzip
 import html
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,10 @@ class BytePairTokenizer:
 
     @cached_property
     def _merges(self) -> list[str]:
-        lines = gzip.decompress(self._vocabulary.read_bytes()).decode("utf-8").split("\n")
-        return lines[1 : 1 + _NUM_MERGES]  # the first line is a heading
+        # The first line is a heading; CLIP uses a fifth of those that follow.
+        with gzip.open(self._vocabulary) as file:
+            lines = b"".join(islice(file, 1, 1 + _NUM_MERGES))
+        return lines.decode("utf-8").split("\n")[:_NUM_MERGES]
 
     @cached_property
     def _ranks(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ The thresholds come from `benchmarks/search.py`, on two cores and clustered vect
     ivf-sq8      0.26                    a byte a number; candidates are scored again exactly
     ivf-rabitq   0.05                    a bit a number (Gao and Long 2024); many more candidates
 
-PQ is not among them: at RaBitQ's size it needs a longer training and more candidates.
+PQ is not among them: RaBitQ has its size without codebooks to be trained. It was not measured.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ SCORE_MARGIN = 1e-5
 #: Candidates beyond k that an index is asked for at first.
 _EXTRA = 16
 #: With a filter that leaves no more than this, or one in so many, scanning beats the index.
-_SCAN_BELOW, _SCAN_SHARE = 4_096, 20
+_SCAN_BELOW, _SCAN_SHARE = 4_096, 200
 _RESCORE_ROWS = 4_096
 #: Vectors newer than the index that are kept in memory: 16,384 x 512 float32 are 32 MB.
 _KEEP_ROWS = 16_384
