@@ -251,6 +251,8 @@ class Searcher:
         items = self._store.items(chosen.ids_K.tolist())
         hits = []
         for place, item_id in enumerate(chosen.ids_K.tolist()):
+            if item_id not in items:
+                continue  # deleted and compacted away since the snapshot was taken
             item = items[item_id]
             score = None if chosen.scores_K is None else float(chosen.scores_K[place])
             relevance = None if chosen.relevance_K is None else float(chosen.relevance_K[place])
