@@ -12,9 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from clipsys.errors import QueryError
 from clipsys.progress import progress
-from clipsys.retrieval import filters
+from clipsys.retrieval import filters, light
 from clipsys.retrieval.compaction import CompactionReport
 from clipsys.retrieval.corpora import Corpus, Entry, count_records
 from clipsys.retrieval.embedding import Embedder, retry_entry
@@ -24,7 +26,9 @@ from clipsys.retrieval.encoding import (
     load_encoder,
     pin_of,
 )
+from clipsys.retrieval.items import Item
 from clipsys.retrieval.manifest import Manifest
+from clipsys.retrieval.planning import DEFAULT_RECALL, IndexPlan
 from clipsys.retrieval.pruning import PRUNE_LIMIT, find_vanished, prune
 from clipsys.retrieval.report import AddReport
 from clipsys.retrieval.store import Store
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from clipsys.retrieval.duplicates import DuplicateGroup
     from clipsys.retrieval.migration import MigrationOptions
     from clipsys.retrieval.repairing import RepairReport
+    from clipsys.retrieval.tuning import TuningQueries
     from clipsys.retrieval.verification import Fault
 
 
@@ -42,16 +47,24 @@ class KeptCollection:
     """A collection that can be brought up to date, mended and checked."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, store: Store, encoder: ImageTextEncoder | None
+        self,
+        path: Path,
+        manifest: Manifest,
+        store: Store,
+        encoder: ImageTextEncoder | None,
+        *,
+        few_searches: bool = False,
     ) -> None:
-        """Use `create` or `open`."""
+        """See `clipsys.retrieval.Collection`."""
         self.path = path
         #: Held around each call of the encoder; hold it to call the same encoder from elsewhere.
         self.encoder_lock = threading.Lock()
+        self._data = path / manifest.edition
         self._pin = manifest.encoder
         self._store = store
         self._encoder = encoder
-        self._view = View(path, manifest, store)
+        self._light_remembered = False
+        self._view = View(path, manifest, store, few_searches=few_searches)
 
     def __len__(self) -> int:
         return self._store.count_items()
@@ -69,6 +82,12 @@ class KeptCollection:
                 if self._encoder is None:
                     self._encoder = load_encoder(self.path, self._pin)
         return self._encoder
+
+    def sample(self, count: int) -> list[Item]:
+        """Live items spread evenly over the collection, in the order of their ids."""
+        ids = self._view.snapshot().ids_N
+        chosen = ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)]
+        return list(self._store.items(chosen.tolist()).values())
 
     def add(
         self,
@@ -132,7 +151,7 @@ class KeptCollection:
         with self._writing() as writer:
             embedder = Embedder(
                 self._store,
-                TurnTakingEncoder(lambda: self.encoder, self.encoder_lock),
+                self._turns(),
                 writer.commit,
                 dim=self._pin.dim,
                 **options,
@@ -145,6 +164,8 @@ class KeptCollection:
             finally:
                 writer.join_small()
                 writer.refresh_index()
+            if self._encoder is not None:
+                self._remember_light_tower()
         embedder.report.seconds = time.monotonic() - started
         return embedder.report
 
@@ -254,13 +275,42 @@ class KeptCollection:
                 advance=advance,
             )
 
-    def build_index(self) -> None:
-        """Builds a new index generation over all live items and publishes it."""
+    def build_index(
+        self, *, memory_bytes: int | None = None, recall: float = DEFAULT_RECALL
+    ) -> IndexPlan:
+        """Builds a new index generation over all live items and publishes it.
+
+        Args:
+            memory_bytes: what building and holding it may take; None: half of the machine's.
+            recall: recall@10 that is to be reached on held-out queries; 1 for an exact index.
+
+        Returns:
+            What was built, and why.
+
+        Raises:
+            CollectionError: the memory does not suffice, or the recall is not reached.
+        """
         with self._writing() as writer:
-            writer.publish_index()
+            return writer.publish_index(memory_bytes=memory_bytes, recall=recall)
 
     def _writing(self) -> AbstractContextManager[Writer]:
-        return writing(self.path, self._store, self._view, self._pin)
+        return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)
+
+    def _tuning_queries(self) -> TuningQueries:
+        from clipsys.retrieval.tuning import NUM_QUERIES, text_queries
+
+        captions = [item.caption for item in self.sample(NUM_QUERIES) if item.caption]
+        return text_queries(self._turns(), captions)
+
+    def _turns(self) -> TurnTakingEncoder:
+        return TurnTakingEncoder(lambda: self.encoder, self.encoder_lock)
+
+    def _remember_light_tower(self) -> None:
+        if not self._light_remembered:
+            self._light_remembered = True
+            if light.open_light(self._data, self._pin) is None:
+                with self.encoder_lock:
+                    light.remember(self._data, self._pin, self._encoder)
 
     # ---- checking --------------------------------------------------------------------------
 

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import durable
+from clipsys.retrieval.building import build_index
 from clipsys.retrieval.compaction import compact
 from clipsys.retrieval.corpora import Entry
 from clipsys.retrieval.creation import INDEXES, LOCK_NAME, SEGMENTS
 from clipsys.retrieval.embedding import Embedder
 from clipsys.retrieval.encoding import ImageTextEncoder
-from clipsys.retrieval.index import build_index
 from clipsys.retrieval.items import Batch, ItemUpdate
 from clipsys.retrieval.manifest import EncoderPin, Manifest, read_manifest, write_manifest
 from clipsys.retrieval.report import AddReport

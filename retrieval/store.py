@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from clipsys.errors import CollectionError
+from clipsys.retrieval import words
 from clipsys.retrieval.items import (
     Batch,
     Failure,
@@ -115,6 +116,7 @@ class Store:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(SCHEMA)
+            words.ensure_table(connection)
         finally:
             connection.close()
         return cls(path)
@@ -224,6 +226,20 @@ class Store:
         """
         query = f"SELECT id FROM items WHERE state = 'live' AND ({condition}) ORDER BY id"
         rows = self._all(query, parameters)
+        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+
+    def match_words(self, expression: str) -> Ints:
+        """Ids of live items whose captions match, best first (BM25), equal ones by id.
+
+        ``expression`` comes from :func:`clipsys.retrieval.words.match_expression`.
+        """
+        query = f"SELECT rowid FROM {words.TABLE} WHERE text MATCH ? ORDER BY rank, rowid"
+        with self._lock:
+            try:
+                words.ensure_table(self._connection)
+            except sqlite3.Error as error:
+                raise self._explained(error) from error
+            rows = self._all(query, (expression,))
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def metadata_keys(self) -> list[str]:
