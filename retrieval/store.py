@@ -17,6 +17,7 @@ inserted anew, which keeps index generations immutable and true.
 from __future__ import annotations
 
 import sqlite3
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ class Store:
         """
         self.path = path
         self._lock = threading.RLock()
+        _check_length(path)
         try:
             self._connection = sqlite3.connect(
                 f"{path.resolve().as_uri()}?mode=rw",
@@ -104,21 +106,29 @@ class Store:
             ) from error
         try:
             self._check_version(version)
-            self._check_length()
         except CollectionError:
             self._connection.close()
             raise
 
     @classmethod
     def create(cls, path: Path) -> Store:
-        """Makes an empty database and opens it."""
-        connection = sqlite3.connect(path, isolation_level=None)
+        """Makes an empty database and opens it.
+
+        Raises:
+            CollectionError: it cannot be written.
+        """
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(SCHEMA)
-            words.ensure_table(connection)
-        finally:
-            connection.close()
+            connection = sqlite3.connect(path, isolation_level=None)
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(SCHEMA)
+                words.ensure_table(connection)
+            finally:
+                connection.close()
+        except sqlite3.Error as error:
+            raise CollectionError(
+                f"{path}: the item database cannot be made ({error}); free some space"
+            ) from error
         return cls(path)
 
     def close(self) -> None:
@@ -398,19 +408,6 @@ class Store:
                 f"{VERSION}; use the clipsys version that wrote it"
             )
 
-    def _check_length(self) -> None:
-        """A database that was cut off opens without complaint; its header knows better."""
-        log = self.path.with_name(f"{self.path.name}-wal")
-        (pages,), (page_bytes,) = self._one("PRAGMA page_count"), self._one("PRAGMA page_size")
-        # While there is a log, pages may still be only there.
-        if not (log.exists() and log.stat().st_size):
-            size = self.path.stat().st_size
-            if size < pages * page_bytes:
-                raise CollectionError(
-                    f"{self.path}: is cut off: {size:,} bytes, its header says "
-                    f"{pages * page_bytes:,}; restore it from a backup"
-                )
-
     def _one(self, query: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
         return self._all(query, parameters)[0]
 
@@ -438,6 +435,33 @@ class Store:
 
     def _explained(self, error: sqlite3.Error) -> CollectionError:
         return CollectionError(f"{self.path}: the item database reports: {error}")
+
+
+def _check_length(path: Path) -> None:
+    """A database that was cut off opens without complaint, or with another; its header knows.
+
+    Raises:
+        CollectionError: it is shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+        # While there is a log, pages may still be only there.
+        log = path.with_name(f"{path.name}-wal")
+        if len(header) < 100 or (log.exists() and log.stat().st_size):
+            return
+        size_bytes = path.stat().st_size
+    except OSError:
+        return  # opening it says what is wrong
+    page_bytes, num_pages = struct.unpack_from(">H10xI", header, 16)
+    # Its length counts where it was written with the last change (SQLite's file format, 1.3.7).
+    is_current = header[24:28] == header[92:96] and header.startswith(b"SQLite format 3")
+    expected_bytes = num_pages * (65_536 if page_bytes == 1 else page_bytes)
+    if is_current and size_bytes < expected_bytes:
+        raise CollectionError(
+            f"{path}: is cut off: {size_bytes:,} bytes, its header says {expected_bytes:,}; "
+            "restore it from a backup"
+        )
 
 
 def _casefold(value: str | int | float | bytes | None) -> str | int | float | bytes | None:
