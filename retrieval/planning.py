@@ -6,7 +6,7 @@ The thresholds come from `benchmarks/search.py`, on two cores and clustered vect
     kind         in memory, of float32   why it is there
     flat         1.00                    exact; nothing to train or to tune
     hnsw         1.13                    in no plan: six times the building, and more work for texts
-    ivf-flat     1.02                    trained in seconds, no compression
+    ivf-flat     1.02                    in no plan: reads four times the bytes that ivf-sq8 does
     ivf-sq8      0.26                    a byte a number; candidates are scored again exactly
     ivf-rabitq   0.05                    a bit a number (Gao and Long 2024); many more candidates
 
@@ -28,8 +28,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULT_RECALL = 0.98
 #: Up to this many items comparing every vector takes a few milliseconds.
 EXACT_ITEMS = 20_000
-#: Up to this many items (with the memory for it) vectors are kept uncompressed in lists.
-UNCOMPRESSED_ITEMS = 250_000
 #: Links of an HNSW node at its lowest layer are twice this.
 HNSW_LINKS = 32
 #: Vectors that k-means sees for each list.
@@ -116,16 +114,12 @@ def _wishes(num_items: int, recall: float) -> list[tuple[Kind, str]]:
     """Kinds in the order in which they are tried, each with its reason."""
     if recall == 1:
         return [("flat", "a recall of 1 was asked for")]
-    compressed: list[tuple[Kind, str]] = [
-        ("ivf-sq8", "a quarter of the memory, as fast as uncompressed"),
-        ("ivf-rabitq", "a byte a number does not fit into the memory"),
-    ]
     if num_items <= EXACT_ITEMS:
         return [("flat", f"up to {EXACT_ITEMS:,} items exact search takes milliseconds")]
-    if num_items <= UNCOMPRESSED_ITEMS:
-        reason = f"up to {UNCOMPRESSED_ITEMS:,} items compression saves little"
-        return [("ivf-flat", reason), *compressed]
-    return compressed
+    return [
+        ("ivf-sq8", "a quarter of the memory, and faster than uncompressed"),
+        ("ivf-rabitq", "a byte a number does not fit into the memory"),
+    ]
 
 
 def _plan(kind: Kind, num_items: int, dim: int, recall: float, reason: str) -> IndexPlan:

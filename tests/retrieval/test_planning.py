@@ -6,7 +6,6 @@ from clipsys.errors import CollectionError
 from clipsys.retrieval.planning import (
     EXACT_ITEMS,
     KINDS,
-    UNCOMPRESSED_ITEMS,
     num_lists_for,
     plan_index,
     plan_of_kind,
@@ -22,9 +21,7 @@ GB = 10**9
         (0, GB, 0.98, "flat"),
         (1, GB, 0.98, "flat"),
         (EXACT_ITEMS, GB, 0.98, "flat"),
-        (EXACT_ITEMS + 1, GB, 0.98, "ivf-flat"),
-        (UNCOMPRESSED_ITEMS, 2 * GB, 0.98, "ivf-flat"),
-        (UNCOMPRESSED_ITEMS, GB // 2, 0.98, "ivf-sq8"),
+        (EXACT_ITEMS + 1, GB, 0.98, "ivf-sq8"),
         (1_000_000, 4 * GB, 0.98, "ivf-sq8"),
         (1_000_000, GB, 0.98, "ivf-sq8"),
         (1_000_000, 700_000_000, 0.98, "ivf-rabitq"),

@@ -58,7 +58,7 @@ def check(collection: Collection) -> None:
 def test_index_is_tuned_with_captions_and_recorded(grown: Collection) -> None:
     index = grown.index
     assert index is not None
-    assert (index.kind, index.num_items, index.num_trained) == ("ivf-flat", 4_000, 4_000)
+    assert (index.kind, index.num_items, index.num_trained) == ("ivf-sq8", 4_000, 4_000)
     assert index.effort is not None
     assert set(index.effort.recall) == {"image", "text"}
     assert min(index.effort.recall.values()) >= 0.98
@@ -79,16 +79,10 @@ def test_additions_are_searched_beside_the_index_then_sorted_into_it(grown: Coll
     check(grown)
 
 
-def test_many_items_are_compressed_and_a_recall_of_one_is_exact(
-    grown: Collection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clipsys.retrieval.planning.UNCOMPRESSED_ITEMS", 50)
-    assert grown.build_index().kind == "ivf-sq8"
-    assert grown.index is not None
-    assert grown.index.kind == "ivf-sq8"
-    check(grown)
+def test_recall_of_one_makes_an_exact_index(grown: Collection) -> None:
     assert grown.build_index(recall=1).kind == "flat"
-    assert grown.index.effort is None
+    assert grown.index is not None
+    assert (grown.index.kind, grown.index.effort) == ("flat", None)
     check(grown)
 
 
