@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from clipsys.retrieval import durable
 from clipsys.retrieval.clustering import nearest, spherical_kmeans
 from clipsys.retrieval.index import SUFFIX, IdSet, read_file
 from clipsys.retrieval.manifest import IndexGeneration
-from clipsys.retrieval.planning import HNSW_LINKS, IndexPlan, plan_of_kind
+from clipsys.retrieval.planning import (
+    DEFAULT_RECALL,
+    HNSW_LINKS,
+    IndexPlan,
+    plan_index,
+    plan_of_kind,
+)
 from clipsys.retrieval.segments import Floats, Ints
 from clipsys.retrieval.snapshot import Snapshot, unit_rows
 from clipsys.retrieval.tuning import TuningQueries, tune
@@ -84,6 +91,41 @@ def build_index(
         num_trained=len(snapshot),
         num_lists=plan.num_lists,
         effort=effort,
+    )
+
+
+def build_planned(
+    folder: Path,
+    snapshot: Snapshot,
+    *,
+    generation: int,
+    memory_bytes: int | None = None,
+    recall: float = DEFAULT_RECALL,
+    queries: Callable[[], TuningQueries] | None = None,
+) -> tuple[IndexPlan, IndexGeneration]:
+    """Plans an index of a snapshot and builds it.
+
+    Args:
+        folder: the collection's indexes folder.
+        snapshot: what is indexed.
+        generation: the number that it gets.
+        memory_bytes: what building and holding it may take; None: half of the machine's.
+        recall: recall@10 to be reached on held-out queries.
+        queries: asked only where there is something to tune.
+
+    Raises:
+        CollectionError: the memory does not suffice, the recall is not reached, or the index
+            cannot be written.
+    """
+    allowed_bytes = default_memory_bytes() if memory_bytes is None else memory_bytes
+    plan = plan_index(len(snapshot), snapshot.vectors.dim, allowed_bytes, recall)
+    _logger.log(logging.DEBUG if plan.is_exact else logging.INFO, "%s: index %s", folder, plan)
+    return plan, build_index(
+        folder,
+        snapshot,
+        generation=generation,
+        plan=plan,
+        queries=None if plan.is_exact or queries is None else queries(),
     )
 
 

@@ -289,6 +289,10 @@ class Collection(KeptCollection):
             yield from page
             page = self._store.live_items(start_after=page[-1].id)
 
+    def sample(self, count: int) -> list[Item]:
+        """Live items spread evenly over the collection, in the order of their ids."""
+        return list(self._store.items(self._view.snapshot().spread(count).tolist()).values())
+
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The failure ledger: every file that could not be used, with its reason."""
         return self._store.failures(limit)

@@ -12,8 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from clipsys.errors import QueryError
 from clipsys.progress import progress
 from clipsys.retrieval import filters, light
@@ -26,7 +24,6 @@ from clipsys.retrieval.encoding import (
     load_encoder,
     pin_of,
 )
-from clipsys.retrieval.items import Item
 from clipsys.retrieval.manifest import Manifest
 from clipsys.retrieval.planning import DEFAULT_RECALL, IndexPlan
 from clipsys.retrieval.pruning import PRUNE_LIMIT, find_vanished, prune
@@ -82,12 +79,6 @@ class KeptCollection:
                 if self._encoder is None:
                     self._encoder = load_encoder(self.path, self._pin)
         return self._encoder
-
-    def sample(self, count: int) -> list[Item]:
-        """Live items spread evenly over the collection, in the order of their ids."""
-        ids = self._view.snapshot().ids_N
-        chosen = ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)]
-        return list(self._store.items(chosen.tolist()).values())
 
     def add(
         self,
@@ -297,10 +288,9 @@ class KeptCollection:
         return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)
 
     def _tuning_queries(self) -> TuningQueries:
-        from clipsys.retrieval.tuning import NUM_QUERIES, text_queries
+        from clipsys.retrieval.tuning import caption_queries
 
-        captions = [item.caption for item in self.sample(NUM_QUERIES) if item.caption]
-        return text_queries(self._turns(), captions)
+        return caption_queries(self._turns(), self._store, self._view.snapshot())
 
     def _turns(self) -> TurnTakingEncoder:
         return TurnTakingEncoder(lambda: self.encoder, self.encoder_lock)

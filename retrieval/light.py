@@ -1,10 +1,10 @@
 """Text queries without torch: when a collection's model may be run by `clipsys.light_text`.
 
-``text_tower.json`` in the collection's folder says that numpy's outputs were compared with torch's
-and agreed, for which files: fingerprint of the model, path, size and modification time of weights
-and vocabulary. As long as all of that still holds, a text is encoded without importing torch and
-without hashing the weights. The file is derived: deleted, it is written again by the next search
-that has loaded the model anyway. Nothing but speed depends on it.
+``text_tower.json`` beside a collection's database says that numpy's outputs were compared with
+torch's and agreed, for which files: fingerprint of the model, path, size and modification time of
+weights and vocabulary. As long as all of that still holds, a text is encoded without importing
+torch and without hashing the weights. The file is derived: deleted, it is written again by the next
+search that has loaded the model anyway. Nothing but speed depends on it.
 """
 
 from __future__ import annotations

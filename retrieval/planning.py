@@ -152,7 +152,13 @@ Upkeep = Literal["keep", "extend", "build"]
 
 
 def plan_upkeep(
-    kind: Kind, *, num_trained: int, num_covered: int, num_new: int, num_gone: int
+    kind: Kind,
+    *,
+    num_trained: int,
+    num_covered: int,
+    num_new: int,
+    num_gone: int,
+    at_once: bool = False,
 ) -> Upkeep:
     """What becomes of an index when items were added and removed.
 
@@ -166,8 +172,9 @@ def plan_upkeep(
         num_covered: vectors in it, of live items and of deleted ones.
         num_new: live items that are not in it.
         num_gone: deleted items that are in it.
+        at_once: a single one of either is enough.
     """
-    if num_new + num_gone < max(1_000, num_covered // 100):
+    if num_new + num_gone < (1 if at_once else max(1_000, num_covered // 100)):
         return "keep"
     num_live = num_covered + num_new - num_gone
     trained = kind.startswith("ivf")

@@ -17,7 +17,6 @@ inserted anew, which keeps index generations immutable and true.
 from __future__ import annotations
 
 import sqlite3
-import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from clipsys.retrieval.schema import (
     SELECT_FAILURE,
     SELECT_ITEM,
     VERSION,
+    check_length,
     failure_of,
     item_of,
     sql_text,
@@ -86,7 +86,7 @@ class Store:
         """
         self.path = path
         self._lock = threading.RLock()
-        _check_length(path)
+        check_length(path)
         try:
             self._connection = sqlite3.connect(
                 f"{path.resolve().as_uri()}?mode=rw",
@@ -435,33 +435,6 @@ class Store:
 
     def _explained(self, error: sqlite3.Error) -> CollectionError:
         return CollectionError(f"{self.path}: the item database reports: {error}")
-
-
-def _check_length(path: Path) -> None:
-    """A database that was cut off opens without complaint, or with another; its header knows.
-
-    Raises:
-        CollectionError: it is shorter than its header says.
-    """
-    try:
-        with path.open("rb") as file:
-            header = file.read(100)
-        # While there is a log, pages may still be only there.
-        log = path.with_name(f"{path.name}-wal")
-        if len(header) < 100 or (log.exists() and log.stat().st_size):
-            return
-        size_bytes = path.stat().st_size
-    except OSError:
-        return  # opening it says what is wrong
-    page_bytes, num_pages = struct.unpack_from(">H10xI", header, 16)
-    # Its length counts where it was written with the last change (SQLite's file format, 1.3.7).
-    is_current = header[24:28] == header[92:96] and header.startswith(b"SQLite format 3")
-    expected_bytes = num_pages * (65_536 if page_bytes == 1 else page_bytes)
-    if is_current and size_bytes < expected_bytes:
-        raise CollectionError(
-            f"{path}: is cut off: {size_bytes:,} bytes, its header says {expected_bytes:,}; "
-            "restore it from a backup"
-        )
 
 
 def _casefold(value: str | int | float | bytes | None) -> str | int | float | bytes | None:

@@ -25,6 +25,7 @@ from clipsys.retrieval.manifest import SearchEffort
 from clipsys.retrieval.planning import IndexPlan
 from clipsys.retrieval.segments import Floats, Ints
 from clipsys.retrieval.snapshot import Snapshot, unit_rows
+from clipsys.retrieval.store import Store
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +69,12 @@ class _Examples:
 
     queries_QD: Floats
     nearest_QK: Ints
+
+
+def caption_queries(encoder: ImageTextEncoder, store: Store, snapshot: Snapshot) -> TuningQueries:
+    """Text queries for a collection: its own captions, spread over it, if it has enough."""
+    items = store.items(snapshot.spread(NUM_QUERIES).tolist())
+    return text_queries(encoder, [item.caption for item in items.values() if item.caption])
 
 
 def text_queries(encoder: ImageTextEncoder, captions: Sequence[str]) -> TuningQueries:

@@ -42,6 +42,18 @@ SCHEMA = (
     "WHERE state = 'live' AND captions != '[]'",
 )
 
+#: How many rows are not what the items say, in one statement and so as of one moment.
+COUNT_STRAY = f"""
+WITH wanted (id, text) AS (
+    SELECT id, {_TEXT.format(row="items")} FROM items WHERE state = 'live' AND captions != '[]'
+)
+SELECT (SELECT count(*) FROM (SELECT * FROM wanted EXCEPT SELECT rowid, text FROM {TABLE}))
+     + (SELECT count(*) FROM (SELECT rowid, text FROM {TABLE} EXCEPT SELECT * FROM wanted))
+"""
+#: FTS5 compares its index with its rows; an error if they differ. A write as far as locks go.
+CHECK_INDEX = f"INSERT INTO {TABLE} ({TABLE}) VALUES ('integrity-check')"
+TRIGGERS = tuple(f"{TABLE}_{event}" for event in ("insert", "update", "retire", "delete"))
+
 _TERM = re.compile(r'(?P<minus>-)?(?:"(?P<phrase>[^"]*)"|(?P<word>[^\s"]+))')
 #: The constant of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009).
 _FUSION_CONSTANT = 60
@@ -61,6 +73,15 @@ def ensure_table(connection: sqlite3.Connection) -> None:
     except BaseException:
         connection.execute("ROLLBACK")
         raise
+
+
+def rebuild_table(connection: sqlite3.Connection) -> None:
+    """Makes the table anew from the items, inside a transaction."""
+    for name in TRIGGERS:
+        connection.execute(f"DROP TRIGGER IF EXISTS {name}")
+    connection.execute(f"DROP TABLE IF EXISTS {TABLE}")
+    for statement in SCHEMA:
+        connection.execute(statement)
 
 
 def match_expression(text: str) -> str:

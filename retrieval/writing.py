@@ -33,7 +33,7 @@ from clipsys.retrieval.manifest import (
     read_manifest,
     write_manifest,
 )
-from clipsys.retrieval.planning import DEFAULT_RECALL, IndexPlan, plan_index, plan_upkeep
+from clipsys.retrieval.planning import DEFAULT_RECALL, IndexPlan, plan_upkeep
 from clipsys.retrieval.segments import Floats, delete_orphans, write_segment
 from clipsys.retrieval.store import Store
 from clipsys.retrieval.view import View
@@ -141,20 +141,18 @@ class Writer:
         """Drops the vectors of deleted items, and makes an index without them."""
         dim = self._manifest.encoder.dim
         report = compact(self._data / SEGMENTS, self._store, dim)
-        snapshot, index = self._view.snapshot(), self._manifest.index
-        num_live = 0
-        if index is not None:
-            num_live = int(np.searchsorted(snapshot.ids_N, index.last_id, side="right"))
-        if index is None or not index.num_items == num_live == len(snapshot):
-            self.publish_index()
+        self.refresh_index(at_once=True)
         return report
 
     def delete(self, ids: Sequence[int]) -> int:
         """Marks items as deleted. Returns how many were live."""
         return self._store.delete(ids)
 
-    def refresh_index(self) -> None:
-        """Extends or replaces the current generation if it is damaged or covers too little."""
+    def refresh_index(self, *, at_once: bool = False) -> None:
+        """Extends or replaces the current generation if it is damaged or covers too little.
+
+        ``at_once``: a single item that it lacks, or a deleted one that it has, is too much.
+        """
         from clipsys.retrieval.building import extend_index  # imports faiss
 
         snapshot, current = self._view.snapshot(), self._manifest.index
@@ -168,6 +166,7 @@ class Writer:
             num_covered=current.num_items,
             num_new=len(snapshot) - num_live,
             num_gone=current.num_items - num_live,
+            at_once=at_once,
         )
         if upkeep == "extend":
             self._publish(extend_index(self._data / INDEXES, snapshot, current))
@@ -189,20 +188,16 @@ class Writer:
         Raises:
             CollectionError: the memory does not suffice, or the recall is not reached.
         """
-        from clipsys.retrieval.building import build_index, default_memory_bytes
+        from clipsys.retrieval.building import build_planned
 
-        snapshot, previous = self._view.snapshot(), self._manifest.index
-        allowed_bytes = default_memory_bytes() if memory_bytes is None else memory_bytes
-        get = self._tuning_queries
-        plan = plan_index(len(snapshot), snapshot.vectors.dim, allowed_bytes, recall)
-        level = logging.DEBUG if plan.is_exact else logging.INFO
-        _logger.log(level, "%s: index %s", self._folder, plan)
-        generation = build_index(
+        previous = self._manifest.index
+        plan, generation = build_planned(
             self._data / INDEXES,
-            snapshot,
+            self._view.snapshot(),
             generation=previous.generation + 1 if previous else 1,
-            plan=plan,
-            queries=None if plan.is_exact or get is None else get(),
+            memory_bytes=memory_bytes,
+            recall=recall,
+            queries=self._tuning_queries,
         )
         self._publish(generation)
         return plan

@@ -102,6 +102,31 @@ def test_replaced_weights_are_refused_and_not_searched_with(collection: Path, mo
     assert not is_light(collection)
 
 
+def test_another_model_is_searched_by_its_own_tower(
+    collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(build_model(TINY_MODEL), tmp_path / "other")
+    other = clipsys.load(tmp_path / "other")
+    with Collection.open(collection) as reader:
+        before = reader.search("red", k=5)
+        with Collection.open(collection) as opened:
+            opened.migrate(other, show_progress=False)
+        assert reader.search("red", k=5) == before
+        assert reader._encoder is None
+    with Collection.open(collection) as opened:
+        found = opened.search("red", k=5)
+        assert opened._encoder is None, "the new model's tower is remembered by the migration"
+    with Collection.open(collection, other) as opened:
+        expected = opened.search("red", k=5)
+        assert [hit.id for hit in found] == [hit.id for hit in expected]
+        scores = [hit.score for hit in found]
+        np.testing.assert_allclose(scores, [hit.score for hit in expected], atol=1e-4)
+        monkeypatch.setattr("clipsys.retrieval.writing.GRACE_S", 0.0)
+        opened.compact()
+    assert not (collection / FILE_NAME).exists()
+    assert (collection / "edition-1" / FILE_NAME).exists()
+
+
 def test_images_and_great_batches_load_the_model(collection: Path, tmp_path: Path) -> None:
     picture = tmp_path / "pictures" / "0000.png"
     for ask in (

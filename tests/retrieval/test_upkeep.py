@@ -86,6 +86,52 @@ def test_recall_of_one_makes_an_exact_index(grown: Collection) -> None:
     check(grown)
 
 
+def test_compaction_takes_the_dropped_out_of_the_index_and_trains_nothing(
+    grown: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert grown.index is not None
+    effort = grown.index.effort
+    grow(grown, 30)
+    grown.remove(range(1, 4_000, 8))
+    assert grown.index.generation == 1
+    check(grown)
+    monkeypatch.setattr("clipsys.retrieval.building.build_index", None)
+    report = grown.compact()
+    assert report.vectors_dropped == 500
+    assert (grown.index.generation, grown.index.num_items) == (2, 3_530)
+    assert (grown.index.num_trained, grown.index.effort) == (4_000, effort)
+    check(grown)
+    grown.compact()
+    assert grown.index.generation == 2
+
+
+def test_damaged_index_is_repaired_by_planning_and_tuning_it_again(grown: Collection) -> None:
+    assert grown.index is not None
+    kind, path = grown.index.kind, grown.path / "indexes" / grown.index.file
+    path.write_bytes(path.read_bytes()[:-7] + bytes(7))
+    assert grown.repair().index_rebuilt
+    assert (grown.index.kind, grown.index.generation) == (kind, 2)
+    assert grown.index.effort is not None
+    assert set(grown.index.effort.recall) == {"image", "text"}
+    check(grown)
+
+
+def test_thousand_copies_of_one_picture_do_not_keep_an_index_from_its_recall(
+    grown: Collection,
+) -> None:
+    """Which ten of them are found is a matter of chance; what is nearer than they are is not."""
+    (vector,) = clustered(1, DIM, seed=5)
+    with grown._writing() as writer:
+        copies = [NewItem(f"/copy{n}.jpg", "copy", 1, 1, (), {}) for n in range(4_000)]
+        writer.commit(Batch(new=copies), np.repeat(vector[None], 4_000, axis=0))
+    grown.build_index()
+    assert grown.index is not None
+    assert grown.index.effort is not None
+    assert min(grown.index.effort.recall.values()) >= 0.98
+    check(grown)
+    assert all(hit.uri.startswith("/copy") for hit in grown.search_vector(vector, k=20))
+
+
 def test_too_little_memory_is_an_error_and_the_old_index_stays(grown: Collection) -> None:
     with pytest.raises(CollectionError, match=r"MB are allowed; allow more memory"):
         grown.build_index(memory_bytes=10_000)
