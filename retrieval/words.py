@@ -79,9 +79,23 @@ def rebuild_table(connection: sqlite3.Connection) -> None:
     """Makes the table anew from the items, inside a transaction."""
     for name in TRIGGERS:
         connection.execute(f"DROP TRIGGER IF EXISTS {name}")
-    connection.execute(f"DROP TABLE IF EXISTS {TABLE}")
+    try:
+        connection.execute(f"DROP TABLE IF EXISTS {TABLE}")
+    except sqlite3.DatabaseError:  # FTS5 cannot even open it
+        _erase_table(connection)
     for statement in SCHEMA:
         connection.execute(statement)
+
+
+def _erase_table(connection: sqlite3.Connection) -> None:
+    """Drops the tables that FTS5 keeps its own in, then the entry that no statement can drop."""
+    for part in ("data", "idx", "content", "docsize", "config"):
+        connection.execute(f"DROP TABLE IF EXISTS {TABLE}_{part}")
+    connection.execute("PRAGMA writable_schema = ON")
+    try:
+        connection.execute("DELETE FROM sqlite_master WHERE name = ?", (TABLE,))
+    finally:
+        connection.execute("PRAGMA writable_schema = RESET")  # also reads the schema again
 
 
 def match_expression(text: str) -> str:
