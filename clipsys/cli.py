@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("clipsys.training.commands", "train"),
     "export": ("clipsys.training.commands", "export"),
     "index": ("clipsys.retrieval.commands", "index"),
-    "search": ("clipsys.retrieval.commands", "search"),
+    "search": ("clipsys.retrieval.search_command", "search"),
     "info": ("clipsys.retrieval.keeping_commands", "info"),
     "duplicates": ("clipsys.retrieval.keeping_commands", "duplicates"),
     "failures": ("clipsys.retrieval.keeping_commands", "failures"),

@@ -60,6 +60,16 @@ class Encoder:
         )
 
     @property
+    def model(self) -> Any:
+        """open_clip's model, in evaluation mode, on `device`."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> models.Tokenizer:
+        """Texts to int64 (N, context_length)."""
+        return self._tokenizer
+
+    @property
     def logit_scale(self) -> float:
         """What similarities are multiplied with before a softmax, as trained (no logarithm)."""
         return float(self._model.logit_scale.detach().exp())

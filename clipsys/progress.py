@@ -92,8 +92,9 @@ def _line_writer(description: str, total: int | None, unit: str) -> Callable[...
         last = now
         share = f"{done:,}/{total:,}" if total else f"{done:,}"
         rate = done / max(now - started, 1e-9)
+        left = f", {(total - done) / rate:,.0f} s left" if total and 0 < done < total else ""
         print(
-            f"{description}: {share} {unit}, {rate:.3g}/s {note or ''}".rstrip(),
+            f"{description}: {share} {unit}, {rate:.3g}/s{left} {note or ''}".rstrip(),
             file=sys.stderr,
             flush=True,
         )

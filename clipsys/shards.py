@@ -283,15 +283,28 @@ def read_image(shard: str, key: str) -> bytes:
         raise DataError(f"{place}: the shard cannot be read ({reason})") from error
 
 
+def _before_break(tar: tarfile.TarFile, size_bytes: int) -> Iterator[tarfile.TarInfo]:
+    members = iter(tar)
+    while True:
+        try:
+            member = next(members, None)
+        except tarfile.ReadError:
+            return
+        if member is None or member.offset_data + member.size > size_bytes:
+            return
+        yield member
+
+
 @functools.lru_cache(maxsize=256)
 def _image_members(shard: str, mtime_ns: int, size_bytes: int) -> dict[str, tuple[int, int]]:
     """Where the first image of each sample lies in a tar: key -> (offset, size); headers only.
 
+    Of a shard that breaks off these are the images before the break.
     Time and size are there to make the cache forget a shard that has changed.
     """
     members: dict[str, tuple[int, int]] = {}
     with tarfile.open(shard, "r:") as tar:
-        for member in tar:
+        for member in _before_break(tar, size_bytes):
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             if member.isfile() and suffix.rsplit(".", 1)[-1].lower() in _IMAGE_SUFFIXES:

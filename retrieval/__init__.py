@@ -11,17 +11,25 @@ Modules, each of which builds on those above it:
     durable       files that are whole or absent, the writer's lock
     segments      immutable vector files
     items         items and failures as values
+    words         captions searched by their words
     schema        the database's tables
     store         items, failures and segments in SQLite: the truth
+    planning      which index, and when another one
     manifest      which model, which index generation
     creation      a collection's folder, whole or not at all
     snapshot      live items and their vectors, as of one commit
     index         FAISS generations, derived from the snapshot
+    encoding      what is needed of an encoder, and which one is the right one
+    tuning        measuring an index, and the effort that reaches a recall
+    clustering    k-means by matrix products
+    building      training, filling, extending and writing an index
+    ranking       the top k by exact cosine
+    calibration   how far a score stands out
     view          a reader's snapshot and index, following the writer
     filters       conditions on metadata as SQL
-    encoding      what is needed of an encoder, and which one is the right one
     query         what is searched for, and what comes back
-    ranking       the exact top k
+    grammar       a query in one line
+    searching     filter, rank, fuse, fold, cut
     corpora       several sources as one stream of records
     report        what became of the records
     embedding     records to committed batches, decoding ahead of the encoder
@@ -35,7 +43,7 @@ Modules, each of which builds on those above it:
     repairing     what can be mended of them
     migration     another model, built beside and swapped
     duplicates    near-duplicate groups
-    commands      ``clipsys index`` and ``clipsys search``
+    commands      ``clipsys index``; search_command: ``clipsys search``
     keeping_commands  ``clipsys info``, ``verify``, ``repair`` and so on
 
 Importing this package imports none of them: names load on first use.
@@ -52,8 +60,10 @@ if TYPE_CHECKING:
     from clipsys.retrieval.filters import Condition
     from clipsys.retrieval.info import CollectionInfo
     from clipsys.retrieval.items import Failure, Item
+    from clipsys.retrieval.planning import IndexPlan, plan_index
     from clipsys.retrieval.query import Hit, Part, Query
     from clipsys.retrieval.report import AddReport
+    from clipsys.retrieval.searching import Options
 
 __all__ = [
     "AddReport",
@@ -63,9 +73,12 @@ __all__ = [
     "DuplicateGroup",
     "Failure",
     "Hit",
+    "IndexPlan",
     "Item",
+    "Options",
     "Part",
     "Query",
+    "plan_index",
 ]
 
 _MODULE_OF = {
@@ -76,9 +89,12 @@ _MODULE_OF = {
     "DuplicateGroup": "duplicates",
     "Failure": "items",
     "Hit": "query",
+    "IndexPlan": "planning",
     "Item": "items",
+    "Options": "searching",
     "Part": "query",
     "Query": "query",
+    "plan_index": "planning",
 }
 
 

@@ -2,10 +2,11 @@
 
     photos/
         manifest.json     which model, which index generation            replaced atomically
-    (the next three lie in edition-N/ after the Nth migration to another model)
+    (the next four lie in edition-N/ after the Nth migration to another model)
         items.sqlite      items, failures, names of the segments         the truth
         segments/*.npy    float16 vectors, one file a commit             immutable
         indexes/*.faiss   one FAISS generation                           derived, may be deleted
+        text_tower.json   that texts may be encoded without torch        derived, may be deleted
         thumbnails/       the app's cache                                derived, may be deleted
         writer.lock       held by the one process that writes
 
@@ -15,7 +16,6 @@ commit by commit: a search that starts after `Collection.add` returned finds wha
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -25,26 +25,21 @@ from types import TracebackType
 import numpy as np
 
 from clipsys.errors import QueryError
-from clipsys.retrieval import filters
+from clipsys.light_text import LightTextTower
+from clipsys.retrieval import filters, light
 from clipsys.retrieval.creation import create_folder
-from clipsys.retrieval.encoding import (
-    ImageTextEncoder,
-    TurnTakingEncoder,
-    check_encoder,
-    pin_of,
-)
+from clipsys.retrieval.encoding import ImageTextEncoder, check_encoder, pin_of
+from clipsys.retrieval.grammar import compose, parse_query
 from clipsys.retrieval.info import CollectionInfo, describe
 from clipsys.retrieval.items import Failure, Item
 from clipsys.retrieval.keeping import KeptCollection
-from clipsys.retrieval.manifest import Manifest, read_manifest
-from clipsys.retrieval.query import Hit, ImageSource, Query, embed_query
-from clipsys.retrieval.ranking import rank
-from clipsys.retrieval.segments import Floats, Ints
+from clipsys.retrieval.manifest import IndexGeneration, Manifest, read_manifest
+from clipsys.retrieval.query import Hit, ImageSource, Query, embed_queries
+from clipsys.retrieval.searching import NEAR_DUPLICATE, Options, Searcher, Sought
+from clipsys.retrieval.segments import Floats
 from clipsys.retrieval.snapshot import Snapshot
 from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.store import Store
-
-_logger = logging.getLogger(__name__)
 
 
 class Collection(KeptCollection):
@@ -52,6 +47,20 @@ class Collection(KeptCollection):
 
     Thread-safe: searches run concurrently, the encoder takes one call at a time.
     """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        store: Store,
+        encoder: ImageTextEncoder | None,
+        *,
+        few_searches: bool = False,
+    ) -> None:
+        """Use `create` or `open`."""
+        super().__init__(path, manifest, store, encoder, few_searches=few_searches)
+        self._searcher = Searcher(store, self._view)
+        self._light: LightTextTower | None = None
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -79,13 +88,20 @@ class Collection(KeptCollection):
         return cls.open(folder, encoder)
 
     @classmethod
-    def open(cls, path: str | Path, encoder: ImageTextEncoder | None = None) -> Collection:
+    def open(
+        cls,
+        path: str | Path,
+        encoder: ImageTextEncoder | None = None,
+        *,
+        few_searches: bool = False,
+    ) -> Collection:
         """Opens a collection.
 
         Args:
             path: its folder.
             encoder: checked against the manifest; None: the manifest's model is loaded when a
                 search or an addition first needs it.
+            few_searches: it is opened for one search or two: what pays only later is left out.
 
         Raises:
             CollectionError: there is none, it is damaged, or it belongs to another model.
@@ -94,7 +110,8 @@ class Collection(KeptCollection):
         manifest = read_manifest(folder)
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)
-        return cls(folder, manifest, Store(folder / manifest.edition / DATABASE_NAME), encoder)
+        store = Store(folder / manifest.edition / DATABASE_NAME)
+        return cls(folder, manifest, store, encoder, few_searches=few_searches)
 
     def close(self) -> None:
         """Closes the database."""
@@ -122,43 +139,100 @@ class Collection(KeptCollection):
         *,
         image: ImageSource | None = None,
         negative: str | None = None,
+        words: str | None = None,
         k: int = 10,
+        offset: int = 0,
         where: filters.Where = None,
+        min_score: float | None = None,
+        relevant_only: bool = False,
+        diverse: bool | float = False,
     ) -> list[Hit]:
         """Finds the items nearest to a text, an image, both, or a composed query.
 
         Args:
-            query: a text, or a `Query` with parts and weights.
-            image: a path, the file's bytes or a decoded image; adds to the text.
+            query: a line as `clipsys.retrieval.grammar` reads it (``"a dog + beach - snow"``), or a
+                `Query` of parts with weights.
+            image: a path, the file's bytes or a decoded image; adds to the query.
             negative: a text that the hits should be unlike.
-            k: how many hits; fewer come back only if fewer items match the filter.
+            words: words of captions (``'"on the beach" dog -brown'``), searched for beside the
+                query and fused with it, or alone.
+            k: how many hits; fewer come back only if fewer items match.
+            offset: how many of the best are left out, for the next page.
             where: a filter on metadata, applied before ranking: ``{"year": 2024}`` or
                 ``["year>=2020", "colour in red,blue"]``; see `clipsys.retrieval.filters`.
+            min_score: cosine below which nothing is a hit.
+            relevant_only: leaves out what does not stand out from the collection at large.
+            diverse: folds near-duplicates into one hit; a number is the cosine from which on two
+                items are duplicates.
 
         Returns:
             Hits, best first; equal scores in the order of their ids.
 
         Raises:
-            QueryError: there is nothing to search for, ``k`` is not positive, or the filter is
-                malformed.
+            QueryError: there is nothing to search for, a number is out of its range, or the query
+                or the filter is malformed.
             ImageDecodeError: the image does not decode.
         """
         if not isinstance(query, Query):
-            query = Query.of(query, image=image, negative=negative)
-        elif image is not None or negative is not None:
-            raise QueryError(
-                "give image and negative as parts of the Query, or a text as the query"
-            )
-        conditions = filters.parse_where(where)
-        _check_k(k)
-        if len(self) == 0:
-            return []
-        return self._search(self.embed(query), k, conditions, exclude=query.items)
+            query = compose(query, image=image, negative=negative, words=words)
+        elif image is not None or negative is not None or words is not None:
+            raise QueryError("give image, negative and words as parts of the Query")
+        options = Options(
+            k, offset, filters.parse_where(where), min_score, relevant_only, _cosine(diverse)
+        )
+        return self.search_batch([query], options)[0]
+
+    def search_batch(
+        self, queries: Sequence[str | Query], options: Options | None = None
+    ) -> list[list[Hit]]:
+        """Several searches in one pass over the model and the index: hits of each query.
+
+        Raises:
+            QueryError: see `search`.
+            ImageDecodeError: an image does not decode.
+        """
+        options = options or Options()
+        read = [query if isinstance(query, Query) else parse_query(query) for query in queries]
+        if len(self) == 0 or not read:
+            return [[] for _ in read]
+        sought = [
+            Sought(vector_D, query.words, query.items)
+            for query, vector_D in zip(read, self.embed_batch(read), strict=True)
+        ]
+        return self._searcher.search(sought, options)
 
     def embed(self, query: Query) -> Floats:
-        """Encodes a query: (D,) float32 of unit norm."""
-        encoder = TurnTakingEncoder(lambda: self.encoder, self.encoder_lock)
-        return embed_query(query, encoder, self.vector)
+        """Encodes a query: (D,) float32 of unit norm.
+
+        Raises:
+            QueryError: it has words alone, or its parts cancel out.
+        """
+        (vector_D,) = self.embed_batch([query])
+        if vector_D is None:
+            raise QueryError("words alone have no vector; add something to look for")
+        return vector_D
+
+    def embed_batch(self, queries: Sequence[Query]) -> list[Floats | None]:
+        """Encodes queries: (D,) of unit norm each, None where there are words alone."""
+        tower = self._light_tower(queries)
+        if tower is not None:
+            return embed_queries(queries, self._turns(), self.vector, encode_text=tower.encode_text)
+        vectors = embed_queries(queries, self._turns(), self.vector)
+        if self._encoder is not None:
+            self._remember_light_tower()  # the next process needs no torch
+        return vectors
+
+    def _light_tower(self, queries: Sequence[Query]) -> LightTextTower | None:
+        """The text tower in numpy, where it saves loading the model for these queries."""
+        if self._encoder is not None:
+            return None
+        parts = [part for query in queries for part in query.parts]
+        num_texts = sum(part.text is not None for part in parts)
+        if any(part.image is not None for part in parts) or not 0 < num_texts <= light.MAX_TEXTS:
+            return None
+        if self._light is None:
+            self._light = light.open_light(self._data, self._pin)
+        return self._light
 
     def search_vector(
         self, query_D: Floats, *, k: int = 10, where: filters.Where = None
@@ -175,48 +249,8 @@ class Collection(KeptCollection):
                 f"the query vector has shape {query_D.shape} and norm {norm:.4g}; expected shape "
                 f"({self._pin.dim},) and a finite norm that is not zero"
             )
-        _check_k(k)
-        return self._search(query_D / norm, k, filters.parse_where(where))
-
-    def _search(
-        self,
-        query_D: Floats,
-        k: int,
-        conditions: Sequence[filters.Condition],
-        exclude: frozenset[int] = frozenset(),
-    ) -> list[Hit]:
-        index, snapshot = self._view.current()
-        allowed = None
-        if conditions:
-            allowed = self._store.select_ids(*filters.to_sql(conditions))
-            self._warn_of_unknown_fields(conditions, allowed)
-        # The items that the query was made of are no news.
-        ids, scores = rank(snapshot, index, query_D, k + len(exclude), allowed=allowed)
-        pairs = [
-            (int(item_id), float(score))
-            for item_id, score in zip(ids, scores, strict=True)
-            if int(item_id) not in exclude
-        ][:k]
-        items = self._store.items([item_id for item_id, _ in pairs])
-        return [
-            Hit(number, item_id, score, item.uri, item.caption, item.metadata)
-            for number, (item_id, score) in enumerate(pairs, 1)
-            for item in (items[item_id],)
-        ]
-
-    def _warn_of_unknown_fields(
-        self, conditions: Sequence[filters.Condition], allowed: Ints
-    ) -> None:
-        if len(allowed):
-            return
-        known = self._store.metadata_keys()
-        for condition in conditions:
-            if condition.field not in known and condition.field not in filters.ITEM_FIELDS:
-                _logger.warning(
-                    "no item has metadata %r; there is %s",
-                    condition.field,
-                    ", ".join(known) or "none at all",
-                )
+        options = Options(k, conditions=filters.parse_where(where))
+        return self._searcher.search([Sought(query_D / norm)], options)[0]
 
     def item(self, item_id: int) -> Item:
         """A live item by its id.
@@ -257,9 +291,7 @@ class Collection(KeptCollection):
 
     def sample(self, count: int) -> list[Item]:
         """Live items spread evenly over the collection, in the order of their ids."""
-        ids = self._view.snapshot().ids_N
-        chosen = ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)]
-        return list(self._store.items(chosen.tolist()).values())
+        return list(self._store.items(self._view.snapshot().spread(count).tolist()).values())
 
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The failure ledger: every file that could not be used, with its reason."""
@@ -269,11 +301,17 @@ class Collection(KeptCollection):
         """Every metadata key that an item has, for building filters."""
         return self._store.metadata_keys()
 
+    @property
+    def index(self) -> IndexGeneration | None:
+        """The published index, with its kind and the recall that was measured."""
+        return read_manifest(self.path).index
+
     def info(self) -> CollectionInfo:
         """Counts, model, index and size."""
         return describe(self.path, self._store)
 
 
-def _check_k(k: object) -> None:
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise QueryError(f"k is {k!r}; expected a whole number from 1 on")
+def _cosine(diverse: bool | float) -> float | None:
+    if isinstance(diverse, bool):
+        return NEAR_DUPLICATE if diverse else None
+    return diverse

@@ -1,6 +1,6 @@
-"""The verbs ``clipsys index`` and ``clipsys search``.
+"""The verb ``clipsys index``.
 
-Heavy imports stand inside the functions: this module is loaded to print their help.
+Heavy imports stand inside the functions: this module is loaded to print its help.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.query import Hit
 
 
 def index(
@@ -138,61 +135,3 @@ def _open(path: Path, model: str | None) -> Collection:
 def _absolute(model: str) -> str:
     folder = Path(model.removeprefix("local-dir:")).expanduser()
     return str(folder.absolute()) if folder.is_dir() else model
-
-
-def search(
-    collection: Annotated[Path, typer.Argument(help="Folder of the collection.")],
-    query: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(help="What to look for, in words."),
-    ] = None,
-    *,
-    image: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="An image to look for, alone or together with the words."),
-    ] = None,
-    negative: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--not", help="What the hits should be unlike, in words."),
-    ] = None,
-    where: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Only items whose metadata match: K=V, K!=V, K<V, K<=V, K>V, K>=V, "
-            "'K in A,B', 'K contains V'. May be repeated."
-        ),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Searches a collection by text, by image, or by both."""
-    from clipsys.retrieval.collection import Collection
-
-    with Collection.open(collection) as photos:
-        hits = photos.search(query, image=image, negative=negative, k=k, where=where or None)
-    if as_json:
-        import json
-
-        document = {"query": query, "hits": [hit.to_dict() for hit in hits]}
-        typer.echo(json.dumps(document, indent=2))
-    elif hits:
-        _print_table(hits)
-    else:
-        typer.echo("no hits", err=True)
-
-
-def _print_table(hits: Sequence[Hit]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("image", overflow="fold")
-    table.add_column("caption")
-    for hit in hits:
-        # Text, not str: brackets in a file name are not rich's markup.
-        cells = (str(hit.rank), f"{hit.score:.3f}", hit.uri, hit.caption or "")
-        table.add_row(*(Text(cell.encode("utf-8", "replace").decode()) for cell in cells))
-    Console().print(table)

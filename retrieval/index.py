@@ -5,29 +5,35 @@ written beside, fsynced, renamed and then published by the manifest swap, so a r
 half-written one. Index files are hostile input to FAISS: a file is read only if its SHA-256 is the
 one that the manifest states.
 
-Shapes: N indexed items, D embedding width.
+Compressed lists are not read but mapped: several readers share one copy of them, and an index may
+be larger than the memory.
+
+Shapes: Q queries, N indexed items, K found, D embedding width.
 """
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import durable
-from clipsys.retrieval.manifest import IndexGeneration
+from clipsys.retrieval.manifest import IndexGeneration, SearchEffort
 from clipsys.retrieval.segments import Floats, Ints
-from clipsys.retrieval.snapshot import Snapshot
 
 SUFFIX = ".faiss"
 
-# The wheel's stubs describe the C++ constructors, not those that its Python layer puts over them.
-_faiss: Any = faiss
+
+def _faiss() -> Any:
+    # Imported when an index is first touched: a search of a few thousand items needs none, and
+    # 0.2 s of a cold process are felt. Any, since the wheel's stubs describe the C++ constructors
+    # and not those that its Python layer puts over them.
+    import faiss
+
+    return faiss
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +43,22 @@ class LoadedIndex:
     generation: IndexGeneration
     faiss_index: Any
 
+    @property
+    def effort(self) -> SearchEffort | None:
+        """How hard to look; None where the index is exact."""
+        return self.generation.effort
+
+    def max_probes(self) -> int:
+        """Where looking harder ends: all lists, or HNSW's whole graph."""
+        return max(1, self.generation.num_lists or self.generation.num_items)
+
     def search(
-        self, query_D: Floats, k: int, *, allowed: Ints | None = None
+        self,
+        query_D: Floats,
+        k: int,
+        *,
+        allowed: IdSet | None = None,
+        num_probes: int | None = None,
     ) -> tuple[Ints, Floats]:
         """The k nearest by inner product, best first: (ids, approximate scores).
 
@@ -46,54 +66,53 @@ class LoadedIndex:
             query_D: unit norm.
             k: at most the number of vectors that may be found.
             allowed: only these ids may be found; all if None.
+            num_probes: how hard to look where the index is not exact; None: as tuned.
         """
-        parameters = None
-        if allowed is not None:
-            selector, _bitmap = _id_selector(allowed)
-            parameters = _faiss.SearchParameters(sel=selector)
-        scores_1K, ids_1K = self.faiss_index.search(query_D[None, :], k, params=parameters)
-        found = ids_1K[0] >= 0  # FAISS pads with -1 where fewer than k are allowed
+        scores_1K, ids_1K = self.search_batch(
+            query_D[None, :], k, allowed=allowed, num_probes=num_probes
+        )
+        found = ids_1K[0] >= 0  # FAISS pads with -1 where fewer than k are found
         return ids_1K[0][found], scores_1K[0][found]
 
+    def search_batch(
+        self,
+        query_QD: Floats,
+        k: int,
+        *,
+        allowed: IdSet | None = None,
+        num_probes: int | None = None,
+    ) -> tuple[Floats, Ints]:
+        """As `search` for several queries: (scores, ids), each (Q, k), padded with id -1."""
+        selector = None if allowed is None else allowed.selector
+        if num_probes is None and self.effort is not None:
+            num_probes = self.effort.num_probes
+        parameters = search_parameters(self.generation.kind, num_probes, selector)
+        scores_QK, ids_QK = self.faiss_index.search(query_QD, k, params=parameters)
+        return scores_QK, ids_QK
 
-def _id_selector(allowed: Ints) -> tuple[Any, Any]:
-    # A bitmap over ids: one bit an id ever given, constant time a test. The selector does not own
-    # the bytes, so the caller keeps both alive during the search.
-    bits = np.zeros(int(allowed.max(initial=0)) + 1, bool)
-    bits[allowed] = True
-    bitmap = np.packbits(bits, bitorder="little")
-    return _faiss.IDSelectorBitmap(bitmap), bitmap
+
+def search_parameters(kind: str, num_probes: int | None, selector: Any = None) -> Any:
+    """FAISS's parameters of one search; mutating the index instead would not be thread-safe."""
+    chosen = {} if selector is None else {"sel": selector}
+    if kind == "flat" or num_probes is None:
+        return _faiss().SearchParameters(**chosen) if chosen else None
+    if kind == "hnsw":
+        return _faiss().SearchParametersHNSW(efSearch=num_probes, **chosen)
+    if kind == "ivf-rabitq":
+        # qb: bits of the query's own quantisation; 8 make it exact enough not to matter.
+        return _faiss().IVFRaBitQSearchParameters(nprobe=num_probes, qb=8, **chosen)
+    return _faiss().SearchParametersIVF(nprobe=num_probes, **chosen)
 
 
-def build_index(folder: Path, snapshot: Snapshot, *, generation: int) -> IndexGeneration:
-    """Writes a flat inner-product index of a snapshot. Streams the segments block by block.
+class IdSet:
+    """A set of ids for FAISS: a bitmap, one bit an id ever given, constant time a test."""
 
-    Raises:
-        CollectionError: the index cannot be written.
-    """
-    index = _faiss.IndexIDMap(_faiss.IndexFlatIP(snapshot.vectors.dim))
-    for ids_N, vectors_ND in snapshot.blocks():
-        index.add_with_ids(vectors_ND, ids_N)
-    name = f"{generation:06d}-{secrets.token_hex(4)}{SUFFIX}"
-    beside = folder / f".{name}.new"
-    try:
-        _faiss.write_index(index, str(beside))
-        sha256 = durable.sha256_of(beside)
-        durable.publish(beside, folder / name)
-    except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError where it cannot write
-        beside.unlink(missing_ok=True)
-        raise CollectionError(
-            f"{folder / name}: the index cannot be written ({' '.join(str(error).split())}); "
-            "the collection works without it, more slowly"
-        ) from error
-    return IndexGeneration(
-        generation=generation,
-        kind="flat",
-        file=name,
-        sha256=sha256,
-        num_items=len(snapshot),
-        last_id=int(snapshot.ids_N[-1]) if len(snapshot) else 0,
-    )
+    def __init__(self, ids_N: Ints) -> None:
+        """``ids_N``: ascending."""
+        bits = np.zeros(int(ids_N[-1]) + 1 if len(ids_N) else 1, bool)
+        bits[ids_N] = True
+        self._bitmap = np.packbits(bits, bitorder="little")  # the selector does not own the bytes
+        self.selector = _faiss().IDSelectorBitmap(self._bitmap)
 
 
 def load_index(folder: Path, generation: IndexGeneration, dim: int) -> LoadedIndex:
@@ -109,13 +128,24 @@ def load_index(folder: Path, generation: IndexGeneration, dim: int) -> LoadedInd
             f"{path}: the index file is damaged (its SHA-256 is not the manifest's); "
             "`clipsys index` on this collection builds it again"
         )
-    index = _faiss.read_index(str(path))
+    index = read_file(path, mapped=generation.kind.startswith("ivf"))
     if index.d != dim or index.ntotal != generation.num_items:
         raise CollectionError(
             f"{path}: holds {index.ntotal} vectors of width {index.d}, the manifest says "
             f"{generation.num_items} of width {dim}"
         )
     return LoadedIndex(generation, index)
+
+
+def read_file(path: Path, *, mapped: bool) -> Any:
+    """FAISS's index of a file whose hash was checked; mapped: its lists stay on the disk."""
+    if not mapped:
+        return _faiss().read_index(str(path))
+    index = _faiss().read_index(str(path), _faiss().IO_FLAG_MMAP)
+    lists = _faiss().downcast_InvertedLists(_faiss().extract_index_ivf(index).invlists)
+    # FAISS starts threads at every search to read ahead: measured, they cost more than they bring.
+    lists.prefetch_nthread = 0
+    return index
 
 
 def is_sound(folder: Path, generation: IndexGeneration) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipsys.errors import QueryError
 from clipsys.progress import progress
-from clipsys.retrieval import filters
+from clipsys.retrieval import filters, light
 from clipsys.retrieval.compaction import CompactionReport
 from clipsys.retrieval.corpora import Corpus, Entry, count_records
 from clipsys.retrieval.embedding import Embedder, retry_entry
@@ -25,6 +25,7 @@ from clipsys.retrieval.encoding import (
     pin_of,
 )
 from clipsys.retrieval.manifest import Manifest
+from clipsys.retrieval.planning import DEFAULT_RECALL, IndexPlan
 from clipsys.retrieval.pruning import PRUNE_LIMIT, find_vanished, prune
 from clipsys.retrieval.report import AddReport
 from clipsys.retrieval.store import Store
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from clipsys.retrieval.duplicates import DuplicateGroup
     from clipsys.retrieval.migration import MigrationOptions
     from clipsys.retrieval.repairing import RepairReport
+    from clipsys.retrieval.tuning import TuningQueries
     from clipsys.retrieval.verification import Fault
 
 
@@ -42,16 +44,24 @@ class KeptCollection:
     """A collection that can be brought up to date, mended and checked."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, store: Store, encoder: ImageTextEncoder | None
+        self,
+        path: Path,
+        manifest: Manifest,
+        store: Store,
+        encoder: ImageTextEncoder | None,
+        *,
+        few_searches: bool = False,
     ) -> None:
-        """Use `create` or `open`."""
+        """See `clipsys.retrieval.Collection`."""
         self.path = path
         #: Held around each call of the encoder; hold it to call the same encoder from elsewhere.
         self.encoder_lock = threading.Lock()
+        self._data = path / manifest.edition
         self._pin = manifest.encoder
         self._store = store
         self._encoder = encoder
-        self._view = View(path, manifest, store)
+        self._light_remembered = False
+        self._view = View(path, manifest, store, few_searches=few_searches)
 
     def __len__(self) -> int:
         return self._store.count_items()
@@ -132,7 +142,7 @@ class KeptCollection:
         with self._writing() as writer:
             embedder = Embedder(
                 self._store,
-                TurnTakingEncoder(lambda: self.encoder, self.encoder_lock),
+                self._turns(),
                 writer.commit,
                 dim=self._pin.dim,
                 **options,
@@ -145,6 +155,8 @@ class KeptCollection:
             finally:
                 writer.join_small()
                 writer.refresh_index()
+            if self._encoder is not None:
+                self._remember_light_tower()
         embedder.report.seconds = time.monotonic() - started
         return embedder.report
 
@@ -254,13 +266,41 @@ class KeptCollection:
                 advance=advance,
             )
 
-    def build_index(self) -> None:
-        """Builds a new index generation over all live items and publishes it."""
+    def build_index(
+        self, *, memory_bytes: int | None = None, recall: float = DEFAULT_RECALL
+    ) -> IndexPlan:
+        """Builds a new index generation over all live items and publishes it.
+
+        Args:
+            memory_bytes: what building and holding it may take; None: half of the machine's.
+            recall: recall@10 that is to be reached on held-out queries; 1 for an exact index.
+
+        Returns:
+            What was built, and why.
+
+        Raises:
+            CollectionError: the memory does not suffice, or the recall is not reached.
+        """
         with self._writing() as writer:
-            writer.publish_index()
+            return writer.publish_index(memory_bytes=memory_bytes, recall=recall)
 
     def _writing(self) -> AbstractContextManager[Writer]:
-        return writing(self.path, self._store, self._view, self._pin)
+        return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)
+
+    def _tuning_queries(self) -> TuningQueries:
+        from clipsys.retrieval.tuning import caption_queries
+
+        return caption_queries(self._turns(), self._store, self._view.snapshot())
+
+    def _turns(self) -> TurnTakingEncoder:
+        return TurnTakingEncoder(lambda: self.encoder, self.encoder_lock)
+
+    def _remember_light_tower(self) -> None:
+        if not self._light_remembered:
+            self._light_remembered = True
+            if light.open_light(self._data, self._pin) is None:
+                with self.encoder_lock:
+                    light.remember(self._data, self._pin, self._encoder)
 
     # ---- checking --------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -43,13 +43,24 @@ def _described(found: CollectionInfo) -> str:
     if found.index is None:
         lines.append(("index", "none; every search scans the vectors"))
     else:
-        hidden = ("file", "sha256")
-        facts = [f"{k} {v}" for k, v in found.index.items() if k not in hidden and v is not None]
-        lines.append(("index", ", ".join(facts).replace("_", " ")))
+        lines += _described_index(found.index)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.failures.items())
     lines.append(("failures", f"{found.num_failures:,}" + (f" ({reasons})" if reasons else "")))
     lines += [("source", source) for source in found.sources]
     return "\n".join(f"{name:<11} {_printable(value)}" for name, value in lines)
+
+
+def _described_index(index: dict[str, Any]) -> list[tuple[str, str]]:
+    lists = f", {index['num_lists']:,} lists" if index["num_lists"] else ""
+    line = f"{index['kind']}{lists}, {index['num_items']:,} vectors"
+    lines = [("index", f"{line}, generation {index['generation']}")]
+    effort = index["effort"]
+    if effort is None:
+        return [*lines, ("recall@10", "1, the index is exact")]
+    reached = ", ".join(f"{kind} {recall:.3f}" for kind, recall in effort["recall"].items())
+    how = f"{effort['num_probes']:,} probes, {effort['num_candidates']:,} candidates"
+    measured = f"measured with {effort['num_queries']:,} held-out queries of each kind, {how}"
+    return [*lines, ("recall@10", f"{reached}; {measured}")]
 
 
 def failures(
@@ -196,6 +207,7 @@ def repair(collection: _Folder, *, as_json: _Json = False) -> None:
             "items sent to the failure ledger, to be encoded again": report.requeued,
             "items removed that shared a uri": report.duplicates_removed,
             "vectors dropped that belonged to no item": report.vectors_dropped,
+            "table of words made anew": int(report.words_rebuilt),
             "counters set right": int(report.counters_set),
             "index built again": int(report.index_rebuilt),
         }

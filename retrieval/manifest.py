@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import durable
+from clipsys.retrieval.planning import Kind
 
 FILE_NAME = "manifest.json"
 
@@ -28,17 +29,33 @@ class EncoderPin(BaseModel):
     dim: int = Field(gt=0, description="embedding width")
 
 
+class SearchEffort(BaseModel):
+    """How hard a tuned index looks: what was found to reach the recall, and the recall found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_probes: int = Field(ge=1, description="lists visited, or HNSW's efSearch")
+    num_candidates: int = Field(ge=10, description="scored again exactly where 10 are wanted")
+    recall: dict[str, float] = Field(
+        description="recall@10 against exact search on held-out queries, by kind of query"
+    )
+    num_queries: int = Field(ge=1, description="held-out queries of each kind")
+
+
 class IndexGeneration(BaseModel):
     """One published index file and what it covers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     generation: int = Field(ge=1)
-    kind: Literal["flat"]
+    kind: Kind
     file: str = Field(description="name inside the collection's indexes folder")
     sha256: str
     num_items: int = Field(ge=0, description="vectors in the index")
     last_id: int = Field(ge=0, description="every item with an id up to this one was considered")
+    num_trained: int = Field(default=0, ge=0, description="items that its lists were made for")
+    num_lists: int = Field(default=0, ge=0, description="lists of an inverted file")
+    effort: SearchEffort | None = Field(default=None, description="None: the index is exact")
 
 
 class Manifest(BaseModel):

@@ -20,13 +20,12 @@ from functools import partial
 from pathlib import Path
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import durable
+from clipsys.retrieval import durable, light
 from clipsys.retrieval.compaction import compact
 from clipsys.retrieval.corpora import Entry
 from clipsys.retrieval.creation import INDEXES, LOCK_NAME, SEGMENTS
 from clipsys.retrieval.embedding import Embedder
 from clipsys.retrieval.encoding import ImageTextEncoder
-from clipsys.retrieval.index import build_index
 from clipsys.retrieval.items import Batch, ItemUpdate
 from clipsys.retrieval.manifest import EncoderPin, Manifest, read_manifest, write_manifest
 from clipsys.retrieval.report import AddReport
@@ -94,7 +93,7 @@ def migrate(
             _check_losses(folder, old, report, options)
             _carry_over(old, new)
             compact(building / SEGMENTS, new, pin.dim)
-            _swap(folder, manifest, building, new, pin)
+            _swap(folder, manifest, building, new, pin, encoder)
     return report
 
 
@@ -226,12 +225,28 @@ def _carry_over(old: Store, new: Store) -> None:
             )
 
 
-def _swap(folder: Path, manifest: Manifest, building: Path, new: Store, pin: EncoderPin) -> None:
+def _swap(
+    folder: Path,
+    manifest: Manifest,
+    building: Path,
+    new: Store,
+    pin: EncoderPin,
+    encoder: ImageTextEncoder,
+) -> None:
+    from clipsys.retrieval.building import build_planned  # imports faiss
+    from clipsys.retrieval.tuning import caption_queries
+
     snapshot = follow(empty_snapshot(SegmentReader(building / SEGMENTS, pin.dim)), new)
-    number = manifest.index.generation + 1 if manifest.index else 1
-    generation = build_index(building / INDEXES, snapshot, generation=number)
+    _, generation = build_planned(
+        building / INDEXES,
+        snapshot,
+        generation=manifest.index.generation + 1 if manifest.index else 1,
+        queries=partial(caption_queries, encoder, new, snapshot),
+    )
+    light.remember(building, pin, encoder)
     database = (DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm")
-    replaced = (manifest.edition,) if manifest.edition else (*database, SEGMENTS, INDEXES)
+    data = (*database, SEGMENTS, INDEXES, light.FILE_NAME)
+    replaced = (manifest.edition,) if manifest.edition else data
     swapped = manifest.model_copy(
         update={
             "encoder": pin,

@@ -2,14 +2,15 @@
 
 A query is a weighted sum of parts: texts, images, items that are already in the collection
 ("more like this"), each positive or negative. The parts become unit vectors, their weighted sum is
-scaled to unit norm, and an item's score is its cosine with that.
+scaled to unit norm, and an item's score is its cosine with that. Besides, or instead, it may hold
+words for the captions to contain. `clipsys.retrieval.grammar` reads a query written in one line.
 
 Shapes: D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -58,16 +59,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Query:
-    """Parts that are added up.
+    """Parts that are added up, and words that captions are searched for.
+
+    With both, the two rankings are fused.
 
     Raises:
-        QueryError: there is no positive part.
+        QueryError: there is no positive part, and there are no words without parts.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
+    words: str | None = None
 
     def __post_init__(self) -> None:
-        if not any(part.weight > 0 for part in self.parts):
+        words_alone = self.words is not None and not self.parts
+        if not words_alone and not any(part.weight > 0 for part in self.parts):
             raise QueryError(
                 "a query needs something to look for; give a text or an image besides what to avoid"
             )
@@ -80,15 +85,19 @@ class Query:
         image: ImageSource | None = None,
         negative: str | None = None,
         item: int | None = None,
+        words: str | None = None,
     ) -> Query:
-        """The common query: a text and/or an image and/or an item, without something."""
+        """The common query: a text and/or an image and/or an item, without something.
+
+        The texts are taken as they are; signs and weights in them mean nothing.
+        """
         parts = [
             Part(text=text) if text is not None else None,
             Part(image=image) if image is not None else None,
             Part(item=item) if item is not None else None,
             Part(text=negative, weight=NEGATIVE_WEIGHT) if negative is not None else None,
         ]
-        return cls(tuple(part for part in parts if part is not None))
+        return cls(tuple(part for part in parts if part is not None), words)
 
     @property
     def items(self) -> frozenset[int]:
@@ -103,18 +112,25 @@ class Hit:
     Attributes:
         rank: 1 is the best.
         id: the item's id in the collection; never used for another item.
-        score: cosine similarity of the query with the item's stored vector, in [-1, 1].
+        score: cosine similarity of the query with the item's stored vector, in [-1, 1]; None where
+            only words were asked for.
         uri: where the image is: a file's path, or ``/path/shard.tar#KEY``.
         caption: its first caption, if it has one.
         metadata: as the source gave it.
+        relevance: how far the score stands out from what the query gives for the collection at
+            large, in deviations; None without a score, or where there are too few items to tell.
+            See `clipsys.retrieval.calibration`.
+        duplicates: ids of near-duplicates that were folded into this hit, best first.
     """
 
     rank: int
     id: int
-    score: float
+    score: float | None
     uri: str
     caption: str | None
     metadata: Mapping[str, Any]
+    relevance: float | None = None
+    duplicates: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that `clipsys search --json` prints."""
@@ -125,36 +141,68 @@ class Hit:
             "uri": self.uri,
             "caption": self.caption,
             "metadata": dict(self.metadata),
+            "relevance": self.relevance,
+            "duplicates": list(self.duplicates),
         }
 
 
 def embed_query(
     query: Query, encoder: ImageTextEncoder, vector_of: Callable[[int], Floats]
 ) -> Floats:
-    """Encodes a query. Returns (D,) float32 of unit norm.
+    """Encodes a query that has parts. Returns (D,) float32 of unit norm; see `embed_queries`."""
+    (vector_D,) = embed_queries([query], encoder, vector_of)
+    assert vector_D is not None
+    return vector_D
+
+
+def embed_queries(
+    queries: Sequence[Query],
+    encoder: ImageTextEncoder,
+    vector_of: Callable[[int], Floats],
+    *,
+    encode_text: Callable[[list[str]], Floats] | None = None,
+) -> list[Floats | None]:
+    """Encodes queries: (D,) float32 of unit norm each, None where there are words alone.
 
     Args:
-        query: its texts are encoded in one batch, its images in another.
-        encoder: the one that made the collection's vectors.
+        queries: the texts of all are encoded in one batch, the images in another.
+        encoder: the one that made the collection's vectors; not touched if there are no images and
+            ``encode_text`` is given.
         vector_of: gives the stored vector of an item; raises `QueryError` for an unknown id.
+        encode_text: encodes texts in the encoder's place.
 
     Raises:
         ImageDecodeError: an image part does not decode.
-        QueryError: the parts cancel out.
+        QueryError: the parts of a query cancel out.
     """
-    total_D = np.zeros(encoder.dim, np.float64)
-    texts = [part for part in query.parts if part.text is not None]
-    images = [part for part in query.parts if part.image is not None]
+    parts = [part for query in queries for part in query.parts]
+    vectors: dict[int, Floats] = {}  # by the part's place in `parts`
+    texts = [place for place, part in enumerate(parts) if part.text is not None]
+    images = [place for place, part in enumerate(parts) if part.image is not None]
     if texts:
-        vectors_ND = encoder.encode_text([part.text or "" for part in texts])
-        total_D += np.array([part.weight for part in texts]) @ vectors_ND.astype(np.float64)
+        encode_text = encode_text or encoder.encode_text
+        encoded_ND = encode_text([parts[place].text or "" for place in texts])
+        vectors.update(zip(texts, encoded_ND, strict=True))
     if images:
-        pixels = np.stack([encoder.preprocess(_decoded(part.image)) for part in images])
-        vectors_ND = encoder.encode_pixels(pixels)
-        total_D += np.array([part.weight for part in images]) @ vectors_ND.astype(np.float64)
-    for part in query.parts:
+        pixels = np.stack([encoder.preprocess(_decoded(parts[place].image)) for place in images])
+        vectors.update(zip(images, encoder.encode_pixels(pixels), strict=True))
+    for place, part in enumerate(parts):
         if part.item is not None:
-            total_D += part.weight * vector_of(part.item).astype(np.float64)
+            vectors[place] = vector_of(part.item)
+    summed: list[Floats | None] = []
+    first = 0
+    for query in queries:
+        places = range(first, first + len(query.parts))
+        first += len(query.parts)
+        summed.append(_unit_sum(query, [vectors[place] for place in places]))
+    return summed
+
+
+def _unit_sum(query: Query, vectors: Sequence[Floats]) -> Floats | None:
+    if not query.parts:
+        return None
+    weights = np.array([part.weight for part in query.parts])
+    total_D = weights @ np.stack(vectors).astype(np.float64)
     norm = float(np.linalg.norm(total_D))
     if norm < 1e-6:
         raise QueryError("the parts of the query cancel out; change their weights or leave one out")

@@ -3,6 +3,7 @@
     index damaged            -> built again from the vectors
     vectors damaged, gone    -> their items go to the failure ledger, to be encoded again
     vectors without an item  -> dropped
+    words of captions wrong  -> taken from the items again
     counters behind          -> set right
 
 What only the database or the manifest knew cannot be made up: that needs a backup.
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from clipsys.errors import CollectionError
+from clipsys.retrieval import words
 from clipsys.retrieval.compaction import compact
 from clipsys.retrieval.creation import SEGMENTS
 from clipsys.retrieval.items import Batch, Failure
@@ -28,6 +30,7 @@ from clipsys.retrieval.verification import (
     rows_without_vector,
     segment_problem,
     unused_rows,
+    word_faults,
 )
 
 #: The ledger's reason for an image that has to be encoded again.
@@ -43,6 +46,7 @@ class RepairReport:
         segments_dropped: damaged segments.
         duplicates_removed: items that shared a uri with a newer one.
         vectors_dropped: vectors that belonged to no live item.
+        words_rebuilt: whether the table of the captions' words was made anew.
         counters_set: whether the database's counters were behind.
         index_rebuilt: whether there is a new index generation.
         remaining: what could not be mended, one line each.
@@ -52,6 +56,7 @@ class RepairReport:
     segments_dropped: int = 0
     duplicates_removed: int = 0
     vectors_dropped: int = 0
+    words_rebuilt: bool = False
     counters_set: bool = False
     index_rebuilt: bool = False
     remaining: list[str] = field(default_factory=list)
@@ -68,6 +73,10 @@ def repair_data(folder: Path, manifest: Manifest, store: Store) -> RepairReport:
         CollectionError: the database itself is damaged, or the disk is full.
     """
     report = RepairReport()
+    if word_faults(store):  # first: whatever changes items below changes their words as well
+        with store.changing() as (connection, _):
+            words.rebuild_table(connection)
+        report.words_rebuilt = True
     _repair_database(store, report)
     if counter_faults(store):
         _set_counters(store)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
+from pathlib import Path
 from typing import Any
 
+from clipsys.errors import CollectionError
 from clipsys.retrieval.items import Failure, Item
 
 #: Raised whenever a table changes; another version is refused.
@@ -109,3 +112,30 @@ def sql_text(text: str) -> str | bytes:
 def python_text(value: str | bytes) -> str:
     """A uri as Python holds it."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def check_length(path: Path) -> None:
+    """A database that was cut off opens without complaint, or with another; its header knows.
+
+    Raises:
+        CollectionError: it is shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+        # While there is a log, pages may still be only there.
+        log = path.with_name(f"{path.name}-wal")
+        if len(header) < 100 or (log.exists() and log.stat().st_size):
+            return
+        size_bytes = path.stat().st_size
+    except OSError:
+        return  # opening it says what is wrong
+    page_bytes, num_pages = struct.unpack_from(">H10xI", header, 16)
+    # Its length counts where it was written with the last change (SQLite's file format, 1.3.7).
+    is_current = header[24:28] == header[92:96] and header.startswith(b"SQLite format 3")
+    expected_bytes = num_pages * (65_536 if page_bytes == 1 else page_bytes)
+    if is_current and size_bytes < expected_bytes:
+        raise CollectionError(
+            f"{path}: is cut off: {size_bytes:,} bytes, its header says {expected_bytes:,}; "
+            "restore it from a backup"
+        )

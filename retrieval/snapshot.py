@@ -44,6 +44,12 @@ class Snapshot:
         found: Ints = positions[self.ids_N[positions] == ids]
         return found
 
+    def spread(self, count: int) -> Ints:
+        """At most so many ids, spread evenly, ascending."""
+        places = np.linspace(0, len(self.ids_N) - 1, min(count, len(self.ids_N))).astype(np.int64)
+        chosen: Ints = self.ids_N[places]
+        return chosen
+
     def take(self, positions: Ints) -> Floats:
         """Stored vectors at positions, (len(positions), D) float32, unit norm to float16."""
         return self.vectors.take(self.segments_N[positions], self.rows_N[positions])

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from clipsys.errors import CollectionError
+from clipsys.retrieval import words
 from clipsys.retrieval.items import (
     Batch,
     Failure,
@@ -42,6 +43,7 @@ from clipsys.retrieval.schema import (
     SELECT_FAILURE,
     SELECT_ITEM,
     VERSION,
+    check_length,
     failure_of,
     item_of,
     sql_text,
@@ -84,6 +86,7 @@ class Store:
         """
         self.path = path
         self._lock = threading.RLock()
+        check_length(path)
         try:
             self._connection = sqlite3.connect(
                 f"{path.resolve().as_uri()}?mode=rw",
@@ -103,20 +106,29 @@ class Store:
             ) from error
         try:
             self._check_version(version)
-            self._check_length()
         except CollectionError:
             self._connection.close()
             raise
 
     @classmethod
     def create(cls, path: Path) -> Store:
-        """Makes an empty database and opens it."""
-        connection = sqlite3.connect(path, isolation_level=None)
+        """Makes an empty database and opens it.
+
+        Raises:
+            CollectionError: it cannot be written.
+        """
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(SCHEMA)
-        finally:
-            connection.close()
+            connection = sqlite3.connect(path, isolation_level=None)
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(SCHEMA)
+                words.ensure_table(connection)
+            finally:
+                connection.close()
+        except sqlite3.Error as error:
+            raise CollectionError(
+                f"{path}: the item database cannot be made ({error}); free some space"
+            ) from error
         return cls(path)
 
     def close(self) -> None:
@@ -224,6 +236,20 @@ class Store:
         """
         query = f"SELECT id FROM items WHERE state = 'live' AND ({condition}) ORDER BY id"
         rows = self._all(query, parameters)
+        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+
+    def match_words(self, expression: str) -> Ints:
+        """Ids of live items whose captions match, best first (BM25), equal ones by id.
+
+        ``expression`` comes from :func:`clipsys.retrieval.words.match_expression`.
+        """
+        query = f"SELECT rowid FROM {words.TABLE} WHERE text MATCH ? ORDER BY rank, rowid"
+        with self._lock:
+            try:
+                words.ensure_table(self._connection)
+            except sqlite3.Error as error:
+                raise self._explained(error) from error
+            rows = self._all(query, (expression,))
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def metadata_keys(self) -> list[str]:
@@ -381,19 +407,6 @@ class Store:
                 f"{self.path}: is of database version {version}, this clipsys knows version "
                 f"{VERSION}; use the clipsys version that wrote it"
             )
-
-    def _check_length(self) -> None:
-        """A database that was cut off opens without complaint; its header knows better."""
-        log = self.path.with_name(f"{self.path.name}-wal")
-        (pages,), (page_bytes,) = self._one("PRAGMA page_count"), self._one("PRAGMA page_size")
-        # While there is a log, pages may still be only there.
-        if not (log.exists() and log.stat().st_size):
-            size = self.path.stat().st_size
-            if size < pages * page_bytes:
-                raise CollectionError(
-                    f"{self.path}: is cut off: {size:,} bytes, its header says "
-                    f"{pages * page_bytes:,}; restore it from a backup"
-                )
 
     def _one(self, query: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
         return self._all(query, parameters)[0]

@@ -4,14 +4,16 @@
     database     SQLite's own check; counters never behind what they count
     segments     are there, whole, unaltered; rows are finite and of unit norm
     items        each live one has a vector, each vector an item, no uri twice
+    words        are those of the live items' captions
     ledger       every entry has its reason
-    index        is the published file, over no item that the database never had
+    index        is the published file, over every item that it claims and none that never was
 
 Shapes: N rows, D embedding width.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import durable
+from clipsys.retrieval import durable, words
 from clipsys.retrieval.creation import INDEXES, SEGMENTS
 from clipsys.retrieval.index import load_index
 from clipsys.retrieval.manifest import FILE_NAME as MANIFEST_NAME
@@ -37,7 +39,8 @@ class Fault:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``manifest``, ``database``, ``segment``, ``item``, ``ledger`` or ``index``.
+        kind: ``manifest``, ``database``, ``segment``, ``item``, ``words``, ``ledger`` or
+            ``index``.
         place: the file, or the item.
         problem: what is wrong there.
     """
@@ -79,6 +82,7 @@ def verify(folder: Path) -> list[Fault]:
         faults += _segment_faults(data / SEGMENTS, changes.segments, manifest.encoder.dim)
         faults += _row_faults(changes)
         faults += _text_faults(store)
+        faults += word_faults(store)
         faults += index_faults(folder, manifest, store)
     except CollectionError as error:
         faults.append(_fault("database", error, database))
@@ -190,6 +194,28 @@ def _text_faults(store: Store) -> Iterator[Fault]:
         yield Fault("ledger", python_text(uri), "is in the failure ledger without a reason")
 
 
+def word_faults(store: Store) -> list[Fault]:
+    """What is wrong with the words of captions; they can always be taken from the items again."""
+    names = {name for (name,) in store.read("SELECT name FROM sqlite_master")}
+    if words.TABLE not in names:
+        return []  # a collection from before there were any: the first search for words makes it
+    place = f"{store.path}, {words.TABLE}"
+    problems = [f"trigger {name} is missing" for name in words.TRIGGERS if name not in names]
+    try:
+        ((num_stray,),) = store.read(words.COUNT_STRAY)
+        if num_stray:
+            problems.append(f"{num_stray:,} rows are not the captions of the items")
+    except CollectionError as error:
+        problems.append(str(error).removeprefix(f"{store.path}: "))
+    try:
+        store.read(words.CHECK_INDEX)
+    except CollectionError as error:
+        # Busy or read-only: then SQLite's own check has to do.
+        if not isinstance(error.__cause__, sqlite3.OperationalError):
+            problems.append(f"its index is not that of its rows ({error.__cause__})")
+    return [Fault("words", place, problem) for problem in problems]
+
+
 def index_faults(folder: Path, manifest: Manifest, store: Store) -> list[Fault]:
     """What is wrong with the published index; it can always be built again."""
     while manifest.index is not None:
@@ -207,6 +233,11 @@ def index_faults(folder: Path, manifest: Manifest, store: Store) -> list[Fault]:
         given = store.read("SELECT seq FROM sqlite_sequence WHERE name = 'items'")
         if index.last_id > (given[0][0] if given else 0):
             problem = f"covers items up to {index.last_id}, which the database never had"
+            return [Fault("index", str(path), problem)]
+        covered = "SELECT count(*) FROM items WHERE state = 'live' AND id <= ?"
+        ((num_covered,),) = store.read(covered, (index.last_id,))
+        if num_covered > index.num_items:
+            problem = f"lacks {num_covered - index.num_items:,} of the items that it is to cover"
             return [Fault("index", str(path), problem)]
         break
     return []

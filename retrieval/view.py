@@ -11,9 +11,11 @@ import threading
 from pathlib import Path
 
 from clipsys.errors import CollectionError
+from clipsys.retrieval.calibration import Background, sample_background
 from clipsys.retrieval.creation import INDEXES, SEGMENTS
 from clipsys.retrieval.index import LoadedIndex, load_index
 from clipsys.retrieval.manifest import FILE_NAME, IndexGeneration, Manifest, read_manifest
+from clipsys.retrieval.ranking import Coverage, cover
 from clipsys.retrieval.segments import SegmentReader
 from clipsys.retrieval.snapshot import Snapshot, empty_snapshot, follow
 from clipsys.retrieval.store import Store
@@ -24,17 +26,24 @@ _logger = logging.getLogger(__name__)
 class View:
     """Keeps up with a collection's database and manifest. Thread-safe."""
 
-    def __init__(self, folder: Path, manifest: Manifest, store: Store) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, store: Store, *, few_searches: bool = False
+    ) -> None:
+        # few_searches: an exact index is left aside, since comparing what it holds takes
+        # milliseconds, and reading and checking it takes more.
         self._folder = folder
         self._data = folder / manifest.edition
         self._pin = manifest.encoder
         self._store = store
+        self._few_searches = few_searches
         self._dim = manifest.encoder.dim
         self._lock = threading.RLock()
         self._snapshot = empty_snapshot(SegmentReader(self._data / SEGMENTS, self._dim))
         self._index: LoadedIndex | None = None
         self._tried: IndexGeneration | None = None  # loaded, or found to be unusable
         self._manifest_stamp: tuple[int, int] | None = None
+        self._covered: tuple[LoadedIndex, Snapshot, Coverage] | None = None
+        self._background: tuple[Snapshot, Background] | None = None
 
     def snapshot(self) -> Snapshot:
         """The items as of the last commit."""
@@ -47,6 +56,22 @@ class View:
         with self._lock:
             self._follow_manifest()
             return self._index, self.snapshot()
+
+    def coverage(self, index: LoadedIndex | None, snapshot: Snapshot) -> Coverage | None:
+        """How the two fit together, worked out once a commit; None where there is no index."""
+        if index is None:
+            return None
+        covered = self._covered  # one read: another thread may replace it
+        if covered is None or covered[0] is not index or covered[1] is not snapshot:
+            covered = self._covered = (index, snapshot, cover(snapshot, index))
+        return covered[2]
+
+    def background(self, snapshot: Snapshot) -> Background:
+        """The items that queries are compared with, taken once a commit."""
+        taken = self._background
+        if taken is None or taken[0] is not snapshot:
+            taken = self._background = (snapshot, sample_background(snapshot))
+        return taken[1]
 
     def _follow_manifest(self) -> None:
         status = (self._folder / FILE_NAME).stat()
@@ -65,6 +90,8 @@ class View:
             self._manifest_stamp = stamp
             return
         published = manifest.index
+        if published is not None and published.kind == "flat" and self._few_searches:
+            self._index, published = None, None
         while published is not None and published != self._tried:
             try:
                 self._index = load_index(self._data / INDEXES, published, self._dim)

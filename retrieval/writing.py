@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,24 +24,37 @@ from clipsys.retrieval.compaction import (
     retired,
 )
 from clipsys.retrieval.creation import INDEXES, LOCK_NAME, SEGMENTS
-from clipsys.retrieval.index import build_index, delete_stale, is_sound
+from clipsys.retrieval.index import delete_stale, is_sound
 from clipsys.retrieval.items import Batch
-from clipsys.retrieval.manifest import EncoderPin, Manifest, read_manifest, write_manifest
+from clipsys.retrieval.manifest import (
+    EncoderPin,
+    IndexGeneration,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
+from clipsys.retrieval.planning import DEFAULT_RECALL, IndexPlan, plan_upkeep
 from clipsys.retrieval.segments import Floats, delete_orphans, write_segment
 from clipsys.retrieval.store import Store
 from clipsys.retrieval.view import View
 
-#: A new index generation is built once this many items, or this share of those covered, are not in
-#: the current one or were deleted since. Up to then they are searched exactly beside it.
-REBUILD_ITEMS = 1_000
-REBUILD_SHARE = 0.1
+if TYPE_CHECKING:
+    from clipsys.retrieval.tuning import TuningQueries
 
 _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def writing(folder: Path, store: Store, view: View, pin: EncoderPin) -> Iterator[Writer]:
+def writing(
+    folder: Path,
+    store: Store,
+    view: View,
+    pin: EncoderPin,
+    tuning_queries: Callable[[], TuningQueries] | None = None,
+) -> Iterator[Writer]:
     """Holds the writer's lock, clears what a killed writer left, and yields the means to write.
+
+    ``tuning_queries`` is asked only where an index has to be tuned.
 
     Raises:
         CollectionError: another writer is at work, or the collection was given to another model.
@@ -55,7 +69,8 @@ def writing(folder: Path, store: Store, view: View, pin: EncoderPin) -> Iterator
         data = folder / manifest.edition
         clear_leftovers(data, store)
         delete_stale(data / INDEXES, manifest.index)
-        yield Writer(folder, store, view, clear_superseded(folder, manifest))
+        manifest = clear_superseded(folder, manifest)
+        yield Writer(folder, store, view, manifest, tuning_queries)
 
 
 def clear_leftovers(data: Path, store: Store) -> None:
@@ -88,12 +103,20 @@ def clear_superseded(folder: Path, manifest: Manifest) -> Manifest:
 class Writer:
     """Changes a collection. Made by `writing`, for as long as the lock is held."""
 
-    def __init__(self, folder: Path, store: Store, view: View, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        view: View,
+        manifest: Manifest,
+        tuning_queries: Callable[[], TuningQueries] | None = None,
+    ) -> None:
         self._folder = folder
         self._data = folder / manifest.edition
         self._store = store
         self._view = view
         self._manifest = manifest
+        self._tuning_queries = tuning_queries
         self._num_segments = 0
 
     @property
@@ -118,34 +141,69 @@ class Writer:
         """Drops the vectors of deleted items, and makes an index without them."""
         dim = self._manifest.encoder.dim
         report = compact(self._data / SEGMENTS, self._store, dim)
-        snapshot, index = self._view.snapshot(), self._manifest.index
-        num_live = 0
-        if index is not None:
-            num_live = int(np.searchsorted(snapshot.ids_N, index.last_id, side="right"))
-        if index is None or not index.num_items == num_live == len(snapshot):
-            self.publish_index()
+        self.refresh_index(at_once=True)
         return report
 
     def delete(self, ids: Sequence[int]) -> int:
         """Marks items as deleted. Returns how many were live."""
         return self._store.delete(ids)
 
-    def refresh_index(self) -> None:
-        """Builds a new generation if the current one is damaged or covers too little."""
-        snapshot, current = self._view.snapshot(), self._manifest.index
-        if current is not None and is_sound(self._data / INDEXES, current):
-            num_covered = int(np.searchsorted(snapshot.ids_N, current.last_id, side="right"))
-            num_outdated = (len(snapshot) - num_covered) + (current.num_items - num_covered)
-            if num_outdated < max(REBUILD_ITEMS, REBUILD_SHARE * current.num_items):
-                return
-        self.publish_index()
+    def refresh_index(self, *, at_once: bool = False) -> None:
+        """Extends or replaces the current generation if it is damaged or covers too little.
 
-    def publish_index(self) -> None:
-        """Builds a generation over all live items and swaps the manifest to it."""
+        ``at_once``: a single item that it lacks, or a deleted one that it has, is too much.
+        """
+        from clipsys.retrieval.building import extend_index  # imports faiss
+
+        snapshot, current = self._view.snapshot(), self._manifest.index
+        if current is None or not is_sound(self._data / INDEXES, current):
+            self.publish_index()
+            return
+        num_live = int(np.searchsorted(snapshot.ids_N, current.last_id, side="right"))
+        upkeep = plan_upkeep(
+            current.kind,
+            num_trained=current.num_trained,
+            num_covered=current.num_items,
+            num_new=len(snapshot) - num_live,
+            num_gone=current.num_items - num_live,
+            at_once=at_once,
+        )
+        if upkeep == "extend":
+            self._publish(extend_index(self._data / INDEXES, snapshot, current))
+        elif upkeep == "build":
+            self.publish_index()
+
+    def publish_index(
+        self, *, memory_bytes: int | None = None, recall: float = DEFAULT_RECALL
+    ) -> IndexPlan:
+        """Builds a generation over all live items and swaps the manifest to it.
+
+        Args:
+            memory_bytes: what building and holding it may take; None: half of the machine's.
+            recall: recall@10 to be reached on held-out queries.
+
+        Returns:
+            What was planned and built.
+
+        Raises:
+            CollectionError: the memory does not suffice, or the recall is not reached.
+        """
+        from clipsys.retrieval.building import build_planned
+
         previous = self._manifest.index
-        number = previous.generation + 1 if previous else 1
-        generation = build_index(self._data / INDEXES, self._view.snapshot(), generation=number)
+        plan, generation = build_planned(
+            self._data / INDEXES,
+            self._view.snapshot(),
+            generation=previous.generation + 1 if previous else 1,
+            memory_bytes=memory_bytes,
+            recall=recall,
+            queries=self._tuning_queries,
+        )
+        self._publish(generation)
+        return plan
+
+    def _publish(self, generation: IndexGeneration) -> None:
         self._manifest = self._manifest.model_copy(update={"index": generation})
         write_manifest(self._folder, self._manifest)
         delete_stale(self._data / INDEXES, generation)
-        _logger.debug("%s: published index generation %d", self._folder, number)
+        _logger.debug("%s: published index generation %d", self._folder, generation.generation)

@@ -18,7 +18,7 @@ import gradio as gr
 
 from clipsys.errors import ClipsysError
 from clipsys.retrieval import Collection, Item
-from clipsys.ui.service import DEFAULT_TEMPLATE, MAX_HITS, Answer, Card, SearchService
+from clipsys.ui.service import DEFAULT_TEMPLATE, MAX_HITS, Answer, Card, Choices, SearchService
 
 #: What Gradio hands on for an image when it does not process it: a description of the file.
 Upload: TypeAlias = dict[str, Any] | None
@@ -87,7 +87,7 @@ def _text_tab(service: SearchService) -> None:
     with gr.Row(elem_classes="query"):
         text = gr.Textbox(
             value="",
-            placeholder="What are you looking for?",
+            placeholder="What are you looking for?  a dog + beach - snow",
             show_label=False,
             container=False,
             autofocus=True,
@@ -106,9 +106,18 @@ def _text_tab(service: SearchService) -> None:
     panel = _results_panel(service, options, first=service.browse())
 
     @_friendly
-    def search(text: str, k: int, negative: str, where: str) -> list[Any]:
-        answer = service.search(text=text, k=k, negative=negative, where=where)
-        return _shown(answer, f"for “{text.strip()}”")
+    def search(
+        text: str,
+        k: int,
+        negative: str,
+        where: str,
+        words: str = "",
+        relevant_only: bool = False,
+        diverse: bool = False,
+    ) -> list[Any]:
+        choices = Choices(k, negative, where, words, relevant_only, diverse)
+        answer = service.search(text=text, choices=choices)
+        return _shown(answer, f"for “{text.strip() or words.strip()}”")
 
     inputs = [text, *options]
     gr.on(
@@ -140,9 +149,9 @@ def _image_tab(service: SearchService) -> None:
     panel = _results_panel(service, options)
 
     @_friendly
-    def search(image: Upload, text: str, k: int, negative: str, where: str) -> list[Any]:
+    def search(image: Upload, text: str, *options: Any) -> list[Any]:
         path = _uploaded(image)
-        answer = service.search(text=text, image=path, k=k, negative=negative, where=where)
+        answer = service.search(text=text, image=path, choices=Choices(*options))
         words = f" and “{text.strip()}”" if text.strip() else ""
         return _shown(answer, f"for your image{words}")
 
@@ -221,7 +230,7 @@ def _uploaded(image: Upload) -> Path:
 
 
 def _options(service: SearchService) -> list[Any]:
-    """The k slider, the text to avoid and the filter."""
+    """Components for the fields of `Choices`, in their order."""
     keys = service.collection.metadata_keys()
     with gr.Accordion("Options", open=False):
         k = gr.Slider(1, MAX_HITS, value=_DEFAULT_HITS, step=1, label="Number of images")
@@ -239,7 +248,19 @@ def _options(service: SearchService) -> list[Any]:
                 info=f"Metadata: {', '.join(keys[:8])}" if keys else "There is no metadata here",
                 max_lines=1,
             )
-    return [k, negative, where]
+            words = gr.Textbox(
+                value="",
+                label="Words of the caption",
+                placeholder='dog -brown "on the beach"',
+                max_lines=1,
+                elem_classes="caption-words",
+            )
+        with gr.Row():
+            relevant_only = gr.Checkbox(
+                False, label="Only what stands out", elem_classes="relevant-only"
+            )
+            diverse = gr.Checkbox(False, label="Fold near-duplicates", elem_classes="diverse")
+    return [k, negative, where, words, relevant_only, diverse]
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -286,8 +307,8 @@ def _results_panel(
     ).then(None, js=_SHOW_DETAILS)
 
     @_friendly
-    def more_like(item: int, k: int, negative: str, where: str) -> list[Any]:
-        answer = service.search(item=item, k=k, negative=negative, where=where)
+    def more_like(item: int, *options: Any) -> list[Any]:
+        answer = service.search(item=item, choices=Choices(*options))
         return _shown(answer, f"like “{_name(service.collection.item(item))}”")
 
     similar.click(
@@ -310,7 +331,8 @@ def _shown(answer: Answer, sought: str) -> list[Any]:
         status = f"{number} {html.escape(sought)} · {answer.seconds * 1000:.0f} ms"
     else:
         status = (
-            f"Nothing {html.escape(sought)}: the collection is empty, or no image passes the filter"
+            f"Nothing {html.escape(sought)}: the collection is empty, or no image passes the "
+            "filter or stands out"
         )
     return [status, _pictures(answer.cards), gr.update(visible=False), list(answer.cards), None]
 
@@ -322,7 +344,10 @@ def _pictures(cards: Sequence[Card]) -> gr.Gallery:
 
 def _label(card: Card) -> str:
     name = _name(card.item)
-    return name if card.score is None else f"{card.score:.3f} · {name}"
+    if card.hit is None or card.hit.score is None:
+        return name
+    more = f" · and {len(card.hit.duplicates)} like it" if card.hit.duplicates else ""
+    return f"{card.hit.score:.3f} · {name}{more}"
 
 
 def _name(item: Item) -> str:
@@ -331,7 +356,11 @@ def _name(item: Item) -> str:
 
 def _item_facts(card: Card) -> str:
     item = card.item
-    rows = {} if card.score is None else {"score": f"{card.score:.4f}"}
+    rows: dict[str, str] = {}
+    if card.hit is not None and card.hit.score is not None:
+        rows["score"] = f"{card.hit.score:.4f}"
+    if card.hit is not None and card.hit.relevance is not None:
+        rows["stands out by"] = f"{card.hit.relevance:.1f} deviations"
     rows |= {str(key): _as_text(value) for key, value in item.metadata.items()}
     rows |= {"file": item.uri, "id": str(item.id)}
     captions = "".join(f"<p>{html.escape(caption)}</p>" for caption in item.captions)
@@ -344,12 +373,7 @@ def _as_text(value: object) -> str:
 
 def _facts(service: SearchService) -> str:
     info = service.info()
-    index = (
-        f"flat, generation {info.index_generation}, covers {info.num_indexed:,} images; "
-        "newer ones are searched beside it"
-        if info.index_generation
-        else "none yet; every image is compared"
-    )
+    index = _index_facts(service, info.num_indexed)
     rows = {
         "Images": f"{info.num_items:,}",
         "Model": info.model_name,
@@ -362,6 +386,23 @@ def _facts(service: SearchService) -> str:
         "Made": info.created_at,
     }
     return _two_columns(rows.items()) + _failures(service, info.num_failures)
+
+
+def _index_facts(service: SearchService, num_indexed: int) -> str:
+    index = service.collection.index
+    if index is None:
+        return "none yet; every image is compared"
+    effort = index.effort
+    recall = (
+        "exact"
+        if effort is None
+        else "recall@10 "
+        + ", ".join(f"{value:.3f} ({kind} queries)" for kind, value in effort.recall.items())
+    )
+    return (
+        f"{index.kind}, {recall}, generation {index.generation}, covers {num_indexed:,} images; "
+        "newer ones are searched beside it"
+    )
 
 
 def _failures(service: SearchService, number: int) -> str:

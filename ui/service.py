@@ -14,8 +14,9 @@ from PIL import Image
 
 from clipsys.errors import QueryError
 from clipsys.images import decode_image
-from clipsys.retrieval import Collection, CollectionInfo, Failure, Item, Query
+from clipsys.retrieval import Collection, CollectionInfo, Failure, Hit, Item, Part, Query
 from clipsys.retrieval.filters import parse_condition
+from clipsys.retrieval.grammar import parse_part, parse_query
 from clipsys.ui.thumbnails import ThumbnailCache
 from clipsys.zeroshot import ZeroShotClassifier
 
@@ -31,11 +32,32 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 
 @dataclass(frozen=True)
 class Card:
-    """An item with its picture and, where it answers a query, its score."""
+    """An item with its picture and, where it answers a query, the hit."""
 
     item: Item
     thumbnail: Path
-    score: float | None = None
+    hit: Hit | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What stands under "Options", as it was filled in; blank texts count as not given.
+
+    Attributes:
+        k: hits of a page.
+        negative: what the hits should be unlike, as in a query.
+        where: conditions, separated by semicolons.
+        words: of the captions.
+        relevant_only: leaves out what does not stand out.
+        diverse: folds near-duplicates into one.
+    """
+
+    k: int = 24
+    negative: str = ""
+    where: str = ""
+    words: str = ""
+    relevant_only: bool = False
+    diverse: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,35 +81,49 @@ class SearchService:
         self,
         *,
         text: str = "",
-        negative: str = "",
         image: Path | None = None,
         item: int | None = None,
-        k: int = 24,
-        where: str = "",
+        choices: Choices | None = None,
     ) -> Answer:
-        """Searches; blank texts count as not given.
+        """Searches; a blank text counts as not given.
+
+        Args:
+            text: a query in one line; see `clipsys.retrieval.grammar`. It may not name files: they
+                are this machine's, not the visitor's.
+            image: an uploaded file.
+            item: for more like this one.
+            choices: the rest of the page.
 
         Raises:
-            QueryError: nothing to look for, or a filter that is not understood.
+            QueryError: nothing to look for, or a query or filter that is not understood.
             ImageDecodeError: the uploaded file is not a usable image.
         """
         started = time.perf_counter()
-        if not text.strip() and image is None and item is None:
+        choices = choices or Choices()
+        words = choices.words.strip() or None
+        if not text.strip() and image is None and item is None and words is None:
             raise QueryError("Say what to look for.")
-        query = Query.of(
-            text.strip() or None,
-            image=decode_upload(image) if image is not None else None,
-            negative=negative.strip() or None,
-            item=item,
+        parts: list[Part] = []
+        if text.strip():
+            parts += parse_query(text, allow_files=False).parts
+        if image is not None:
+            parts.append(Part(image=decode_upload(image)))
+        if item is not None:
+            parts.append(Part(item=item))
+        if choices.negative.strip():
+            parts.append(parse_part(choices.negative, -1, allow_files=False))
+        hits = self.collection.search(
+            Query(tuple(parts), words),
+            k=min(int(choices.k), MAX_HITS),
+            where=[parse_condition(part) for part in choices.where.split(";") if part.strip()],
+            # Words alone have no score; what has the words is relevant.
+            relevant_only=choices.relevant_only and bool(parts),
+            diverse=choices.diverse,
         )
-        conditions = [parse_condition(part) for part in where.split(";") if part.strip()]
-        hits = self.collection.search(query, k=min(int(k), MAX_HITS), where=conditions)
         seconds = time.perf_counter() - started
         found = self.collection.items_of(hits)
         paths = self.thumbnails.paths([found[hit.id] for hit in hits])
-        cards = tuple(
-            Card(found[hit.id], path, hit.score) for hit, path in zip(hits, paths, strict=True)
-        )
+        cards = tuple(Card(found[hit.id], path, hit) for hit, path in zip(hits, paths, strict=True))
         return Answer(cards, seconds)
 
     def browse(self, k: int = 24) -> tuple[Card, ...]:

@@ -5,7 +5,8 @@ Usage: python -m tests.retrieval.crasher COLLECTION PICTURES SEED
 It begins with what it finds: the faults, the items, and those whose vector is not that of their
 image. Then each operation is announced before it starts and acknowledged after it returned, as JSON
 lines: ``{"begin": {"add": [...]}}``, ``{"done": ...}``. Every batch is committed on its own and
-replaced files go at once, so that a kill often falls between two steps of one operation.
+replaced files go at once, so that a kill often falls between two steps of one operation. From
+twelve items on the index is an inverted file, tuned, and extended by compaction.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from clipsys.images import decode_image
-from clipsys.retrieval import Collection, compaction, embedding, writing
+from clipsys.retrieval import Collection, compaction, embedding, planning, writing
 from tests.retrieval.colours import ColourEncoder, paint
 
 
@@ -51,6 +52,7 @@ def main(collection: Path, pictures: Path, seed: int) -> None:
     embedding.COMMIT_INTERVAL_S = 0.0
     compaction.GRACE_S = writing.GRACE_S = 0.0
     compaction.SEGMENTS_PER_TIER = writing.SEGMENTS_PER_TIER = 8
+    planning.EXACT_ITEMS = 12
     generator = random.Random(seed)
     encoder = ColourEncoder()
     is_new = not collection.exists()

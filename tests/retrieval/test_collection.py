@@ -14,7 +14,6 @@ from clipsys.errors import CollectionError, DataError, ModelError, QueryError
 from clipsys.retrieval import Collection, Hit, Part, Query
 from clipsys.retrieval.items import Batch, NewItem
 from clipsys.retrieval.store import Store
-from clipsys.retrieval.writing import REBUILD_ITEMS
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint, paint_folder
 
 
@@ -480,9 +479,7 @@ def test_few_additions_cost_no_rebuild_and_many_do(
     assert collection.info().index_generation == 1
     with closing(Store(collection.path / "items.sqlite")) as store:
         vector = store.find_vector(next(collection.items()).content_hash)
-        copies = [
-            NewItem(f"/{n}", "h", 1, 1, (), {}, location=vector) for n in range(REBUILD_ITEMS)
-        ]
+        copies = [NewItem(f"/{n}", "h", 1, 1, (), {}, location=vector) for n in range(1_000)]
         store.commit(Batch(new=copies), None)
     collection.add(photos, show_progress=False)
     assert collection.info().index_generation == 2

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -39,7 +41,8 @@ def test_index_makes_a_collection_and_search_answers_from_it_alone(
     document = json.loads(out)
     assert document["query"] == "red"
     assert [hit["rank"] for hit in document["hits"]] == [1, 2]
-    assert set(document["hits"][0]) == {"rank", "id", "score", "uri", "caption", "metadata"}
+    contract = {"rank", "id", "score", "uri", "caption", "metadata"}
+    assert set(document["hits"][0]) == contract | {"relevance", "duplicates"}
     assert document["hits"][0]["uri"] == str(photos / "red.png")
 
 
@@ -180,3 +183,62 @@ def test_search_without_hits_says_so_on_stderr(
     status, out, err = run(capsys, "search", tmp_path / "c", "red", "--where", "x=1")
     assert (status, out) == (0, "")
     assert "no hits" in err
+
+
+def test_search_reads_the_grammar_and_every_option(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "index", tmp_path / "c", photos, "--model", "0")
+
+    def uris(*words: object) -> list[str]:
+        status, out, _ = run(capsys, "search", tmp_path / "c", *words, "--json")
+        assert status == 0
+        return [Path(hit["uri"]).stem for hit in json.loads(out)["hits"]]
+
+    everything = uris("red", "-k", 6)
+    assert uris("red", "-k", 2, "--offset", 1) == everything[1:3]
+    assert uris("2*red - 0.1*blue", "-k", 1) == ["red"]
+    assert uris(f"image:{photos / 'blue.png'}", "-k", 1) == ["blue"]
+    assert uris("--image", photos / "blue.png", "--image", photos / "white.png", "-k", 2)
+    red = run(capsys, "search", tmp_path / "c", "red", "-k", 1, "--json")[1]
+    own = json.loads(red)["hits"][0]["id"]
+    assert uris("--like", own) == uris(f"item:{own}") == everything[1:]
+    assert uris("--words", "white") == ["white"]
+    assert "red" in uris("blue", "--not", "white", "--not", "0.2*black", "--diverse")
+    assert uris("red", "--min-score", "0.99") == ["red"]
+
+
+def test_batch_of_queries_is_answered_line_by_line(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "index", tmp_path / "c", photos, "--model", "0")
+    (tmp_path / "q.txt").write_text("red\n\n  blue + 0.1*white \n", encoding="utf-8")
+    command = ["search", tmp_path / "c", "--queries", tmp_path / "q.txt", "-k", 1]
+    _, out, _ = run(capsys, *command, "--json")
+    documents = json.loads(out)
+    assert [document["query"] for document in documents] == ["red", "blue + 0.1*white"]
+    assert [Path(document["hits"][0]["uri"]).stem for document in documents] == ["red", "blue"]
+    _, out, _ = run(capsys, *command, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [(row["query"], row["rank"], Path(row["uri"]).stem) for row in rows] == [
+        ("red", "1", "red"),
+        ("blue + 0.1*white", "1", "blue"),
+    ]
+    assert json.loads(rows[0]["metadata"]) == {}
+    assert float(rows[0]["score"]) == pytest.approx(1, abs=1e-3)
+    status, out, _ = run(capsys, *command)
+    assert (status, out.count("rank")) == (0, 2)
+    for words, message in (
+        ([*command, "--words", "a"], "--queries stands alone"),
+        (["search", tmp_path / "c", "--queries", tmp_path / "none"], "none: the queries cannot be"),
+        (["search", tmp_path / "c", "--queries", photos / "red.png"], "the queries cannot be read"),
+    ):
+        status, out, err = run(capsys, *words)
+        assert (status, out) == (1, "")
+        assert message in err
+
+
+def test_json_and_csv_together_are_wrong_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "search", tmp_path, "red", "--json", "--csv")[0] == 2

@@ -145,3 +145,22 @@ def test_replaced_files_stay_for_readers_until_the_grace_is_over(
     paint(many / "one.png", "red")
     collection.add(many, show_progress=False)  # another writer, within the grace
     assert len(segment_files(collection)) == 12
+
+
+def test_words_follow_removal_compaction_and_forgetting(
+    collection: Collection, photos: Path, no_grace: None
+) -> None:
+    collection.add(photos, show_progress=False)
+    (photos / "red.txt").write_text("a crimson circle", encoding="utf-8")
+    collection.add(photos, show_progress=False)
+    collection.remove([collection.search(words="blue")[0].id])
+    (photos / "green.png").unlink()
+    collection.add(photos, show_progress=False, prune_vanished=True, prune_limit=1.0)
+    squares = {hit.id for hit in collection.search(words="square")}
+    assert len(squares) == len(collection) - 1
+    assert len(collection.search(words="crimson")) == 1
+    for _ in range(3):
+        collection.compact()
+        assert {hit.id for hit in collection.search(words="square")} == squares
+        assert collection.verify() == []
+    assert collection.info().num_deleted == 0

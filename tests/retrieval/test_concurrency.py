@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import Collection, compaction, writing
+from clipsys.retrieval import Collection, compaction
 from clipsys.retrieval.items import Batch, NewItem
 from clipsys.retrieval.store import Store
 from tests.retrieval.colours import ColourEncoder, paint, paint_folder
@@ -147,7 +147,8 @@ def test_adding_a_thousand_to_a_big_collection_builds_no_index(
     def unreachable(*_: object, **__: object) -> None:
         raise AssertionError("the index was built again")
 
-    monkeypatch.setattr(writing, "build_index", unreachable)
+    monkeypatch.setattr("clipsys.retrieval.building.build_index", unreachable)
+    monkeypatch.setattr("clipsys.retrieval.building.extend_index", unreachable)
     folder = tmp_path / "thousand"
     for number in range(999):
         paint(folder / f"{number}.png", (number % 256, number // 256, 9))

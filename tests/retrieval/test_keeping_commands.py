@@ -34,12 +34,24 @@ def folder(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_info_says_what_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "info", folder)
     assert (status, err) == (0, "")
-    for words in ("items       6", "colours-0", "1 (1 empty)", "num items 6", "t.csv"):
+    for words in ("items       6", "colours-0", "1 (1 empty)", "flat, 6 vectors", "exact", "t.csv"):
         assert words in out
     document = json.loads(run(capsys, "info", folder, "--json")[1])
     assert document["failures"] == {"empty": 1}
     assert document["index"]["num_items"] == 6
     assert document["sources"] == [str(folder.parent / "t.csv")]
+
+
+def test_info_says_the_recall_that_was_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipsys.retrieval.planning.EXACT_ITEMS", 1)
+    with Collection.open(folder, ColourEncoder()) as photos:
+        kind = photos.build_index().kind
+    out = run(capsys, "info", folder)[1]
+    assert f"{kind}, 1 lists, 6 vectors, generation 2" in out
+    effort = json.loads(run(capsys, "info", folder, "--json")[1])["index"]["effort"]
+    assert f"image {effort['recall']['image']:.3f}, text {effort['recall']['text']:.3f}" in out
 
 
 def test_failures_are_listed_and_retried(

@@ -64,6 +64,26 @@ def test_migration_keeps_items_and_changes_vectors(
         Collection.open(indexed.path, ColourEncoder())
 
 
+def test_words_and_the_plan_of_the_index_come_along(
+    indexed: Collection, new: ColourEncoder, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexed.remove([hit.id for hit in indexed.search(words="green")])
+    expected = [(hit.id, hit.caption) for hit in indexed.search(words="square -red")]
+    assert expected
+    monkeypatch.setattr("clipsys.retrieval.planning.EXACT_ITEMS", 1)
+    indexed.migrate(new, show_progress=False)
+    with Collection.open(indexed.path, new) as opened:
+        assert [(hit.id, hit.caption) for hit in opened.search(words="square -red")] == expected
+        assert opened.index is not None
+        assert opened.index.kind.startswith("ivf")
+        assert opened.index.generation == 2
+        assert opened.index.effort is not None
+        assert set(opened.index.effort.recall) == {"image", "text"}
+        opened.remove([expected[0][0]])
+        assert len(opened.search(words="square -red")) == len(expected) - 1
+        assert opened.verify() == []
+
+
 def test_open_reader_goes_on_with_the_old_vectors(
     indexed: Collection, new: ColourEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -79,7 +79,7 @@ def test_image_that_does_not_decode_is_an_error(encoder: ColourEncoder) -> None:
 
 
 def test_hit_as_json_has_the_documented_fields() -> None:
-    hit = Hit(1, 5, 0.5, "/a.jpg", None, {"year": 2024})
+    hit = Hit(1, 5, 0.5, "/a.jpg", None, {"year": 2024}, 4.5, (7,))
     assert hit.to_dict() == {
         "rank": 1,
         "id": 5,
@@ -87,4 +87,6 @@ def test_hit_as_json_has_the_documented_fields() -> None:
         "uri": "/a.jpg",
         "caption": None,
         "metadata": {"year": 2024},
+        "relevance": 4.5,
+        "duplicates": [7],
     }

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval.index import LoadedIndex, build_index, delete_stale, is_sound, load_index
+from clipsys.retrieval.building import build_index
+from clipsys.retrieval.index import LoadedIndex, delete_stale, is_sound, load_index
 from clipsys.retrieval.ranking import rank
 from clipsys.retrieval.segments import Floats, Ints, SegmentReader, write_segment
 from clipsys.retrieval.snapshot import Snapshot

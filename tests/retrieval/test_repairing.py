@@ -95,6 +95,47 @@ def test_inconsistent_rows_are_mended(indexed: Collection, statement: str, reque
         assert len(opened.search("red", k=20)) == len(opened)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM caption_words",
+        "UPDATE caption_words SET text = 'a lie' WHERE rowid = 2",
+        "UPDATE caption_words_content SET c0 = 'a lie' WHERE id = 2",
+        "DELETE FROM caption_words_data",
+        "DROP TABLE caption_words_data",
+        "DROP TRIGGER caption_words_retire",
+        "DROP TRIGGER caption_words_insert",
+    ],
+)
+def test_words_are_taken_from_the_items_again(
+    indexed: Collection, encoder: ColourEncoder, photos: Path, statement: str
+) -> None:
+    expected = [hit.id for hit in indexed.search(words="thing -red")]
+    assert len(expected) == 5
+    indexed.close()
+    run_sql(indexed.path, statement)
+    with Collection.open(indexed.path, encoder) as opened:
+        assert any("caption_words" in str(fault) for fault in opened.verify())
+        report = opened.repair()
+        assert (report.words_rebuilt, report.requeued, report.remaining) == (True, 0, [])
+        assert [hit.id for hit in opened.search(words="thing -red")] == expected
+        opened.remove(expected[:1])
+        assert [hit.id for hit in opened.search(words="thing -red")] == expected[1:]
+        assert opened.verify() == []
+
+
+def test_words_go_and_come_back_with_lost_vectors(
+    indexed: Collection, encoder: ColourEncoder
+) -> None:
+    flip_a_bit(sorted((indexed.path / "segments").iterdir())[1])
+    with Collection.open(indexed.path, encoder) as opened:
+        opened.repair()
+        assert len(opened.search(words="thing")) == 4
+        opened.retry_failures(show_progress=False)
+        assert len(opened.search(words="thing")) == 6
+        assert opened.verify() == []
+
+
 def test_damaged_database_is_not_made_up(indexed: Collection) -> None:
     indexed.close()
     path = indexed.path / "items.sqlite"

@@ -11,7 +11,8 @@ import pytest
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
-from tests.retrieval.colours import ColourEncoder
+from clipsys.retrieval.manifest import read_manifest, write_manifest
+from tests.retrieval.colours import ColourEncoder, paint
 
 
 def run_sql(folder: Path, statement: str) -> None:
@@ -99,8 +100,37 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         ),
         r"/x\.jpg: is in the failure ledger without a reason",
     ),
+    (lambda f: run_sql(f, "DELETE FROM caption_words"), r"words: 6 rows are not the captions"),
+    (
+        lambda f: run_sql(f, "UPDATE caption_words SET text = 'a lie' WHERE rowid = 2"),
+        r"words: 2 rows are not the captions",
+    ),
+    (
+        lambda f: run_sql(f, "UPDATE caption_words_content SET c0 = 'a lie' WHERE id = 2"),
+        r"words: its index is not that of its rows",
+    ),
+    (
+        lambda f: run_sql(f, "DROP TRIGGER caption_words_retire"),
+        r"words: trigger caption_words_retire is missing",
+    ),
+    (lambda f: run_sql(f, "DROP TABLE caption_words_data"), r"items\.sqlite.*(words|no such)"),
     (forget_the_last_ids, r"\.faiss: covers items up to 6, which the database never had"),
 ]
+
+
+def test_index_that_lacks_what_it_claims_is_named(collection: Collection, photos: Path) -> None:
+    collection.add(photos, show_progress=False)
+    paint(photos / "late.png", "red", mark=4)
+    collection.add(photos, show_progress=False)
+    assert collection.verify() == []
+    manifest = read_manifest(collection.path)
+    assert manifest.index is not None
+    boast = manifest.index.model_copy(update={"last_id": 7})
+    write_manifest(collection.path, manifest.model_copy(update={"index": boast}))
+    (fault,) = collection.verify()
+    assert (fault.kind, fault.problem) == ("index", "lacks 1 of the items that it is to cover")
+    assert collection.repair().index_rebuilt
+    assert collection.verify() == []
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)

@@ -99,6 +99,15 @@ def test_search_shows_pictures_and_the_chosen_one_with_its_facts(page: playwrigh
     assert "a red square" not in page.locator(".results:visible").inner_text()
 
 
+def test_options_take_words_of_the_caption_and_near_duplicates(page: playwright.Page) -> None:
+    panel = page.locator("[role=tabpanel]:visible")
+    panel.get_by_role("button", name="Options").click()
+    panel.locator(".caption-words input, .caption-words textarea").fill("blue")
+    panel.locator(".diverse input").check()
+    search(page, "red")
+    assert "a blue square" in page.locator(".results .thumbnail-item:visible").first.inner_text()
+
+
 def test_search_by_image_finds_the_image(page: playwright.Page, photos: Path) -> None:
     page.get_by_role("tab", name="By image").click()
     panel = page.locator("[role=tabpanel]:visible")

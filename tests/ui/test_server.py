@@ -30,10 +30,16 @@ def client(address: str) -> Client:
 
 
 def search(client: Client, text: str, **options: Any) -> list[dict[str, Any]]:
-    values = {"k": 3, "negative": "", "where": "", **options}
-    result = client.predict(
-        text, values["k"], values["negative"], values["where"], api_name="/search"
-    )
+    values = {
+        "k": 3,
+        "negative": "",
+        "where": "",
+        "words": "",
+        "relevant_only": False,
+        "diverse": False,
+        **options,
+    }
+    result = client.predict(text, *values.values(), api_name="/search")
     return list(result[1]["value"] if isinstance(result[1], dict) else result[1])
 
 
@@ -67,6 +73,14 @@ def test_search_through_the_interface(client: Client) -> None:
     captions = [entry["caption"] for entry in search(client, "red", where="number<2")]
     assert len(captions) == 2
     assert captions[0].endswith("a red square")
+
+
+def test_words_and_a_weighted_line_through_the_interface(client: Client) -> None:
+    assert [one["caption"] for one in search(client, "", words="blue")] == ["a blue square"]
+    captions = [one["caption"] for one in search(client, "3*blue + red", k=1)]
+    assert captions[0].endswith("a blue square")
+    # What clients of earlier versions send goes on working.
+    assert "red" in client.predict("red", 2, "", "", api_name="/search")[0]
 
 
 def test_errors_of_the_library_reach_the_page_as_one_line(client: Client) -> None:

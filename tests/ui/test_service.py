@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from clipsys.errors import ConfigError, ImageDecodeError, QueryError
 from clipsys.retrieval import Collection
-from clipsys.ui.service import SearchService, softmax
+from clipsys.ui.service import Choices, SearchService, softmax
 from tests.retrieval.colours import COLOURS, ColourEncoder
+
+OPTIONS = {field.name for field in dataclasses.fields(Choices)}
 
 
 @pytest.fixture
@@ -16,22 +19,26 @@ def service(collection: Collection) -> SearchService:
 
 
 def names(service: SearchService, **question: object) -> list[str]:
-    answer = service.search(**question)  # type: ignore[arg-type]
+    """Hits of a question, whose options may be among its keywords."""
+    options = {key: question.pop(key) for key in list(question) if key in OPTIONS}
+    answer = service.search(**question, choices=Choices(**options))  # type: ignore[arg-type]
     return [Path(card.item.uri).stem for card in answer.cards]
 
 
 def test_text_image_and_item_find_their_colour(service: SearchService, photos: Path) -> None:
     assert names(service, text=" red ", k=1) == ["red"]
     assert names(service, image=photos / "blue.png", k=1) == ["blue"]
-    red = service.search(text="red", k=1).cards[0].item.id
+    red = service.search(text="red").cards[0].item.id
     similar = names(service, item=red, k=10)
     assert "red" not in similar
     assert len(similar) == len(COLOURS) - 1
 
 
 def test_cards_carry_score_item_and_an_existing_thumbnail(service: SearchService) -> None:
-    answer = service.search(text="green", k=2)
-    assert answer.cards[0].score == pytest.approx(1.0, abs=1e-3)
+    answer = service.search(text="green", choices=Choices(k=2))
+    assert len(answer.cards) == 2
+    assert answer.cards[0].hit is not None
+    assert answer.cards[0].hit.score == pytest.approx(1.0, abs=1e-3)
     assert answer.cards[0].item.metadata == {"number": 1, "label": "green"}
     assert all(card.thumbnail.parent == service.thumbnails.folder for card in answer.cards)
     assert all(card.thumbnail.is_file() for card in answer.cards)
@@ -41,18 +48,36 @@ def test_cards_carry_score_item_and_an_existing_thumbnail(service: SearchService
 def test_filters_are_separated_by_semicolons(service: SearchService) -> None:
     assert set(names(service, text="red", where="number>=1; number<3 ;")) == {"green", "blue"}
     with pytest.raises(QueryError, match="not understood"):
-        service.search(text="red", where="number")
+        service.search(text="red", choices=Choices(where="number"))
+
+
+def test_grammar_words_and_cuts_reach_the_collection(service: SearchService) -> None:
+    red = service.search(text="red").cards[0].item.id
+    assert names(service, text=f"item:{red} + 0.1*red", k=9) == names(service, item=red, k=9)
+    assert names(service, text="red + 3*blue - white", k=1) == ["blue"]
+    assert names(service, text="red", negative="0.1*blue", k=1) == ["red"]
+    assert names(service, words="blue square") == ["blue"]
+    assert names(service, words="blue square", relevant_only=True) == ["blue"]
+    assert names(service, text="red", words="white", k=2) == ["white", "red"]
+    assert len(names(service, text="red", diverse=True)) <= len(COLOURS)
+
+
+def test_visitors_cannot_name_files_of_this_machine(service: SearchService, photos: Path) -> None:
+    line = f"image:{photos / 'blue.png'}"
+    for question in ({"text": line}, {"text": "red", "negative": line}, {"text": f"red - {line}"}):
+        with pytest.raises(QueryError, match="files cannot be named here"):
+            names(service, **question)
 
 
 def test_blank_question_is_an_error(service: SearchService) -> None:
     with pytest.raises(QueryError, match="Say what to look for"):
-        service.search(text="  ", negative="red")
+        service.search(text="  ", choices=Choices(negative="red"))
 
 
 def test_browsing_shows_items_from_everywhere_without_scores(service: SearchService) -> None:
     cards = service.browse(3)
     assert [Path(card.item.uri).stem for card in cards] == ["red", "blue", "black"]
-    assert [card.score for card in cards] == [None] * 3
+    assert [card.hit for card in cards] == [None] * 3
 
 
 def test_classification_gives_probabilities(service: SearchService, photos: Path) -> None:

@@ -1,0 +1,123 @@
+"""A text query from a cold process: `clipsys search` beside `rclip`.
+
+    python benchmarks/cold_search.py IMAGES [--peer-python PEER/bin/python] [--rounds 7]
+
+Both have a ViT-B/32 text tower with the same random weights (speed does not depend on them; rclip's
+own model comes from a hub, see `rclip_text_model.py`). Each search is a process of its own, the two
+in turn; the files are in the page cache for both. rclip searches an empty folder, which is to its
+advantage. A peer needs rclip, onnx and safetensors. Writes ``benchmarks/results/cold_search.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import clipsys
+from clipsys.bpe import vocabulary_path
+from clipsys.light_text import LightTextTower
+from clipsys.models import build_model, save_model
+from clipsys.retrieval import Collection
+from clipsys.retrieval.light import FILE_NAME, open_light
+
+MODEL = "ViT-B-32"
+QUERY = "a dog on the beach"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--peer-python", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="keeps model and collection for another run")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        collection = _prepared(folder, options.images)
+        commands = {
+            "clipsys": [sys.executable, "-m", "clipsys", "search", str(collection), QUERY, "-k10"],
+            "clipsys_with_torch": [sys.executable, "-c", _WITHOUT_LIGHT, str(collection), QUERY],
+        }
+        environment = dict(os.environ)
+        if options.peer_python:
+            environment["RCLIP_DATADIR"] = str(folder / "rclip")
+            _prepare_peer(options.peer_python, folder, environment)
+            peer = ["-m", "rclip", "-n", "-t", "10", QUERY]
+            commands["rclip"] = [str(options.peer_python), *peer]
+        (folder / "empty").mkdir(exist_ok=True)
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for round_number in range(options.rounds + 1):
+            for name, command in commands.items():
+                started = time.perf_counter()
+                subprocess.run(
+                    command, cwd=folder / "empty", env=environment, check=True, capture_output=True
+                )
+                if round_number:  # the first one fills the page cache
+                    seconds[name].append(time.perf_counter() - started)
+    report = {
+        "model": MODEL,
+        "seconds": {name: statistics.median(some) for name, some in seconds.items()},
+        "rounds": seconds,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    if "rclip" in seconds:
+        report["rclip_over_clipsys"] = report["seconds"]["rclip"] / report["seconds"]["clipsys"]  # type: ignore[index]
+    out = Path(__file__).parent / "results" / "cold_search.json"
+    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+#: The same search without the record that lets it go without torch.
+_WITHOUT_LIGHT = (
+    "import sys; from clipsys.retrieval import light\n"
+    "light.open_light = lambda *_: None\n"
+    "light.remember = lambda *_: False\n"
+    "from clipsys.cli import main; main(['search', *sys.argv[1:]])"
+)
+
+
+def _prepared(folder: Path, images: Path) -> Path:
+    model, collection = folder / "model", folder / "collection"
+    if not (collection / FILE_NAME).exists():
+        save_model(build_model(MODEL), model, overwrite=True)
+        with Collection.create(collection, clipsys.load(model), model=str(model)) as made:
+            made.add(images)
+    with Collection.open(collection) as opened:
+        assert open_light(collection, opened._pin) is not None
+    return collection
+
+
+def _prepare_peer(python: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Makes rclip's model, and checks that it computes what ours does."""
+    vocabulary, script = vocabulary_path(), Path(__file__).with_name("rclip_text_model.py")
+    if not (folder / "rclip").exists():
+        subprocess.run(
+            [str(python), str(script), str(folder / "model"), str(vocabulary)],
+            env=environment,
+            check=True,
+        )
+    ask = (
+        "import sys, numpy; from rclip.model import Model\n"
+        "numpy.save(sys.argv[1], Model().compute_text_features([sys.argv[2]]))"
+    )
+    out = folder / "peer.npy"
+    subprocess.run([str(python), "-c", ask, str(out), QUERY], env=environment, check=True)
+    with Collection.open(folder / "collection") as opened:
+        tower = open_light(folder / "collection", opened._pin)
+    assert isinstance(tower, LightTextTower)
+    difference = np.abs(np.load(out) - tower.encode_text([QUERY])).max()
+    assert difference < 1e-4, f"rclip's vector differs by {difference}"
+
+
+if __name__ == "__main__":
+    main()

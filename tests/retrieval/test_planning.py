@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from clipsys.errors import CollectionError
+from clipsys.retrieval.planning import (
+    EXACT_ITEMS,
+    KINDS,
+    num_lists_for,
+    plan_index,
+    plan_of_kind,
+    plan_upkeep,
+)
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("num_items", "memory_bytes", "recall", "kind"),
+    [
+        (0, GB, 0.98, "flat"),
+        (1, GB, 0.98, "flat"),
+        (EXACT_ITEMS, GB, 0.98, "flat"),
+        (EXACT_ITEMS + 1, GB, 0.98, "ivf-sq8"),
+        (1_000_000, 4 * GB, 0.98, "ivf-sq8"),
+        (1_000_000, GB, 0.98, "ivf-sq8"),
+        (1_000_000, 700_000_000, 0.98, "ivf-rabitq"),
+        (100_000_000, 16 * GB, 0.98, "ivf-rabitq"),
+        (1_000_000, 4 * GB, 1, "flat"),
+    ],
+)
+def test_plan_is_the_fastest_kind_that_fits(
+    num_items: int, memory_bytes: int, recall: float, kind: str
+) -> None:
+    plan = plan_index(num_items, 512, memory_bytes, recall)
+    assert plan.kind == kind
+    assert plan.build_bytes <= memory_bytes
+    assert plan == plan_index(num_items, 512, memory_bytes, recall)  # pure
+    assert kind in str(plan)
+    assert plan.reason in str(plan)
+
+
+def test_compressed_index_takes_at_most_a_third_of_the_float32_vectors() -> None:
+    for kind in ("ivf-sq8", "ivf-rabitq"):
+        plan = plan_of_kind(kind, 1_000_000, 512)
+        assert plan.memory_bytes <= 0.35 * 1_000_000 * 512 * 4
+
+
+@pytest.mark.parametrize("recall", [0.98, 1])
+def test_too_little_memory_is_an_error_that_says_how_much_is_needed(recall: float) -> None:
+    with pytest.raises(CollectionError, match=r"takes [\d,]+ MB .*, and 50 MB are allowed"):
+        plan_index(1_000_000, 512, 50_000_000, recall)
+
+
+@pytest.mark.parametrize("recall", [0, -1, 1.01, float("nan")])
+def test_senseless_recall_is_an_error(recall: float) -> None:
+    with pytest.raises(CollectionError, match="expected a share above 0"):
+        plan_index(10, 512, GB, recall)
+
+
+@pytest.mark.parametrize("num_items", [1, 31, 32, 1_000, 10**6, 10**9])
+def test_lists_have_enough_vectors_to_be_trained(num_items: int) -> None:
+    lists = num_lists_for(num_items)
+    assert 1 <= lists <= max(1, num_items // 32)
+    for kind in KINDS:
+        assert plan_of_kind(kind, num_items, 8).num_training <= num_items
+
+
+@pytest.mark.parametrize(
+    ("kind", "covered", "new", "gone", "expected"),
+    [
+        ("flat", 6, 999, 0, "keep"),
+        ("flat", 6, 1_000, 0, "build"),
+        ("ivf-sq8", 1_000_000, 1_000, 0, "keep"),
+        ("ivf-sq8", 1_000_000, 5_000, 5_000, "extend"),
+        ("ivf-sq8", 1_000_000, 900_000, 0, "extend"),
+        ("ivf-sq8", 1_000_000, 1_000_001, 0, "build"),
+        ("ivf-sq8", 1_000_000, 0, 200_001, "build"),
+        ("hnsw", 100_000, 1_000, 0, "build"),
+    ],
+)
+def test_upkeep(kind: str, covered: int, new: int, gone: int, expected: str) -> None:
+    decision = plan_upkeep(
+        kind,  # type: ignore[arg-type]
+        num_trained=covered,
+        num_covered=covered,
+        num_new=new,
+        num_gone=gone,
+    )
+    assert decision == expected
