@@ -363,10 +363,6 @@ class Store:
             "DELETE FROM failures WHERE uri = (SELECT uri FROM items WHERE id = ?)", (update.id,)
         )
 
-    def record_failures(self, failures: Sequence[Failure]) -> None:
-        """Puts files into the ledger, in one transaction."""
-        self.commit(Batch(failures=list(failures)), None)
-
     def _record_failure(self, failure: Failure) -> None:
         self._connection.execute(
             "INSERT INTO failures (uri, reason, message, size_bytes, mtime_ns, captions, metadata) "
