@@ -2,29 +2,31 @@
 
 Both losses are scalars, so their gradients are known up to a factor as soon as they are: each
 function here returns the value and the gradients together, and no logit is kept. What is computed
-of an (R, C) matrix of logits L = scale · q kᵀ, T rows at a time::
+of an (R, C) matrix of logits L = scale · q kᵀ, a tile of T x U at a time::
 
-    one_way     row softmax.  Rows are complete within a tile: 1 product forward, 2 backward.
-    two_way     row and column softmax of the same logits. Columns are complete only after the last
-                tile: 1 product, then 1 again and 2 backward; the dense loss, which keeps two
-                matrices of logits, has 2 forward and 4 backward.
+    one_way     row softmax.  1 product forward and 2 backward where a tile has whole rows, and 1
+                more where it does not: rows are then complete only after the last tile.
+    two_way     row and column softmax of the same logits, complete only after the last tile: 1
+                product, then 1 again and 2 backward; the dense loss, which keeps two matrices of
+                logits, has 2 forward and 4 backward.
     sigmoid     one term per logit: 1 product forward, 2 backward.
 
 Positives never enter the tiles: the mean logit of a row with its positives is its logit with their
 mean (logits are linear in the keys), so that part of loss and gradient takes O(C·D).
 
-Shapes: R query rows, C key rows, D width, T rows of a tile, G groups.
+Shapes: R query rows, C key rows, D width, T rows and U columns of a tile, G groups.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from clipsys.training.logit_tiles import LogitTiles, Pairing
 
 
 class Gradients(NamedTuple):
@@ -36,26 +38,10 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """Which keys belong to which query.
-
-    Attributes:
-        start: query r's own key is key ``start + r``.
-        ids_C: (C,) int64 ids of the keys' samples; equal ids form a group. None: all differ.
-        ignore: others of a query's group are left out of its loss; else they are positives.
-    """
-
-    start: int = 0
-    ids_C: torch.Tensor | None = None
-    ignore: bool = False
-
-    def own(self, num_queries: int) -> slice:
-        """The queries' own keys."""
-        return slice(self.start, self.start + num_queries)
-
-
 Compute = Callable[..., tuple[torch.Tensor, "Gradients | None"]]
+
+#: From so many rows on a tile of `one_way` keeps them whole.
+_WHOLE_ROWS = 160
 
 
 def differentiable(compute: Compute, *tensors: torch.Tensor) -> torch.Tensor:
@@ -96,25 +82,46 @@ def one_way(
     positives = _Positives(query_RD, key_CD, pairing)
     mean = 1 / len(query_RD)
     entropy = scale.new_zeros((), dtype=torch.float64)
-    query_gradient_RD = torch.empty_like(query_RD) if wanted else query_RD
+    query_gradient_RD = torch.zeros_like(query_RD) if wanted else query_RD
     key_gradient_CD = torch.zeros_like(key_CD) if wanted else key_CD
-    for rows, logits_TC in _tiles(query_RD, key_CD, scale, tile_size):
-        if pairing.ignore:
-            logits_TC.masked_fill_(_ignored(rows, pairing), -math.inf)
-        largest_T1 = logits_TC.amax(dim=1, keepdim=True)
-        weight_TC = logits_TC.sub_(largest_T1).exp_()
-        sum_T1 = weight_TC.sum(dim=1, keepdim=True)
+    # With whole rows the keys are read more often, and without them there is a product more. Both
+    # cost the same at about this many rows.
+    whole = tile_size >= _WHOLE_ROWS
+    tiles = LogitTiles(query_RD, key_CD, scale, tile_size, pairing, whole_rows=whole)
+    for rows in tiles.rows():
+        weight_TU, largest_T1, sum_T1 = _row_softmax(tiles, rows)
         entropy += (sum_T1.log() + largest_T1).sum(dtype=torch.float64)
-        if wanted:
-            weight_TC.mul_(mean / sum_T1)
-            torch.mm(weight_TC, key_CD, out=query_gradient_RD[rows])
-            key_gradient_CD.addmm_(weight_TC.T, query_RD[rows])
+        if not wanted:
+            continue
+        for columns in tiles.columns():
+            if not tiles.has_whole_rows:
+                weight_TU = tiles.logits(rows, columns).sub_(largest_T1).exp_()
+            weight_TU.mul_(mean / sum_T1)
+            query_gradient_RD[rows].addmm_(weight_TU, key_CD[columns])
+            key_gradient_CD[columns].addmm_(weight_TU.T, query_RD[rows])
     value = entropy * mean - positives.sum_of_means() * scale * mean
     if not wanted:
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
     key_gradient_CD.sub_(positives.spread_queries(), alpha=mean)
     return value.to(query_RD.dtype), _scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
+
+
+def _row_softmax(tiles: LogitTiles, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(logit - largest) of the last tile (T, U); the largest logit and the sum (T, 1) of all.
+
+    The sum is kept relative to the largest logit so far (Milakov and Gimelshein 2018).
+    """
+    lowest = torch.finfo(tiles.dtype).min
+    largest_T1 = tiles.new_full((rows.stop - rows.start, 1), lowest)
+    sum_T1 = torch.zeros_like(largest_T1)
+    for columns in tiles.columns():
+        weight_TU = tiles.logits(rows, columns)
+        before_T1 = largest_T1
+        largest_T1 = torch.maximum(before_T1, weight_TU.amax(dim=1, keepdim=True))
+        weight_TU.sub_(largest_T1).exp_()
+        sum_T1 = sum_T1 * (before_T1 - largest_T1).exp() + weight_TU.sum(dim=1, keepdim=True)
+    return weight_TU, largest_T1, sum_T1
 
 
 def two_way(
@@ -137,12 +144,13 @@ def two_way(
     room = math.log(limits.max) - math.log(len(query_RD)) - 1
     bound = scale * query_RD.norm(dim=1).max() * key_RD.norm(dim=1).max()
     shift = (bound - room).clamp(min=0)
-    sum_of_rows_R = torch.empty_like(query_RD[:, 0])
+    sum_of_rows_R = torch.zeros_like(query_RD[:, 0])
     sum_of_columns_R = torch.zeros_like(key_RD[:, 0])
-    for rows, logits_TR in _tiles(query_RD, key_RD, scale, tile_size):
-        weight_TR = _exponentials(rows, logits_TR, shift, pairing)
-        torch.sum(weight_TR, dim=1, out=sum_of_rows_R[rows])
-        sum_of_columns_R += weight_TR.sum(dim=0)
+    tiles = LogitTiles(query_RD, key_RD, scale, tile_size, pairing)
+    for rows, columns in tiles:
+        weight_TU = tiles.logits(rows, columns).sub_(shift).exp_()
+        sum_of_rows_R[rows] += weight_TU.sum(dim=1)
+        sum_of_columns_R[columns] += weight_TU.sum(dim=0)
     smallest = torch.minimum(sum_of_rows_R.min(), sum_of_columns_R.min())
     if not bool(smallest > 10 * len(query_RD) * limits.tiny / limits.eps):
         return _two_calls(query_RD, key_RD, scale, wanted, pairing, tile_size)
@@ -155,14 +163,15 @@ def two_way(
         return value.to(query_RD.dtype), None
     of_row_R1 = (mean / 2 / sum_of_rows_R)[:, None]
     of_column_1R = (mean / 2 / sum_of_columns_R)[None, :]
-    query_gradient_RD = torch.empty_like(query_RD)
+    query_gradient_RD = torch.zeros_like(query_RD)
     key_gradient_RD = torch.zeros_like(key_RD)
-    factor_TR = query_RD.new_empty(min(tile_size, len(query_RD)), len(key_RD))
-    for rows, logits_TR in _tiles(query_RD, key_RD, scale, tile_size):
-        weight_TR = _exponentials(rows, logits_TR, shift, pairing)
-        weight_TR.mul_(torch.add(of_row_R1[rows], of_column_1R, out=factor_TR[: len(weight_TR)]))
-        torch.mm(weight_TR, key_RD, out=query_gradient_RD[rows])
-        key_gradient_RD.addmm_(weight_TR.T, query_RD[rows])
+    factors = tiles.another_buffer()
+    for rows, columns in tiles:
+        weight_TU = tiles.logits(rows, columns).sub_(shift).exp_()
+        factor_TU = factors[: weight_TU.numel()].view_as(weight_TU)
+        weight_TU.mul_(torch.add(of_row_R1[rows], of_column_1R[:, columns], out=factor_TU))
+        query_gradient_RD[rows].addmm_(weight_TU, key_RD[columns])
+        key_gradient_RD[columns].addmm_(weight_TU.T, query_RD[rows])
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
     key_gradient_RD.sub_(positives.spread_queries(), alpha=mean)
     return value.to(query_RD.dtype), _scaled(query_RD, query_gradient_RD, key_gradient_RD, scale)
@@ -207,18 +216,17 @@ def sigmoid(
     mean = 1 / len(query_RD)
     total = scale.new_zeros((), dtype=torch.float64)
     weights = scale.new_zeros((), dtype=torch.float64)
-    query_gradient_RD = torch.empty_like(query_RD) if wanted else query_RD
+    query_gradient_RD = torch.zeros_like(query_RD) if wanted else query_RD
     key_gradient_CD = torch.zeros_like(key_CD) if wanted else key_CD
-    for rows, logits_TC in _tiles(query_RD, key_CD, scale, tile_size):
-        logits_TC.add_(bias)
-        if pairing.ignore:
-            logits_TC.masked_fill_(_ignored(rows, pairing), -math.inf)
-        total += torch.nn.functional.softplus(logits_TC).sum(dtype=torch.float64)
+    tiles = LogitTiles(query_RD, key_CD, scale, tile_size, pairing)
+    for rows, columns in tiles:
+        logits_TU = tiles.logits(rows, columns).add_(bias)
+        total += torch.nn.functional.softplus(logits_TU).sum(dtype=torch.float64)
         if wanted:
-            weight_TC = logits_TC.sigmoid_().mul_(mean)
-            weights += weight_TC.sum(dtype=torch.float64)
-            torch.mm(weight_TC, key_CD, out=query_gradient_RD[rows])
-            key_gradient_CD.addmm_(weight_TC.T, query_RD[rows])
+            weight_TU = logits_TU.sigmoid_().mul_(mean)
+            weights += weight_TU.sum(dtype=torch.float64)
+            query_gradient_RD[rows].addmm_(weight_TU, key_CD[columns])
+            key_gradient_CD[columns].addmm_(weight_TU.T, query_RD[rows])
     matched = positives.sum_of_sums() * scale + positives.num_pairs() * bias
     value = (total - matched) * mean
     if not wanted:
@@ -228,36 +236,6 @@ def sigmoid(
     gradients = _scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
     of_bias = (weights - positives.num_pairs() * mean).to(bias.dtype)
     return value.to(query_RD.dtype), gradients._replace(bias=of_bias)
-
-
-def _tiles(
-    query_RD: torch.Tensor, key_CD: torch.Tensor, scale: torch.Tensor, tile_size: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows and their (T, C) logits. The tensor is written anew for each tile."""
-    buffer_TC = query_RD.new_empty(min(tile_size, len(query_RD)), len(key_CD))
-    for start in range(0, len(query_RD), tile_size):
-        rows = slice(start, min(start + tile_size, len(query_RD)))
-        logits_TC = buffer_TC[: rows.stop - rows.start]
-        torch.mm(query_RD[rows] * scale, key_CD.T, out=logits_TC)
-        yield rows, logits_TC
-
-
-def _exponentials(
-    rows: slice, logits_TC: torch.Tensor, shift: torch.Tensor, pairing: Pairing
-) -> torch.Tensor:
-    weight_TC = logits_TC.sub_(shift).exp_()
-    if pairing.ignore:
-        weight_TC.masked_fill_(_ignored(rows, pairing), 0.0)
-    return weight_TC
-
-
-def _ignored(rows: slice, pairing: Pairing) -> torch.Tensor:
-    """(T, C) bool: others of the row's group, but not the row's own key."""
-    assert pairing.ids_C is not None
-    own_T = torch.arange(rows.start, rows.stop, device=pairing.ids_C.device) + pairing.start
-    mask_TC = pairing.ids_C[own_T, None] == pairing.ids_C[None, :]
-    mask_TC[torch.arange(len(own_T), device=own_T.device), own_T] = False
-    return mask_TC
 
 
 class _Positives:

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from clipsys.errors import ConfigError
-from clipsys.training.cross_entropy import Pairing, differentiable, one_way, sigmoid, two_way
+from clipsys.training.cross_entropy import differentiable, one_way, sigmoid, two_way
 from clipsys.training.distributed import gather_rows, rank, world_size
+from clipsys.training.logit_tiles import Pairing
 
 #: Logits held at once when no tile size is given. On a CPU 8 MiB of float32 stay in the cache; a
 #: GPU wants larger products.

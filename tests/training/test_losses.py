@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipsys.errors import ConfigError
+from clipsys.training import cross_entropy
+from clipsys.training.cross_entropy import differentiable, one_way
+from clipsys.training.logit_tiles import Pairing
 from clipsys.training.losses import auto_tile_size, info_nce, sigmoid_loss
 from tests.ranks import run_ranks
 
@@ -82,6 +86,34 @@ def test_loss_and_gradients_equal_the_naive_ones(
     )  # fmt: skip
     for actual, expected in zip(ours, naive, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize("tile_size", [1, 3, 4, 100])
+@pytest.mark.parametrize(("grouped", "ignore"), [(False, False), (True, False), (True, True)])
+def test_rows_are_the_same_in_tiles_of_any_shape(
+    tile_size: int, whole_rows: bool, grouped: bool, ignore: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A rank with queries 5 to 8 of 13 keys. Logits of several hundred overflow an unshifted sum.
+    monkeypatch.setattr(cross_entropy, "_WHOLE_ROWS", 1 if whole_rows else 1_000)
+    image, text, scale, ids = _features(13, dtype=torch.float32)
+    own, scale = slice(5, 9), 400 * scale.reshape(()) / scale.item()
+    pairing = Pairing(5, ids if grouped else None, ignore)
+    compute = partial(one_way, pairing=pairing, tile_size=tile_size)
+    ours = _gradients(lambda q, k, s: differentiable(compute, q, k, s), image[own], text, scale)
+
+    def naive(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        logits = scale * query @ key.T
+        same = ids[own, None] == ids if grouped else torch.eye(13, dtype=torch.bool)[own]
+        mine = torch.eye(13, dtype=torch.bool)[own]
+        target = (mine if ignore else same).double()
+        if ignore:
+            logits = logits.masked_fill(same & ~mine, -1e30)
+        return -(target / target.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+
+    expected = _gradients(naive, image[own].double(), text.double(), scale.double())
+    for actual, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 13])

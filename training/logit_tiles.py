@@ -1,0 +1,109 @@
+"""Logits of all queries with all keys, a tile at a time.
+
+``tile_size`` says how many logits a tile has: those of so many rows. Its shape is chosen for speed.
+A few very long rows would read all keys for so little work that memory, not arithmetic, set the
+pace: 131,072 pairs in tiles of 16 rows read the keys 8,192 times, in square ones 91 times.
+
+Shapes: R query rows, C key rows, D width, T rows and U columns of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which keys belong to which query.
+
+    Attributes:
+        start: query r's own key is key ``start + r``.
+        ids_C: (C,) int64 ids of the keys' samples; equal ids form a group. None: all differ.
+        ignore: others of a query's group are left out of its loss; else they are positives.
+    """
+
+    start: int = 0
+    ids_C: torch.Tensor | None = None
+    ignore: bool = False
+
+    def own(self, num_queries: int) -> slice:
+        """The queries' own keys."""
+        return slice(self.start, self.start + num_queries)
+
+
+class LogitTiles:
+    """The logits of all queries and keys, a tile at a time, in one buffer that is written anew."""
+
+    def __init__(
+        self,
+        query_RD: torch.Tensor,
+        key_CD: torch.Tensor,
+        scale: torch.Tensor,
+        tile_size: int,
+        pairing: Pairing,
+        *,
+        whole_rows: bool = False,
+    ) -> None:
+        self._query_RD, self._key_CD, self._scale = query_RD, key_CD, scale
+        self._pairing = pairing
+        num_logits = min(tile_size, len(query_RD)) * len(key_CD)
+        self._num_rows, self._num_columns = min(tile_size, len(query_RD)), len(key_CD)
+        # A square reads queries and keys least often.
+        if not whole_rows and self._num_rows < (side := math.isqrt(num_logits)):
+            self._num_rows = min(len(query_RD), side)
+            self._num_columns = num_logits // self._num_rows
+        self._buffer = query_RD.new_empty(num_logits)
+        self.dtype = query_RD.dtype
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether a tile has the logits of its queries with every key."""
+        return self._num_columns >= len(self._key_CD)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        for rows in self.rows():
+            for columns in self.columns():
+                yield rows, columns
+
+    def rows(self) -> Iterator[slice]:
+        """The queries of each row of tiles."""
+        return _slices(len(self._query_RD), self._num_rows)
+
+    def columns(self) -> Iterator[slice]:
+        """The keys of each column of tiles."""
+        return _slices(len(self._key_CD), self._num_columns)
+
+    def logits(self, rows: slice, columns: slice) -> torch.Tensor:
+        """(T, U), -inf for what is ignored; holds until the next call."""
+        query_TD = self._query_RD[rows] * self._scale
+        key_UD = self._key_CD[columns]
+        logits_TU = self._buffer[: len(query_TD) * len(key_UD)].view(len(query_TD), len(key_UD))
+        torch.mm(query_TD, key_UD.T, out=logits_TU)
+        if self._pairing.ignore:
+            logits_TU.masked_fill_(_ignored(rows, columns, self._pairing), -math.inf)
+        return logits_TU
+
+    def another_buffer(self) -> torch.Tensor:
+        """Room for as many numbers as the largest tile has."""
+        return torch.empty_like(self._buffer)
+
+    def new_full(self, shape: tuple[int, ...], value: float) -> torch.Tensor:
+        """A tensor of the logits' dtype, on their device."""
+        return self._buffer.new_full(shape, value)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _ignored(rows: slice, columns: slice, pairing: Pairing) -> torch.Tensor:
+    """(T, U) bool: others of the row's group, but not the row's own key."""
+    assert pairing.ids_C is not None
+    key_C = torch.arange(len(pairing.ids_C), device=pairing.ids_C.device)
+    own_T = key_C[rows.start + pairing.start : rows.stop + pairing.start]
+    same_TU = pairing.ids_C[own_T, None] == pairing.ids_C[None, columns]
+    return same_TU & (own_T[:, None] != key_C[None, columns])
