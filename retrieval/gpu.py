@@ -102,7 +102,7 @@ def choose_placement(kind: str, index_bytes: int, free_bytes: Sequence[int]) -> 
         free_bytes: free memory of each GPU.
     """
     if not free_bytes:
-        return Placement(0, False, "FAISS sees no GPU, or was told to use none")
+        return Placement(0, False, "no GPU that FAISS and torch see and may use")
     if kind not in GPU_KINDS:
         return Placement(0, False, f"FAISS has no {kind} on GPUs")
     needed = math.ceil(_PADDING * index_bytes)
@@ -121,9 +121,10 @@ def placement_of(kind: str, index_bytes: int) -> Placement:
 
 
 def _free_bytes(count: int) -> list[int]:
-    import torch  # FAISS's Python layer does not tell
+    import torch  # FAISS's Python layer does not tell; torch may have been built without CUDA
 
-    return [torch.cuda.mem_get_info(device)[0] for device in range(count)]
+    seen = min(count, torch.cuda.device_count())
+    return [torch.cuda.mem_get_info(device)[0] for device in range(seen)]
 
 
 # ---- searching -----------------------------------------------------------------------------------
@@ -145,6 +146,11 @@ class GpuCopy:
     def __init__(self, on_gpus: Searchable, num_items: int) -> None:
         self._on_gpus: Searchable | None = on_gpus
         self._num_items = num_items
+
+    def release(self) -> None:
+        """Gives the GPUs' memory back; searches that still come are the CPU's."""
+        with lock:
+            self._on_gpus = None
 
     def search(
         self, query_QD: Floats, k: int, *, allowed: IdSet | None, num_probes: int | None
@@ -264,9 +270,9 @@ def kmeans(sample_ND: Halves, num_lists: int, *, rounds: int, flat: Callable[[in
     clustering.min_points_per_centroid = 1
     clustering.max_points_per_centroid = len(sample_ND)  # the sample is of the planned size already
     codec = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
-    bytes_N = np.ascontiguousarray(sample_ND).view(np.uint8)
+    codes_NC = np.ascontiguousarray(sample_ND).view(np.uint8)
     with lock:
-        clustering.train_encoded(len(sample_ND), faiss.swig_ptr(bytes_N), codec, flat(dim))
+        clustering.train_encoded(codes_NC, codec, flat(dim))
     centroids_LD: Floats = faiss.vector_to_array(clustering.centroids).reshape(num_lists, dim)
     return centroids_LD
 
