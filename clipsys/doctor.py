@@ -90,7 +90,11 @@ def _faiss() -> list[Finding]:
     except ImportError as error:
         return [Finding("problem", "faiss", f"cannot be imported ({error}); install clipsys again")]
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    return [Finding("ok", "faiss", f"{faiss.__version__} ({', '.join(installed)}), {gpus} GPUs")]
+    use = "flat, IVF-Flat and IVF-SQ8 indexes use them" if gpus else "indexes are on the CPU"
+    if gpus and os.environ.get("CLIPSYS_INDEX_DEVICE") == "cpu":
+        use = "CLIPSYS_INDEX_DEVICE=cpu keeps indexes off them"
+    text = f"{faiss.__version__} ({', '.join(installed)}), {gpus} GPUs; {use}"
+    return [Finding("ok", "faiss", text)]
 
 
 def _deepspeed() -> list[Finding]:

@@ -1,10 +1,15 @@
 """Building index generations: trained on a sample, filled block by block, tuned, written.
 
-Vectors stream from the memory-mapped segments; only the training sample and the index itself are
-in memory. An index can also be extended: new vectors go into the lists that its predecessor has,
-which costs reading and writing the file but no training and no tuning.
+    segments --(sample)--> centroids, codes          in memory, as float16
+    segments --(block by block)--> list of each      4 bytes an item
+    segments --(block by block)--> codes, sorted by list as far as memory goes --> the file
+    the file, mapped --> tuned --> hashed, fsynced, renamed
 
-Shapes: N indexed items, D embedding width.
+So inverted files are never in memory as a whole; flat indexes and graphs are. An inverted file can
+also be extended: its lists are copied without what was deleted, and new vectors go behind, which
+costs reading and writing the file but no training and no tuning.
+
+Shapes: N indexed items, L lists, D embedding width.
 """
 
 from __future__ import annotations
@@ -12,27 +17,33 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import durable
-from clipsys.retrieval.clustering import nearest, spherical_kmeans
-from clipsys.retrieval.index import SUFFIX, IdSet, read_file
+from clipsys.retrieval import durable, gpu
+from clipsys.retrieval.clustering import Halves, nearest, spherical_kmeans
+from clipsys.retrieval.index import SUFFIX, read_file
+from clipsys.retrieval.inverted_file import InvertedFile, MappedLists, fill
 from clipsys.retrieval.manifest import IndexGeneration
 from clipsys.retrieval.planning import (
+    CODE_SAMPLE,
     DEFAULT_RECALL,
     HNSW_LINKS,
+    MIN_BUFFER_BYTES,
+    STREAMED_KINDS,
     IndexPlan,
     plan_index,
     plan_of_kind,
 )
-from clipsys.retrieval.segments import Floats, Ints
+from clipsys.retrieval.segments import Ints
 from clipsys.retrieval.snapshot import Snapshot, unit_rows
 from clipsys.retrieval.tuning import TuningQueries, tune
 
@@ -40,11 +51,7 @@ _faiss: Any = faiss
 _logger = logging.getLogger(__name__)
 
 _KMEANS_ROUNDS = 8
-#: Vectors that the codes of compressed lists are trained with.
-_CODE_SAMPLE = 16_384
 _HNSW_BUILD_EFFORT = 120
-#: GPU searches, even two of them, must not run at the same time.
-_gpu_lock = threading.Lock()
 
 
 def default_memory_bytes() -> int:
@@ -59,6 +66,7 @@ def build_index(
     generation: int,
     plan: IndexPlan | None = None,
     queries: TuningQueries | None = None,
+    memory_bytes: int | None = None,
 ) -> IndexGeneration:
     """Builds, tunes and writes an index of a snapshot.
 
@@ -68,6 +76,8 @@ def build_index(
         generation: the number that it gets.
         plan: the kind of index; None: flat.
         queries: what it is tuned and measured with; None: image queries alone.
+        memory_bytes: what building may take, if that is more than the plan's least; None: half of
+            the machine's.
 
     Raises:
         CollectionError: the index cannot be written, or does not reach the plan's recall.
@@ -75,17 +85,24 @@ def build_index(
     plan = plan or plan_of_kind("flat", len(snapshot), snapshot.vectors.dim)
     index = _empty_index(plan)
     if plan.num_training:
-        _train(index, _sample(snapshot, plan.num_training))
-    _fill(index, plan.kind, snapshot, np.arange(len(snapshot)))
+        _train(index, snapshot, plan.num_training)
     effort = None
-    if not plan.is_exact and len(snapshot):
-        effort = tune(index, plan, snapshot, queries)
-    name, sha256 = _write(folder, index, generation)
+    with _new_file(folder, generation) as file:
+        if plan.kind in STREAMED_KINDS:
+            allowed = default_memory_bytes() if memory_bytes is None else memory_bytes
+            _stream(file.beside, index, snapshot, buffer_bytes=plan.buffer_bytes(allowed))
+            index = read_file(file.beside, mapped=True)
+        else:
+            for ids_N, vectors_ND in snapshot.blocks():
+                index.add_with_ids(vectors_ND, ids_N)
+            _faiss.write_index(index, str(file.beside))
+        if not plan.is_exact and len(snapshot):
+            effort = tune(index, plan, snapshot, queries)
     return IndexGeneration(
         generation=generation,
         kind=plan.kind,
-        file=name,
-        sha256=sha256,
+        file=file.name,
+        sha256=file.sha256,
         num_items=len(snapshot),
         last_id=int(snapshot.ids_N[-1]) if len(snapshot) else 0,
         num_trained=len(snapshot),
@@ -126,36 +143,48 @@ def build_planned(
         generation=generation,
         plan=plan,
         queries=None if plan.is_exact or queries is None else queries(),
+        memory_bytes=allowed_bytes,
     )
 
 
-def extend_index(folder: Path, snapshot: Snapshot, previous: IndexGeneration) -> IndexGeneration:
+def extend_index(
+    folder: Path,
+    snapshot: Snapshot,
+    previous: IndexGeneration,
+    *,
+    memory_bytes: int | None = None,
+) -> IndexGeneration:
     """Writes the successor of an inverted file: without deleted items, with the new ones.
+
+    Args:
+        folder: the collection's indexes folder.
+        snapshot: what is indexed.
+        previous: of a kind that is written list by list.
+        memory_bytes: what it may take; None: half of the machine's.
 
     Raises:
         CollectionError: the index cannot be written.
     """
-    index = read_file(folder / previous.file, mapped=False)
-    covered = snapshot.ids_N <= previous.last_id
-    _forget_all_but(index, snapshot.ids_N[covered])
-    _fill(index, previous.kind, snapshot, np.flatnonzero(~covered))
-    name, sha256 = _write(folder, index, previous.generation + 1)
+    allowed_bytes = default_memory_bytes() if memory_bytes is None else memory_bytes
+    with _new_file(folder, previous.generation + 1) as file:
+        index = read_file(folder / previous.file, mapped=True)
+        _stream(
+            file.beside,
+            index,
+            snapshot,
+            older=MappedLists(index),
+            last_id=previous.last_id,
+            buffer_bytes=max(MIN_BUFFER_BYTES, allowed_bytes // 2),
+        )
     return previous.model_copy(
         update={
             "generation": previous.generation + 1,
-            "file": name,
-            "sha256": sha256,
+            "file": file.name,
+            "sha256": file.sha256,
             "num_items": len(snapshot),
             "last_id": int(snapshot.ids_N[-1]) if len(snapshot) else 0,
         }
     )
-
-
-def _forget_all_but(index: Any, live_ids: Ints) -> None:
-    if index.ntotal == len(live_ids):
-        return
-    live = IdSet(live_ids)
-    index.remove_ids(_faiss.IDSelectorNot(live.selector))
 
 
 def _empty_index(plan: IndexPlan) -> Any:
@@ -170,26 +199,62 @@ def _empty_index(plan: IndexPlan) -> Any:
     return _faiss.index_factory(dim, f"IVF{plan.num_lists},{factory}", metric)
 
 
-def _fill(index: Any, kind: str, snapshot: Snapshot, positions: Ints) -> None:
-    """Adds the vectors at positions, block by block."""
-    centroids_LD = None
-    if kind.startswith("ivf"):
-        quantizer = _faiss.extract_index_ivf(index).quantizer
-        centroids_LD = quantizer.reconstruct_n(0, quantizer.ntotal)
+def _stream(
+    path: Path,
+    trained: Any,
+    snapshot: Snapshot,
+    *,
+    buffer_bytes: int,
+    older: MappedLists | None = None,
+    last_id: int = 0,
+) -> None:
+    """Writes an inverted file of a snapshot: what is live in older lists, then the newer items.
+
+    Args:
+        path: of the file.
+        trained: an index without vectors.
+        snapshot: what is indexed.
+        buffer_bytes: for vectors that are sorted by list at once.
+        older: lists of items up to ``last_id``; none if None.
+        last_id: items with greater ids are encoded.
+    """
+    inverted = _faiss.extract_index_ivf(trained)
+    num_covered = int(np.searchsorted(snapshot.ids_N, last_id, side="right"))
+    newer = np.arange(num_covered, len(snapshot))
+    list_N = _assign(inverted.quantizer, snapshot, newer)
+    sizes_L = np.bincount(list_N, minlength=inverted.nlist)
+    live = np.zeros(last_id + 1, bool)
+    live[snapshot.ids_N[:num_covered]] = True
+    if older is not None:
+        sizes_L += [np.count_nonzero(live[older[one][1]]) for one in range(len(older))]
+    with InvertedFile(path, trained, sizes_L) as file:
+        if older is not None:
+            for one in range(len(older)):
+                codes_NC, ids_N = older[one]
+                kept_N = live[ids_N]
+                file.append(one, codes_NC[kept_N], ids_N[kept_N])
+        fill(file, trained, snapshot, newer, list_N, buffer_bytes=buffer_bytes)
+
+
+def _assign(quantizer: Any, snapshot: Snapshot, positions: Ints) -> npt.NDArray[np.int32]:
+    """The list of each of some vectors, (N,); found on GPUs where FAISS sees any."""
+    centroids_LD = quantizer.reconstruct_n(0, quantizer.ntotal)
+    on_gpus = gpu.NearestCentroid(centroids_LD) if gpu.num_gpus() > 0 else None
+    list_N = np.empty(len(positions), np.int32)
+    done = 0
     for ids_N, vectors_ND in snapshot.blocks(positions):
-        if centroids_LD is None:
-            index.add_with_ids(vectors_ND, ids_N)
-            continue
-        list_N, _ = nearest(vectors_ND, centroids_LD)
-        arrays = (np.ascontiguousarray(one) for one in (vectors_ND, ids_N, list_N))
-        index.add_core(len(ids_N), *map(_faiss.swig_ptr, arrays))
+        list_N[done : done + len(ids_N)] = (
+            nearest(vectors_ND, centroids_LD)[0] if on_gpus is None else on_gpus(vectors_ND)
+        )
+        done += len(ids_N)
+    return list_N
 
 
-def _sample(snapshot: Snapshot, count: int) -> Floats:
+def _sample(snapshot: Snapshot, count: int) -> Halves:
     """Vectors drawn without replacement, in the order of the segments: (count, D), unit norm."""
     chosen = np.random.default_rng(0).choice(len(snapshot), count, replace=False)
     chosen.sort()
-    sample_ND = np.empty((count, snapshot.vectors.dim), np.float32)
+    sample_ND = np.empty((count, snapshot.vectors.dim), np.float16)
     start = 0
     for ids_N, vectors_ND in snapshot.blocks(chosen):
         sample_ND[start : start + len(ids_N)] = vectors_ND
@@ -197,41 +262,45 @@ def _sample(snapshot: Snapshot, count: int) -> Floats:
     return sample_ND
 
 
-def _train(index: Any, sample_ND: Floats) -> None:
+def _train(index: Any, snapshot: Snapshot, num_training: int) -> None:
     """Finds the centroids, then whatever the codes need; on GPUs where FAISS sees any."""
     inverted = _faiss.extract_index_ivf(index)
-    if _faiss.get_num_gpus() > 0:
-        centroids_LD = _kmeans_on_gpus(sample_ND, inverted.nlist)
+    sample_ND = _sample(snapshot, num_training)
+    code_sample_ND = sample_ND[:: max(1, len(sample_ND) // CODE_SAMPLE)].copy()
+    if gpu.num_gpus() > 0:
+        centroids_LD = unit_rows(
+            gpu.kmeans(sample_ND, inverted.nlist, rounds=_KMEANS_ROUNDS, flat=gpu.flat_on_gpus)
+        )
     else:
         centroids_LD = spherical_kmeans(sample_ND, inverted.nlist, rounds=_KMEANS_ROUNDS)
+    del sample_ND
     inverted.quantizer.add(centroids_LD)
     # Finds the centroids in place, and trains the codes alone: a few vectors are enough for them.
-    index.train(sample_ND[:: max(1, len(sample_ND) // _CODE_SAMPLE)])
+    index.train(code_sample_ND.astype(np.float32))
 
 
-def _kmeans_on_gpus(sample_ND: Floats, num_lists: int) -> Floats:
-    kmeans = _faiss.Clustering(sample_ND.shape[1], num_lists)
-    kmeans.niter, kmeans.seed, kmeans.spherical = _KMEANS_ROUNDS, 1, True
-    kmeans.min_points_per_centroid = 1
-    kmeans.max_points_per_centroid = len(sample_ND)  # the sample is of the planned size already
-    with _gpu_lock:
-        on_gpus = _faiss.index_cpu_to_all_gpus(_faiss.IndexFlatIP(sample_ND.shape[1]))
-        kmeans.train(sample_ND, on_gpus)
-    return unit_rows(_faiss.vector_to_array(kmeans.centroids).reshape(num_lists, -1))
+@dataclass
+class _NewFile:
+    """An index file that is being made: where it is written, its name and its hash afterwards."""
+
+    beside: Path
+    name: str
+    sha256: str = ""
 
 
-def _write(folder: Path, index: Any, generation: int) -> tuple[str, str]:
-    """Writes an index durably. Returns its file's name and SHA-256."""
+@contextmanager
+def _new_file(folder: Path, generation: int) -> Iterator[_NewFile]:
+    """Makes what is written durable at the end; on an error nothing stays."""
     name = f"{generation:06d}-{secrets.token_hex(4)}{SUFFIX}"
-    beside = folder / f".{name}.new"
+    file = _NewFile(folder / f".{name}.new", name)
     try:
-        _faiss.write_index(index, str(beside))
-        sha256 = durable.sha256_of(beside)
-        durable.publish(beside, folder / name)
+        yield file
+        file.sha256 = durable.sha256_of(file.beside)
+        durable.publish(file.beside, folder / name)
     except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError where it cannot write
-        beside.unlink(missing_ok=True)
         raise CollectionError(
             f"{folder / name}: the index cannot be written ({' '.join(str(error).split())}); "
             "the collection works without it, more slowly"
         ) from error
-    return name, sha256
+    finally:
+        file.beside.unlink(missing_ok=True)

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import durable
 from clipsys.retrieval.manifest import IndexGeneration, SearchEffort
 from clipsys.retrieval.segments import Floats, Ints
+
+if TYPE_CHECKING:
+    from clipsys.retrieval.gpu import GpuCopy
 
 SUFFIX = ".faiss"
 
@@ -38,10 +42,15 @@ def _faiss() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class LoadedIndex:
-    """A generation in memory. Searches may run concurrently; nothing changes it."""
+    """A generation in memory. Searches may run concurrently; nothing changes it.
+
+    Attributes:
+        on_gpus: a copy that is asked first; what it cannot answer, ``faiss_index`` does.
+    """
 
     generation: IndexGeneration
     faiss_index: Any
+    on_gpus: GpuCopy | None = None
 
     @property
     def effort(self) -> SearchEffort | None:
@@ -83,9 +92,13 @@ class LoadedIndex:
         num_probes: int | None = None,
     ) -> tuple[Floats, Ints]:
         """As `search` for several queries: (scores, ids), each (Q, k), padded with id -1."""
-        selector = None if allowed is None else allowed.selector
         if num_probes is None and self.effort is not None:
             num_probes = self.effort.num_probes
+        if self.on_gpus is not None:
+            found = self.on_gpus.search(query_QD, k, allowed=allowed, num_probes=num_probes)
+            if found is not None:
+                return found
+        selector = None if allowed is None else allowed.selector
         parameters = search_parameters(self.generation.kind, num_probes, selector)
         scores_QK, ids_QK = self.faiss_index.search(query_QD, k, params=parameters)
         return scores_QK, ids_QK
@@ -113,6 +126,18 @@ class IdSet:
         bits[ids_N] = True
         self._bitmap = np.packbits(bits, bitorder="little")  # the selector does not own the bytes
         self.selector = _faiss().IDSelectorBitmap(self._bitmap)
+        self._count = len(ids_N)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def contains(self, ids: Ints) -> npt.NDArray[np.bool_]:
+        """Which of some ids, of any shape, are in the set; -1 is not."""
+        known = (ids >= 0) & (ids < 8 * len(self._bitmap))
+        within = np.where(known, ids, 0)
+        bits = self._bitmap[within >> 3] >> (within & 7).astype(np.uint8)
+        found: npt.NDArray[np.bool_] = known & (bits & 1).astype(bool)
+        return found
 
 
 def load_index(folder: Path, generation: IndexGeneration, dim: int) -> LoadedIndex:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clipsys.retrieval.creation import INDEXES
 from clipsys.retrieval.manifest import read_manifest
 from clipsys.retrieval.schema import python_text
 from clipsys.retrieval.store import Store
@@ -22,6 +23,7 @@ class CollectionInfo:
         failures: the ledger's entries by reason.
         sources: where the items came from, by absolute path or address.
         index: what the manifest says of the published generation, its measured recall too.
+        searched_on: the CPU or GPUs on which this machine searches that index, and why.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class CollectionInfo:
     failures: dict[str, int]
     sources: tuple[str, ...]
     index: dict[str, Any] | None
+    searched_on: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``clipsys info --json`` prints it."""
@@ -71,7 +74,16 @@ def describe(folder: Path, store: Store) -> CollectionInfo:
             python_text(name) for (name,) in store.read("SELECT name FROM sources ORDER BY name")
         ),
         index=index.model_dump(mode="json") if index else None,
+        searched_on=_searched_on(folder / manifest.edition / INDEXES / index.file, index.kind)
+        if index
+        else None,
     )
+
+
+def _searched_on(path: Path, kind: str) -> str:
+    from clipsys.retrieval.gpu import placement_of  # imports faiss
+
+    return str(placement_of(kind, path.stat().st_size if path.exists() else 0))
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -43,7 +43,7 @@ def _described(found: CollectionInfo) -> str:
     if found.index is None:
         lines.append(("index", "none; every search scans the vectors"))
     else:
-        lines += _described_index(found.index)
+        lines += [*_described_index(found.index), ("searched on", str(found.searched_on))]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.failures.items())
     lines.append(("failures", f"{found.num_failures:,}" + (f" ({reasons})" if reasons else "")))
     lines += [("source", source) for source in found.sources]

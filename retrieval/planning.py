@@ -10,19 +10,26 @@ The thresholds come from `benchmarks/search.py`, on two cores and clustered vect
     ivf-sq8      0.26                    a byte a number; candidates are scored again exactly
     ivf-rabitq   0.05                    a bit a number (Gao and Long 2024); many more candidates
 
+Inverted files are written list by list and mapped, so they may exceed the memory; a search then
+waits for the disk. Therefore the first kind is taken that fits into the memory as a whole, and the
+smallest one where none does.
+
 PQ is not among them: RaBitQ has its size without codebooks to be trained. It was not measured.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from clipsys.errors import CollectionError
+from clipsys.retrieval.snapshot import BLOCK_ROWS
 
 Kind = Literal["flat", "hnsw", "ivf-flat", "ivf-sq8", "ivf-rabitq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+#: Kinds that are written list by list: their lists are arrays of codes of one size.
+STREAMED_KINDS: tuple[Kind, ...] = ("ivf-flat", "ivf-sq8", "ivf-rabitq")
 
 #: Recall@10 against exact search that an index must reach unless another is asked for.
 DEFAULT_RECALL = 0.98
@@ -35,8 +42,16 @@ TRAINING_PER_LIST = 32
 _ID_BYTES = 8
 #: RaBitQ stores two float32 factors beside a vector's bits.
 _RABITQ_FACTOR_BYTES = 8
-#: What one block of vectors takes on its way into the index, several times over.
-_WORKING_BYTES = 128 * 2**20
+#: Vectors that the codes of compressed lists are trained with.
+CODE_SAMPLE = 16_384
+#: The least that is sorted by list at once before it is written.
+MIN_BUFFER_BYTES = 32 * 2**20
+#: Scores of vectors with centroids at once: 4,096 vectors, or fewer where these exceed 64 MB.
+_SCORED_ROWS, _SCORE_BYTES = 4_096, 64 * 2**20
+#: Exact search for 400 queries in pieces of 4,096 vectors: scores, and places when sorting them.
+_TUNING_BYTES = 400 * 20 * 4_096
+#: What malloc keeps of freed memory; measured where a process was limited to what a plan said.
+_KEPT_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,8 @@ class IndexPlan:
     Attributes:
         num_lists: of an inverted file; 0 for others.
         num_training: vectors that k-means sees; 0 where nothing is trained.
-        memory_bytes: what the index takes when it is loaded.
-        build_bytes: the most that building it takes.
+        memory_bytes: what the index takes when all of it is in memory.
+        build_bytes: the least that building it takes.
         reason: why this kind, in words.
     """
 
@@ -74,6 +89,10 @@ class IndexPlan:
         """Whether the index finds the true nearest without being tuned."""
         return self.kind == "flat"
 
+    def buffer_bytes(self, memory_bytes: int) -> int:
+        """What is left, of an allowance, for vectors that are sorted by list before writing."""
+        return max(MIN_BUFFER_BYTES, memory_bytes - self.build_bytes + MIN_BUFFER_BYTES)
+
 
 def plan_index(
     num_items: int, dim: int, memory_bytes: int, recall: float = DEFAULT_RECALL
@@ -94,10 +113,13 @@ def plan_index(
     refused: list[IndexPlan] = []
     for kind, reason in _wishes(num_items, recall):
         plan = _plan(kind, num_items, dim, recall, reason)
-        if plan.build_bytes <= memory_bytes:
+        if max(plan.build_bytes, plan.memory_bytes) <= memory_bytes:
             return plan
         refused.append(plan)
-    least = min(refused, key=lambda plan: plan.build_bytes)
+    smallest = refused[-1]
+    if smallest.kind in STREAMED_KINDS and smallest.build_bytes <= memory_bytes:
+        return replace(smallest, reason="no kind fits into the memory; searched from the disk")
+    least = min(reversed(refused), key=lambda plan: plan.build_bytes)
     raise CollectionError(
         f"an index of {num_items:,} vectors of width {dim} for a recall of {recall:g} takes "
         f"{least.build_bytes / 1e6:,.0f} MB to build even as {least.kind}, and "
@@ -133,14 +155,34 @@ def _plan(kind: Kind, num_items: int, dim: int, recall: float, reason: str) -> I
         "ivf-rabitq": math.ceil(dim / 8) + _RABITQ_FACTOR_BYTES,
     }[kind] + _ID_BYTES
     memory_bytes = num_items * bytes_each + num_lists * dim * 4
-    # Lists grow by doubling: at the worst moment the old and the new buffers exist together, but
-    # not of all lists at once. A quarter more was measured; k-means is over by then.
-    growing = math.ceil(1.25 * memory_bytes)
-    training = 8 * num_training * dim  # the sample, and the same sorted by list
-    build_bytes = max(growing, training) + min(_WORKING_BYTES, 8 * num_items * dim)
+    if kind in STREAMED_KINDS:
+        build_bytes = _streamed_build_bytes(num_items, dim, num_lists, num_training)
+    else:
+        # A vector grows by doubling: at the worst moment the old and the new buffers exist
+        # together. A quarter more was measured.
+        build_bytes = math.ceil(1.25 * memory_bytes) + _block_bytes(num_items, dim)
     return IndexPlan(
         kind, num_items, dim, recall, num_lists, num_training, memory_bytes, build_bytes, reason
     )
+
+
+def _streamed_build_bytes(num_items: int, dim: int, num_lists: int, num_training: int) -> int:
+    """The most of k-means, filling and tuning, which come one after the other; see `building`."""
+    centroids = 4 * num_lists * dim
+    scores = min(_SCORE_BYTES, 4 * _SCORED_ROWS * num_lists)
+    kmeans = num_training * (2 * dim + 24) + scores
+    codes = 16 * min(num_training, CODE_SAMPLE) * dim  # float32, residuals, copies in FAISS
+    buffer = min(MIN_BUFFER_BYTES, num_items * (4 * dim + 32))
+    block = _block_bytes(num_items, dim)
+    filling = 12 * num_items + scores + buffer + block  # each item's position and list
+    tuning = min(_TUNING_BYTES, 8_000 * num_items) + block
+    kept = min(_KEPT_BYTES, 8 * num_items * dim)
+    return 4 * centroids + max(kmeans, codes, filling, tuning) + kept
+
+
+def _block_bytes(num_items: int, dim: int) -> int:
+    """What one block of vectors takes on its way into the index, several times over."""
+    return 12 * min(num_items, BLOCK_ROWS) * dim
 
 
 def num_lists_for(num_items: int) -> int:

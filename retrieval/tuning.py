@@ -48,6 +48,8 @@ _WORDS = (
 )
 #: Cosines that differ by less may come out either way in float32.
 _TIE = 1e-5
+#: Vectors that all queries are compared with at once.
+_PIECE_ROWS = 4_096
 #: Steps of the candidates that are scored again.
 _CANDIDATES = (10, 20, 40, 80, 160, 320, 640)
 
@@ -234,7 +236,7 @@ def _nearest(snapshot: Snapshot, queries_QD: Floats, k: int) -> tuple[Ints, Floa
     """As `exact_neighbours`, with the cosines."""
     best_QK = np.full((len(queries_QD), k), -np.inf, np.float32)
     ids_QK = np.full((len(queries_QD), k), -1, np.int64)
-    for ids_N, vectors_ND in snapshot.blocks():
+    for ids_N, vectors_ND in _pieces(snapshot):
         scores_QC = np.concatenate([best_QK, queries_QD @ vectors_ND.T], axis=1)
         chosen_QK = np.argpartition(scores_QC, -k, axis=1)[:, -k:]
         best_QK = np.take_along_axis(scores_QC, chosen_QK, axis=1)
@@ -246,3 +248,10 @@ def _nearest(snapshot: Snapshot, queries_QD: Floats, k: int) -> tuple[Ints, Floa
         np.take_along_axis(ids_QK, order_QK, axis=1),
         np.take_along_axis(best_QK, order_QK, axis=1),
     )
+
+
+def _pieces(snapshot: Snapshot) -> Iterator[tuple[Ints, Floats]]:
+    """`Snapshot.blocks` in shorter pieces: some hundred queries are compared with each at once."""
+    for ids_N, vectors_ND in snapshot.blocks():
+        for start in range(0, len(ids_N), _PIECE_ROWS):
+            yield ids_N[start : start + _PIECE_ROWS], vectors_ND[start : start + _PIECE_ROWS]

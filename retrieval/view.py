@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from clipsys.errors import CollectionError
@@ -94,7 +95,7 @@ class View:
             self._index, published = None, None
         while published is not None and published != self._tried:
             try:
-                self._index = load_index(self._data / INDEXES, published, self._dim)
+                self._index = self._load(published)
                 self._tried = published
             except FileNotFoundError:
                 latest = read_manifest(self._folder).index
@@ -105,6 +106,17 @@ class View:
             except CollectionError as error:
                 self._go_without(published, str(error))
         self._manifest_stamp = stamp
+
+    def _load(self, published: IndexGeneration) -> LoadedIndex:
+        loaded = load_index(self._data / INDEXES, published, self._dim)
+        if self._few_searches:  # copying to a GPU takes longer than they do
+            return loaded
+        if self._index is not None and self._index.on_gpus is not None:
+            self._index.on_gpus.release()  # else there may be no room for its successor
+        from clipsys.retrieval.gpu import copy_to_gpus
+
+        size_bytes = (self._data / INDEXES / published.file).stat().st_size
+        return replace(loaded, on_gpus=copy_to_gpus(loaded, size_bytes))
 
     def _go_without(self, generation: IndexGeneration, reason: str) -> None:
         # The index is derived: without it every search scans the vectors, exactly but more slowly.

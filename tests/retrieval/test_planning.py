@@ -24,8 +24,10 @@ GB = 10**9
         (EXACT_ITEMS + 1, GB, 0.98, "ivf-sq8"),
         (1_000_000, 4 * GB, 0.98, "ivf-sq8"),
         (1_000_000, GB, 0.98, "ivf-sq8"),
-        (1_000_000, 700_000_000, 0.98, "ivf-rabitq"),
+        (1_000_000, 550_000_000, 0.98, "ivf-sq8"),
+        (1_000_000, 500_000_000, 0.98, "ivf-rabitq"),
         (100_000_000, 16 * GB, 0.98, "ivf-rabitq"),
+        (100_000_000, 6 * GB, 0.98, "ivf-rabitq"),
         (1_000_000, 4 * GB, 1, "flat"),
     ],
 )
@@ -44,6 +46,22 @@ def test_compressed_index_takes_at_most_a_third_of_the_float32_vectors() -> None
     for kind in ("ivf-sq8", "ivf-rabitq"):
         plan = plan_of_kind(kind, 1_000_000, 512)
         assert plan.memory_bytes <= 0.35 * 1_000_000 * 512 * 4
+
+
+def test_index_larger_than_the_memory_is_planned_where_it_can_be_built() -> None:
+    plan = plan_index(100_000_000, 512, 6 * GB)
+    assert plan.build_bytes <= 6 * GB < plan.memory_bytes
+    assert "searched from the disk" in plan.reason
+    with pytest.raises(CollectionError, match=r"to build even as ivf-rabitq"):
+        plan_index(100_000_000, 512, plan.build_bytes - 1)
+
+
+def test_streamed_building_takes_a_share_of_the_index_that_falls_with_its_size() -> None:
+    plans = [plan_of_kind("ivf-sq8", count, 512) for count in (10**6, 10**7, 10**8)]
+    shares = [plan.build_bytes / plan.memory_bytes for plan in plans]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] < 1
+    assert shares[-1] < 0.1
 
 
 @pytest.mark.parametrize("recall", [0.98, 1])
