@@ -331,7 +331,7 @@ class TrainingBatches(Dataset[Batch]):
         known = self._pixels.get(number)
         row = self._decoder.row(raw, epoch, position, known)
         if known is None:
-            self._pixels.put(number, row.pixels)
+            self._pixels.put(number, row.image)
         return row
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
