@@ -14,7 +14,9 @@ DEFAULT_MODEL = "ViT-B-32/laion2b_s34b_b79k"
 
 
 def shards(
-    source: Annotated[str, typer.Argument(help="A folder, a table (.csv …) or shards.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder, a table (.csv .tsv .jsonl .parquet) or shards.")
+    ],
     out: Annotated[
         Path | None, typer.Argument(help="The folder to write shards into.", show_default=False)
     ] = None,
@@ -28,7 +30,9 @@ def shards(
         typer.Option(min=16, metavar="PIXELS", help="Reduce the shorter side; default: as it is."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and decode.")] = 1,
-    path_column: Annotated[str, typer.Option(help="Column with the image's path.")] = "",
+    path_column: Annotated[
+        str, typer.Option(help="Column with the image's path, or the image itself (Parquet).")
+    ] = "",
     caption_column: Annotated[
         list[str] | None, typer.Option(help="Column with captions; may be repeated.")
     ] = None,
@@ -48,7 +52,7 @@ def shards(
     if out is None:
         raise typer.BadParameter("name the folder to write into", param_hint="OUT")
     from clipsys.packing import pack
-    from clipsys.sources import Columns
+    from clipsys.tables import Columns
 
     report = pack(
         source,

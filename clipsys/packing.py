@@ -25,10 +25,12 @@ from PIL import Image
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.images import decode_image
 from clipsys.progress import Advance, progress
+from clipsys.records import Record, to_sample
 from clipsys.shard_manifest import ShardInfo
 from clipsys.shard_writing import DEFAULT_SHARD_BYTES, hash_file, write_shards
 from clipsys.shards import Sample
-from clipsys.sources import Columns, Record, iterate_source, source_kind, to_sample
+from clipsys.sources import iterate_source, source_kind
+from clipsys.tables import Columns
 from clipsys.worker_pool import ordered_map
 
 #: Of images that were resized; what was small enough keeps its bytes.
