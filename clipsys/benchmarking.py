@@ -22,7 +22,8 @@ from clipsys.evaluation import (
 )
 from clipsys.images import decode_image
 from clipsys.progress import progress
-from clipsys.sources import Record, iterate_source
+from clipsys.records import Record
+from clipsys.sources import iterate_source
 from clipsys.zeroshot import DEFAULT_TEMPLATES, ZeroShotClassifier
 
 _logger = logging.getLogger(__name__)

@@ -11,10 +11,14 @@ from typing import Annotated
 import typer
 
 DEFAULT_MODEL = "ViT-B-32/laion2b_s34b_b79k"
+#: Of each kind of fault.
+_SHOWN = 3
 
 
 def shards(
-    source: Annotated[str, typer.Argument(help="A folder, a table (.csv …) or shards.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder, a table (.csv .tsv .jsonl .parquet) or shards.")
+    ],
     out: Annotated[
         Path | None, typer.Argument(help="The folder to write shards into.", show_default=False)
     ] = None,
@@ -28,7 +32,9 @@ def shards(
         typer.Option(min=16, metavar="PIXELS", help="Reduce the shorter side; default: as it is."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and decode.")] = 1,
-    path_column: Annotated[str, typer.Option(help="Column with the image's path.")] = "",
+    path_column: Annotated[
+        str, typer.Option(help="Column with the image's path, or the image itself (Parquet).")
+    ] = "",
     caption_column: Annotated[
         list[str] | None, typer.Option(help="Column with captions; may be repeated.")
     ] = None,
@@ -48,7 +54,7 @@ def shards(
     if out is None:
         raise typer.BadParameter("name the folder to write into", param_hint="OUT")
     from clipsys.packing import pack
-    from clipsys.sources import Columns
+    from clipsys.tables import Columns
 
     report = pack(
         source,
@@ -69,8 +75,10 @@ def shards(
         f"{total:,} samples in {len(report.shards)} shards{resumed}, {size / 1e6:.1f} MB",
         file=sys.stderr,
     )
-    for reason, count in sorted(report.skipped.items()):
-        print(f"skipped {count}: {reason}", file=sys.stderr)
+    if report.skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+        total = sum(report.skipped.values())
+        print(f"skipped {total:,} ({reasons}); see {report.skipped_path}", file=sys.stderr)
 
 
 def _verify_shards(source: str, workers: int, as_json: bool) -> None:
@@ -89,16 +97,23 @@ def _verify_shards(source: str, workers: int, as_json: bool) -> None:
         if report.without_text:
             count = len(report.without_text)
             print(f"{count} with neither caption nor label: {_first_few(report.without_text)}")
-        for group in report.repeated:
-            print(f"the same image with the same text: {_first_few(group)}")
+        if report.repeated:
+            print(f"{len(report.repeated)} images occur several times with the same text:")
+        for group in report.repeated[:_SHOWN]:
+            print(f"  {_first_few(group)}")
+        if len(report.repeated) > _SHOWN:
+            print(f"  and {len(report.repeated) - _SHOWN} more; --json lists all")
         if report.same_image:
             print(f"{len(report.same_image)} images occur with several texts (no fault)")
+        if report.sound:
+            print("all images decode, all samples have a text, none occurs twice")
     if not report.sound:
         raise DataError(f"{source}: the shards are not sound")
 
 
 def _first_few(places: list[str]) -> str:
-    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    return ", ".join(places[:_SHOWN]) + more
 
 
 def classify(

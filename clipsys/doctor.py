@@ -65,7 +65,8 @@ def _codecs() -> list[Finding]:
         Finding(
             "ok",
             "images",
-            f"Pillow {_version('pillow')}, {len(known)} formats, HEIC by pillow-heif",
+            f"Pillow {_version('pillow')}, {len(known)} formats, HEIC by pillow-heif, "
+            f"JPEG by simplejpeg {_version('simplejpeg')}",
         )
     ]
     for codec, name in (("jpg", "JPEG"), ("zlib", "PNG"), ("webp", "WebP"), ("avif", "AVIF")):

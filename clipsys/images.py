@@ -3,12 +3,17 @@
 Order matters here. The size in the header is checked before anything is decoded (a file of 5 KB can
 claim 4 gigapixels). Pixels are loaded *before* EXIF is read: on some corrupt PNGs a failed
 ``getexif()`` leaves the decoder in a state in which ``load()`` returns partial pixels silently.
+
+Pillow reads the headers of all formats. The pixels of whole, ordinary JPEGs come from simplejpeg:
+libjpeg-turbo as in Pillow, with the same result to the bit, without the copies around it. Whatever
+it balks at is left to Pillow, so that one decoder decides what can be used.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipsys.errors import ImageDecodeError
@@ -25,6 +31,9 @@ DEFAULT_MAX_PIXELS = 178_000_000
 #: Refused although Pillow knows them: EPS starts Ghostscript, the others are vector graphics,
 #: documents or data containers that Pillow only has stubs for.
 REFUSED_FORMATS = frozenset({"EPS", "WMF", "PDF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"})
+
+#: MPO is a JPEG with more of them behind it, as telephones write them.
+_JPEG_FORMATS = ("JPEG", "MPO")
 
 #: File name endings, in lower case, under which folders are searched for images.
 EXTENSIONS = frozenset(
@@ -57,17 +66,28 @@ class StoredImage:
     """A decoded image as its file stores it: not yet turned upright, maybe at a fraction.
 
     Attributes:
-        image: 8-bit RGB.
+        content: 8-bit RGB; from simplejpeg an array, (height, width, 3).
         full_size: (width, height) in the file, in pixels.
-        scale: ``image`` is 1/scale of that, its sides rounded up: its last row and column may
+        scale: ``content`` is 1/scale of that, its sides rounded up: its last row and column may
             stand for fewer than ``scale`` pixels.
         orientation: EXIF's number, 1 to 8; 1 is upright.
     """
 
-    image: Image.Image
+    content: Image.Image | npt.NDArray[np.uint8]
     full_size: tuple[int, int]
     scale: int = 1
     orientation: int = 1
+
+    @property
+    def image(self) -> Image.Image:
+        """As Pillow's image; may be a copy."""
+        content = self.content
+        return content if isinstance(content, Image.Image) else Image.fromarray(content)
+
+    @property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """As an array, (height, width, 3); may be a copy."""
+        return np.array(self.content) if isinstance(self.content, Image.Image) else self.content
 
     def upright(self) -> Image.Image:
         """The image as it is meant to be seen."""
@@ -123,12 +143,15 @@ def decode_stored(
             reason="too large",
         )
     try:
-        if min_side is not None and image.format == "JPEG":
+        if image.format in _JPEG_FORMATS:
             scale = _fraction(min(width, height), min_side)
+            pixels = _decode_jpeg(data, image, scale)
+            if pixels is not None:
+                return StoredImage(pixels, (width, height), scale, _orientation(image))
             image.draft("RGB", (width // scale, height // scale))
         image.load()
         # TIFF and HEIF turn themselves while they load; only JPEG comes at a fraction.
-        full_size = (width, height) if image.format == "JPEG" else image.size
+        full_size = (width, height) if image.format in _JPEG_FORMATS else image.size
         scale = round(full_size[0] / image.width)
         return StoredImage(_to_rgb(image), full_size, scale, _orientation(image))
     except _DECODER_ERRORS as error:
@@ -138,9 +161,30 @@ def decode_stored(
         ) from error
 
 
-def _fraction(side: int, min_side: int) -> int:
+def _fraction(side: int, min_side: int | None) -> int:
     """The largest of libjpeg's fast fractions, 1/8, 1/4 and 1/2, that leaves ``min_side``."""
+    if min_side is None:
+        return 1
     return next((scale for scale in (8, 4, 2) if side >= scale * min_side), 1)
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, scale: int) -> npt.NDArray[np.uint8] | None:
+    """The pixels at 1/scale, (height, width, 3), as Pillow would give them.
+
+    None where simplejpeg does not give just these: CMYK, rare subsamplings, damage of any kind.
+    """
+    if image.mode not in ("RGB", "L"):
+        return None
+    import simplejpeg
+
+    width, height = (math.ceil(side / scale) for side in image.size)
+    try:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=height, min_width=width, min_factor=scale
+        )
+    except _DECODER_ERRORS:
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 def _read(source: str | Path | bytes | IO[bytes], name: str) -> bytes:

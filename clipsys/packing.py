@@ -4,7 +4,8 @@
 
 The shards are a function of the source and the settings, not of the number of workers. After each
 shard OUT/.PREFIX.packing.json says how far the source has come; a call that finds it goes on from
-there, if source and settings are still the same.
+there, if source and settings are still the same. OUT/PREFIX-skipped.jsonl lists what could not be
+used.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from PIL import Image
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.images import decode_image
 from clipsys.progress import Advance, progress
+from clipsys.records import Record, to_sample
 from clipsys.shard_manifest import ShardInfo
 from clipsys.shard_writing import DEFAULT_SHARD_BYTES, hash_file, write_shards
 from clipsys.shards import Sample
-from clipsys.sources import Columns, Record, iterate_source, source_kind, to_sample
+from clipsys.sources import iterate_source, source_kind
+from clipsys.tables import Columns
 from clipsys.worker_pool import ordered_map
 
 #: Of images that were resized; what was small enough keeps its bytes.
@@ -45,11 +48,13 @@ class PackReport:
         shards: one entry per shard.
         skipped: how many images could not be used, by reason.
         resumed: how many of the shards an interrupted call had written.
+        skipped_path: the list of them, if there are any.
     """
 
     shards: list[ShardInfo]
     skipped: dict[str, int]
     resumed: int = 0
+    skipped_path: Path | None = None
 
 
 def pack(
@@ -113,11 +118,15 @@ def pack(
             on_shard=journal.shard_done,
         )
     journal.path.unlink(missing_ok=True)
+    skipped = Counter(reason for _, reason in journal.skipped)
     if not written:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in journal.skipped.items())
-        raise DataError(f"{source}: none of the {journal.taken} images can be used ({reasons})")
-    journal.path.unlink(missing_ok=True)
-    return PackReport(written, dict(journal.skipped), resumed)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise DataError(
+            f"{source}: none of the {journal.taken} images can be used ({reasons}); "
+            f"the first is {journal.skipped[0][0]}"
+        )
+    journal.list_skipped()
+    return PackReport(written, dict(skipped), resumed, journal.skipped_path if skipped else None)
 
 
 def _samples(
@@ -125,9 +134,9 @@ def _samples(
 ) -> Iterator[Sample]:
     """The usable samples, in order; notes in the journal which record each came from."""
     tasks = ((number, *_read(number, record)) for number, record in records)
-    for number, outcome in ordered_map(partial(_prepare, resize=resize), tasks, workers):
+    for number, uri, outcome in ordered_map(partial(_prepare, resize=resize), tasks, workers):
         if isinstance(outcome, str):
-            journal.skip(number, outcome)
+            journal.skip(number, uri, outcome)
         else:
             journal.sample(number)
             yield outcome
@@ -143,25 +152,25 @@ def _read(number: int, record: Record) -> tuple[str, Sample | str]:
 
 def _prepare(
     task: tuple[int, str, Sample | str], *, resize: int | None
-) -> tuple[int, Sample | str]:
+) -> tuple[int, str, Sample | str]:
     """In a worker: the sample as it is packed, or why it cannot be used."""
     number, uri, sample = task
     if isinstance(sample, str):
-        return number, sample
+        return number, uri, sample
     try:
         if resize is None:
             decode_image(sample.image, uri=uri)
-            return number, sample
+            return number, uri, sample
         image = decode_image(sample.image, uri=uri, min_side=round(resize * _MARGIN))
     except ImageDecodeError as error:
-        return number, error.reason
+        return number, uri, error.reason
     short = min(image.size)
     if short <= resize:
-        return number, sample
+        return number, uri, sample
     size = (round(image.width * resize / short), round(image.height * resize / short))
     buffer = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=_QUALITY)
-    return number, replace(sample, image=buffer.getvalue(), suffix="jpg")
+    return number, uri, replace(sample, image=buffer.getvalue(), suffix="jpg")
 
 
 @dataclass
@@ -172,19 +181,24 @@ class _Journal:
     prefix: str
     settings: dict[str, Any]
     shards: list[ShardInfo] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # uri, reason
     taken: int = 0  # records
     _done: int = 0  # records that need not be read again
     _expected: str = ""  # hash over their names
     _hash: Any = field(default_factory=hashlib.sha256)
     _hashes: deque[tuple[int, str]] = field(default_factory=deque)
     _samples: deque[int] = field(default_factory=deque)
-    _skips: deque[tuple[int, str]] = field(default_factory=deque)
+    _skips: deque[tuple[int, str, str]] = field(default_factory=deque)
 
     @property
     def path(self) -> Path:
         """Where it is kept."""
         return self.folder / f".{self.prefix}.packing.json"
+
+    @property
+    def skipped_path(self) -> Path:
+        """Where the list of what could not be used is written."""
+        return self.folder / f"{self.prefix}-skipped.jsonl"
 
     def load(self) -> None:
         """Takes up what an interrupted call has left; removes the shard that it had begun."""
@@ -193,7 +207,9 @@ class _Journal:
         saved = json.loads(self.path.read_text(encoding="utf-8"))
         if saved["settings"] != self.settings:
             changed = [
-                key for key in self.settings if saved["settings"].get(key) != self.settings[key]
+                f"{key} was {saved['settings'].get(key)!r}, is {value!r}"
+                for key, value in self.settings.items()
+                if saved["settings"].get(key) != value
             ]
             raise DataError(
                 f"{self.folder}: holds an unfinished pack with other settings "
@@ -201,7 +217,7 @@ class _Journal:
             )
         self.shards = [ShardInfo(**entry) for entry in saved["shards"]]
         self._done, self._expected = saved["records"], saved["hash"]
-        self.skipped = Counter(saved["skipped"])
+        self.skipped = [(uri, reason) for uri, reason in saved["skipped"]]
         names = {info.name for info in self.shards}
         for path in self.folder.glob(f"{self.prefix}-*.tar*"):
             if path.name not in names:
@@ -243,9 +259,9 @@ class _Journal:
         """Record ``number`` has become a sample."""
         self._samples.append(number)
 
-    def skip(self, number: int, reason: str) -> None:
+    def skip(self, number: int, uri: str, reason: str) -> None:
         """Record ``number`` could not be used."""
-        self._skips.append((number, reason))
+        self._skips.append((number, uri, reason))
 
     def shard_done(self, info: ShardInfo) -> None:
         """A shard is complete: its samples are the oldest ones of those noted."""
@@ -255,7 +271,7 @@ class _Journal:
         while self._hashes and self._hashes[0][0] <= last:
             _, digest = self._hashes.popleft()
         while self._skips and self._skips[0][0] < last:
-            self.skipped[self._skips.popleft()[1]] += 1
+            self.skipped.append(self._skips.popleft()[1:])
         self._done, self._expected = last + 1, digest
         self.save()
 
@@ -265,7 +281,7 @@ class _Journal:
             "settings": self.settings,
             "records": self._done,
             "hash": self._expected,
-            "skipped": dict(self.skipped),
+            "skipped": self.skipped,
             "shards": [vars(shard) for shard in self.shards],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -275,5 +291,14 @@ class _Journal:
 
     def finish(self) -> None:
         """The source is used up: what was skipped after the last sample counts too."""
-        self.skipped.update(reason for _, reason in self._skips)
+        self.skipped += [(uri, reason) for _, uri, reason in self._skips]
         self._skips.clear()
+
+    def list_skipped(self) -> None:
+        """Writes the list of what could not be used, if there is anything."""
+        lines = [
+            json.dumps({"uri": uri, "reason": reason}, ensure_ascii=False) + "\n"
+            for uri, reason in self.skipped
+        ]
+        if lines:
+            self.skipped_path.write_text("".join(lines), encoding="utf-8")

@@ -43,5 +43,5 @@ def _row_group(path: Path, mtime_ns: int, column: str, group: int) -> list[bytes
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        cells: list[bytes | None] = file.read_row_group(group, [column])[column].to_pylist()
-        return cells
+        cells = file.read_row_group(group, [column])[column].to_pylist()
+        return [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]

@@ -123,8 +123,7 @@ class Preprocessing:
             return np.asarray(stored.image.resize(new, Image.Resampling.NEAREST))
         import torch
 
-        pixels = np.array(stored.image)
-        image_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        image_1CHW = torch.from_numpy(stored.pixels).permute(2, 0, 1)[None]
         if stored.scale == 1:
             size, factors = (new[1], new[0]), None
         else:

@@ -80,21 +80,27 @@ def progress(
 
 
 def _line_writer(description: str, total: int | None, unit: str) -> Callable[..., None]:
-    started = last = time.monotonic()
+    last = time.monotonic()
     done = 0
+    first: tuple[float, int] | None = None  # the rate leaves out what comes before: start-up
 
     def advance(n: int = 1, *, note: str | None = None) -> None:
-        nonlocal done, last
+        nonlocal done, last, first
         done += n
         now = time.monotonic()
+        if first is None and done:
+            first = now, done
         if now - last < LINE_INTERVAL_S and done != total:
             return
         last = now
         share = f"{done:,}/{total:,}" if total else f"{done:,}"
-        rate = done / max(now - started, 1e-9)
-        left = f", {(total - done) / rate:,.0f} s left" if total and 0 < done < total else ""
+        speed = ""
+        if first and done > first[1] and now > first[0]:
+            rate = (done - first[1]) / (now - first[0])
+            left = f", {(total - done) / rate:,.0f} s left" if total and done < total else ""
+            speed = f", {rate:.3g}/s{left}"
         print(
-            f"{description}: {share} {unit}, {rate:.3g}/s{left} {note or ''}".rstrip(),
+            f"{description}: {share} {unit}{speed} {note or ''}".rstrip(),
             file=sys.stderr,
             flush=True,
         )

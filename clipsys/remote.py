@@ -31,6 +31,8 @@ _logger = logging.getLogger(__name__)
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 
+_BLOCK_BYTES = 1 << 20
+
 _CURL_STATUS = {
     "6": "unknown host",
     "7": "no connection",
@@ -117,8 +119,13 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or text or type(error).__name__
 
 
-def fetch(url: str, path: Path) -> None:
+def fetch(url: str, path: Path, *, on_block: Callable[[int], None] | None = None) -> None:
     """Copies a url to a file, which appears only when it is complete.
+
+    Args:
+        url: of a file.
+        path: of the copy.
+        on_block: called with the bytes that have come so far; after a failure they begin again.
 
     Raises:
         DataError: it cannot be read.
@@ -127,7 +134,10 @@ def fetch(url: str, path: Path) -> None:
 
     def copy() -> None:
         with partial.open("wb") as file, open_url(url) as stream:
-            shutil.copyfileobj(stream, file, 1 << 20)
+            while block := stream.read(_BLOCK_BYTES):
+                file.write(block)
+                if on_block:
+                    on_block(file.tell())
 
     try:
         retried(url, copy)
@@ -143,10 +153,11 @@ class ShardCache:
         self._folder = folder
         self._limit_bytes = limit_bytes
 
-    def open(self, shard: str) -> io.FileIO:
+    def open(self, shard: str, *, on_block: Callable[[int], None] | None = None) -> io.FileIO:
         """Opens a shard: a local one where it lies, a remote one from its copy.
 
-        A copy that is removed while it is open can be read to its end.
+        A copy that is removed while it is open can be read to its end. ``on_block`` is called with
+        the bytes that have come of one that is being fetched.
 
         Raises:
             OSError, DataError: it cannot be read.
@@ -158,7 +169,7 @@ class ShardCache:
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others wait for it
             if not path.exists():
-                fetch(shard, path)
+                fetch(shard, path, on_block=on_block)
                 self._make_room(path)
             os.utime(path)
             return io.FileIO(path)

@@ -56,12 +56,18 @@ class ShardIndex:
         return len(self.bounds) // 2
 
 
-def index_shard(shard: str, cache: ShardCache | None = None) -> ShardIndex:
+def index_shard(
+    shard: str,
+    cache: ShardCache | None = None,
+    *,
+    on_block: Callable[[int], None] | None = None,
+) -> ShardIndex:
     """Reads the headers of a tar.
 
     Args:
         shard: a path; a url too where there is a cache to read it from.
         cache: for the copies of remote shards.
+        on_block: called with the bytes that have come of a remote one while it is fetched.
 
     Raises:
         DataError: it is not a tar file at all, or holds no whole sample.
@@ -70,7 +76,7 @@ def index_shard(shard: str, cache: ShardCache | None = None) -> ShardIndex:
     fault: str | None = None
     last: str | None = None
     try:
-        opened = cache.open(shard) if cache else io.FileIO(shard)
+        opened = cache.open(shard, on_block=on_block) if cache else io.FileIO(shard)
         with io.BufferedReader(opened) as file:
             try:
                 for key, start, end in _members(file):

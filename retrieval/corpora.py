@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipsys.errors import DataError
-from clipsys.sources import Record, iterate_source, source_kind
+from clipsys.records import Record
+from clipsys.sources import iterate_source, source_kind
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.images import decode_image
+from clipsys.records import Record
 from clipsys.retrieval.corpora import Entry
 from clipsys.retrieval.encoding import ImageTextEncoder
 from clipsys.retrieval.items import (
@@ -43,7 +44,7 @@ from clipsys.retrieval.items import (
 from clipsys.retrieval.report import AddReport
 from clipsys.retrieval.segments import Floats
 from clipsys.retrieval.store import Store
-from clipsys.sources import Record, read_uri
+from clipsys.sources import read_uri
 
 #: A batch of the encoder is committed at once if the last commit is this many seconds ago. On a
 #: CPU, where a batch takes longer than that, a kill loses the batch in flight; on a fast GPU it

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from clipsys.errors import CollectionError
+from clipsys.records import Record
 from clipsys.retrieval import durable, light
 from clipsys.retrieval.compaction import compact
 from clipsys.retrieval.corpora import Entry
@@ -34,7 +35,7 @@ from clipsys.retrieval.snapshot import empty_snapshot, follow
 from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.store import Store
 from clipsys.retrieval.writing import clear_leftovers, clear_superseded
-from clipsys.sources import Record, read_uri
+from clipsys.sources import read_uri
 
 #: The share of the images that may be gone or unreadable without being told twice.
 LOSS_LIMIT = 0.1

@@ -193,12 +193,16 @@ def open_shards(config: DataConfig) -> ShardSet:
     faults = []
     with progress("Counting samples", len(unknown), unit="shards") as advance:
         for shard in unknown:
-            index = index_shard(shard, config.shard_cache)
+
+            def fetched(size_bytes: int, name: str = shard.rpartition("/")[2]) -> None:
+                advance(0, note=f"fetching {name}: {size_bytes / 1e6:,.0f} MB")
+
+            index = index_shard(shard, config.shard_cache, on_block=fetched)
             if index.fault:
                 _logger.warning("%s; its first %d samples are used", index.fault, len(index))
                 faults.append(Skipped(shard, index.broken_key or "?", "truncated shard"))
             known[shard] = len(index)
-            advance()
+            advance(note="")
     shards, sources = zip(*expanded, strict=True)
     return ShardSet(shards, tuple(known[shard] for shard in shards), sources, tuple(faults))
 
@@ -331,7 +335,7 @@ class TrainingBatches(Dataset[Batch]):
         known = self._pixels.get(number)
         row = self._decoder.row(raw, epoch, position, known)
         if known is None:
-            self._pixels.put(number, row.pixels)
+            self._pixels.put(number, row.image)
         return row
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:

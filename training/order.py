@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,25 +70,13 @@ class SampleOrder:
     def samples(self, epoch: int, first: int, last: int) -> list[tuple[int, int]]:
         """(shard, sample within the shard) at the positions from ``first`` to before ``last``."""
         found: list[tuple[int, int]] = []
-        for window, start, stop in self._windows(epoch):
+        for window, start, stop in _window_bounds(self, epoch):
             if start < last and stop > first:
                 numbers = _window(self, epoch, window)[max(0, first - start) : last - start]
                 found += zip(*(column.tolist() for column in numbers.T), strict=True)
             if stop >= last:
                 break
         return found
-
-    def shards_between(self, epoch: int, first: int, last: int) -> list[int]:
-        """The shards that those positions may need, in the order in which they are needed."""
-        return [
-            shard
-            for window, start, stop in self._windows(epoch)
-            if start < last and stop > first
-            for shard in self._members(epoch, window)
-        ]
-
-    def _windows(self, epoch: int) -> Sequence[tuple[int, int, int]]:
-        return _window_bounds(self, epoch)
 
     def _members(self, epoch: int, window: int) -> list[int]:
         """The shards that are mixed together in a window; with replacement, some twice."""

@@ -2,7 +2,7 @@
 
 A file without a name, mapped into the trainer and its worker processes: the system's page cache
 decides what is in memory, and the space is free again when the last process is gone, however it
-went. A row is written before its flag, by whoever decodes it first; two that do so at once write
+went. An image is written before its flag, by whoever decodes it first; two that do so at once write
 the same.
 """
 
@@ -16,13 +16,14 @@ from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from clipsys.training.samples import DecodedImage
 
 _logger = logging.getLogger(__name__)
 
 
 class PixelCache:
-    """(N, 3, H, W) of uint8 pixels, with a flag for each row that is there."""
+    """N decoded images: (N,) groups, (N,) flags of those that are there, (N, 3, H, W) pixels."""
 
     def __init__(self, num_samples: int, size: tuple[int, int]) -> None:
         """
@@ -42,9 +43,10 @@ class PixelCache:
     def _map(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._memory = mmap.mmap(descriptor, cache_bytes(self._shape[0], self._shape[2:]))
-        both = np.frombuffer(self._memory, dtype=np.uint8)
-        self._flags, pixels = both[: self._shape[0]], both[self._shape[0] :]
-        self._rows = pixels.reshape(self._shape)
+        count = self._shape[0]
+        self._groups = np.frombuffer(self._memory, dtype=np.int64, count=count)
+        rest = np.frombuffer(self._memory, dtype=np.uint8, offset=self._groups.nbytes)
+        self._flags, self._rows = rest[:count], rest[count:].reshape(self._shape)
 
     def __getstate__(self) -> dict[str, Any]:
         # Works while a process is being started, which is when a dataset goes to its workers.
@@ -58,20 +60,23 @@ class PixelCache:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
-    def get(self, number: int) -> npt.NDArray[np.uint8] | None:
-        """Row ``number``, (3, H, W), to be read only; None if it is not there yet."""
-        return self._rows[number] if self._flags[number] else None
+    def get(self, number: int) -> DecodedImage | None:
+        """Image ``number``, to be read only; None if it is not there yet."""
+        if not self._flags[number]:
+            return None
+        return DecodedImage(self._rows[number], int(self._groups[number]))
 
-    def put(self, number: int, pixels: npt.NDArray[np.uint8]) -> None:
-        """Keeps row ``number``."""
-        self._rows[number] = pixels
+    def put(self, number: int, image: DecodedImage) -> None:
+        """Keeps image ``number``."""
+        self._rows[number] = image.pixels
+        self._groups[number] = image.group
         self._flags[number] = 1
 
 
 def cache_bytes(num_samples: int, size: tuple[int, ...]) -> int:
     """Size of a cache."""
     height, width = size
-    return num_samples * (1 + 3 * height * width)
+    return num_samples * (8 + 1 + 3 * height * width)
 
 
 def make_cache(num_samples: int, size: tuple[int, int], *, limit_bytes: int) -> PixelCache | None:

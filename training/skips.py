@@ -74,4 +74,6 @@ class SkipLedger:
         if not self.reasons:
             return None
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        return f"{self.reasons.total()} samples could not be used; see {self._path} ({reasons})"
+        count = self.reasons.total()
+        noun = "sample" if count == 1 else "samples"
+        return f"{count} {noun} could not be used; see {self._path} ({reasons})"

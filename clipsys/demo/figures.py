@@ -18,7 +18,7 @@ from clipsys.benchmarking import encode_records
 from clipsys.demo.scenes import COLOURS, SHAPES, class_names
 from clipsys.encoder import Encoder, load
 from clipsys.evaluation import Floats, retrieval_figures, retrieval_targets
-from clipsys.sources import Record
+from clipsys.records import Record
 from clipsys.zeroshot import ZeroShotClassifier
 
 PROMPTS = ("{}", "a photo of {}", "a picture of {}")

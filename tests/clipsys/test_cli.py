@@ -112,7 +112,7 @@ def test_shards_packs_and_says_what_it_skipped(
     status, out, err = run("shards", str(image_folder), str(tmp_path / "out"), capsys=capsys)
     assert status == 0
     assert out.split() == [str(tmp_path / "out" / "shard-00000.tar")]
-    assert "skipped 1: not an image" in err
+    assert "skipped 1 (1 not an image); see " in err
 
 
 def test_an_empty_folder_is_an_error_and_leaves_nothing(

@@ -5,13 +5,14 @@ import pickle
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clipsys.errors import ImageDecodeError
-from clipsys.images import EXTENSIONS, decode_image
+from clipsys.images import EXTENSIONS, decode_image, decode_stored
 from tests.conftest import noise_image
 
 
@@ -106,6 +107,56 @@ def test_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     data = _bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def _pillows(data: bytes, scale: int = 1) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (image.width // scale, image.height // scale))
+        return image.convert("RGB")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 48), (203, 101), (77, 160)])
+@pytest.mark.parametrize("options", [
+    {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"quality": 3},
+    {"progressive": True}, {"restart_marker_blocks": 3},
+])  # fmt: skip
+def test_jpegs_have_pillows_pixels_to_the_bit(
+    shape: tuple[int, int], options: dict[str, Any]
+) -> None:
+    for mode in ("RGB", "L", "CMYK"):
+        data = _bytes(noise_image(2, shape).convert(mode), "JPEG", **options)
+        for scale in (1, 2, 4, 8):
+            stored = decode_stored(data, min_side=min(shape) // scale or None)
+            assert stored.full_size == shape[::-1]
+            assert stored.image.tobytes() == _pillows(data, stored.scale).tobytes()
+
+
+def test_pillow_decides_which_damaged_jpegs_are_used() -> None:
+    rng = np.random.default_rng(1)
+    used = 0
+    for number in range(120):
+        options = {"progressive": number % 3 == 0}
+        damaged = bytearray(_bytes(noise_image(6, (96, 96)), "JPEG", **options))
+        if number % 2:
+            del damaged[rng.integers(len(damaged) // 2, len(damaged)) :]
+        for at in rng.integers(len(damaged) // 2, len(damaged), number % 4):
+            damaged[at] = rng.integers(256)
+        try:
+            expected = _pillows(bytes(damaged))
+        except OSError:
+            with pytest.raises(ImageDecodeError):
+                decode_image(bytes(damaged))
+        else:
+            assert decode_image(bytes(damaged)).tobytes() == expected.tobytes()
+            used += 1
+    assert 20 < used < 100
+
+
+def test_of_several_pictures_in_a_jpeg_the_first_is_taken_also_at_a_fraction() -> None:
+    first, second = noise_image(7, (160, 160)), noise_image(8, (160, 160))
+    data = _bytes(first, "MPO", save_all=True, append_images=[second])
+    assert decode_image(data).tobytes() == _pillows(_bytes(first, "JPEG")).tobytes()
+    assert decode_image(data, min_side=40).size == (40, 40)
 
 
 def test_min_side_decodes_large_jpegs_at_a_fraction() -> None:

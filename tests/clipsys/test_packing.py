@@ -52,7 +52,9 @@ def test_a_source_of_bad_images_only_is_an_error_and_writes_nothing(tmp_path: Pa
     source = tmp_path / "in"
     source.mkdir()
     (source / "bad.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"none of the 1 images can be used \(1 not an image\)"):
+    with pytest.raises(
+        DataError, match=r"none of the 1 images can be used \(1 not an image\); .*bad\.png"
+    ):
         pack(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 
@@ -80,6 +82,11 @@ def test_the_shards_do_not_depend_on_the_number_of_processes(many: Path, tmp_pat
             many, tmp_path / name, shard_bytes=50_000, shuffle_seed=3, resize=40, workers=workers
         )
         assert report.skipped == {"not an image": 1, "empty": 1}
+        assert report.skipped_path is not None
+        lines = report.skipped_path.read_text().splitlines()
+        assert {(Path(one["uri"]).name, one["reason"]) for one in map(json.loads, lines)} == {
+            ("05.png", "not an image"), ("29.png", "empty")
+        }  # fmt: skip
     assert _contents(tmp_path / "one") == _contents(tmp_path / "three")
     assert len(_contents(tmp_path / "one")) > 2
 
@@ -135,7 +142,9 @@ def test_an_unfinished_pack_is_gone_on_with_only_as_it_was(
     subprocess.run(
         [sys.executable, str(script), str(many), str(out), "1", "after", "1"], check=False
     )
-    with pytest.raises(DataError, match=r"with other settings \(shuffle_seed, resize\)"):
+    with pytest.raises(
+        DataError, match=r"with other settings \(shuffle_seed was 1, is None, resize was"
+    ):
         pack(many, out, shard_bytes=30_000, resize=40)
     (many / "00.txt").write_text("a caption is not looked at")
     noise_image(99).save(many / "0.png")

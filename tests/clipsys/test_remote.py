@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import sys
 import threading
 from collections import Counter
@@ -21,6 +22,7 @@ from clipsys.shard_index import ShardReader
 from clipsys.shard_manifest import remote_manifest
 from clipsys.shard_writing import write_shards
 from clipsys.shards import Sample, iterate_raw
+from clipsys.training.data import DataConfig, open_shards
 
 
 class _Server(ThreadingHTTPServer):
@@ -128,6 +130,21 @@ def test_a_remote_shard_is_fetched_once_and_read_anywhere(server: _Server, tmp_p
         assert read == expected[::-1]
         reader.close()
     assert server.asked[_NAME] == 2  # the one that broke off, and one more
+
+
+def test_counting_remote_shards_says_what_is_being_fetched(
+    server: _Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("clipsys.progress.LINE_INTERVAL_S", 0.0)
+    (server.folder / "shards.json").unlink()
+    config = DataConfig(train=server.url(_NAME), cache_dir=str(tmp_path / "c"))
+    assert open_shards(config).num_samples == len(_local(server))
+    said = capsys.readouterr().err
+    assert re.search(rf"Counting samples: 0/1 shards.* fetching {_NAME}: \d+ MB", said)
+    assert "1/1 shards" in said
 
 
 def test_the_copies_used_longest_ago_make_room(server: _Server, tmp_path: Path) -> None:

@@ -71,13 +71,32 @@ def test_the_command_prints_and_ends_with_the_verdict(
 ) -> None:
     write_training_shards(tmp_path / "s", 6)
     status, out, _ = run("shards", "--verify", str(tmp_path / "s"), capsys=capsys)
-    assert (status, out) == (0, "6 samples in 1 shards\n")
+    assert (status, out) == (
+        0,
+        "6 samples in 1 shards\nall images decode, all samples have a text, none occurs twice\n",
+    )
     write_shards([Sample("x", b"?", "png", ("y",))], tmp_path / "s", prefix="bad")
     status, out, err = run("shards", "--verify", str(tmp_path / "s"), "--json", capsys=capsys)
     report = json.loads(out)
     assert status == 1 and report["sound"] is False and report["num_samples"] == 7
     assert list(report["unusable"]) == ["not an image"]
     assert "the shards are not sound" in err
+
+
+def test_the_command_shows_a_few_of_many_repetitions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [
+        Sample(f"{copy}-{number}", encode_png(np.full((2, 2, 3), number, np.uint8)), "png", ("y",))
+        for copy in range(2)
+        for number in range(8)
+    ]
+    write_shards(samples, tmp_path)
+    _, out, _ = run("shards", "--verify", str(tmp_path), capsys=capsys)
+    lines = out.splitlines()
+    assert lines[1] == "8 images occur several times with the same text:"
+    assert len(lines) == 6
+    assert lines[-1].strip() == "and 5 more; --json lists all"
 
 
 def test_packing_without_a_target_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from clipsys.errors import DataError
-from clipsys.sources import Columns, iterate_source, read_uri, to_sample
-from tests.conftest import noise_image, write_training_shards
+from clipsys.records import to_sample
+from clipsys.sources import iterate_source, read_uri
+from clipsys.tables import Columns
+from tests.conftest import encode_png, noise_image, write_training_shards
 
 
 def _table(folder: Path, text: str, name: str = "t.csv") -> Path:
@@ -142,3 +147,32 @@ def test_a_record_becomes_a_sample(image_folder: Path) -> None:
     sample = to_sample(record, "k")
     assert (sample.key, sample.suffix, sample.label) == ("k", "png", "cats")
     assert sample.image == Path(record.uri).read_bytes()
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+@pytest.mark.parametrize("name", ["image", "photo"])
+def test_a_parquet_column_of_images_is_found_by_its_content(
+    tmp_path: Path, as_struct: bool, name: str
+) -> None:
+    images = [encode_png(np.full((4, 4, 3), value, np.uint8)) for value in range(5)]
+    rows = [
+        {name: {"bytes": image, "path": "a.png"} if as_struct else image, "caption": f"{at}"}
+        for at, image in enumerate(images)
+    ]
+    table = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=2)
+    for columns in (Columns(), Columns(path=name)):
+        records = list(iterate_source(table, columns=columns))
+        assert [record.read() for record in records] == images
+        assert [read_uri(record.uri) for record in records] == images
+        assert [record.captions for record in records] == [(f"{at}",) for at in range(5)]
+        assert all(not record.metadata for record in records)
+
+
+def test_other_bytes_in_a_table_of_paths_are_no_images(tmp_path: Path) -> None:
+    table = tmp_path / "t.parquet"
+    row = {"path": "a.png", "vector": b"1234", "7": "seven"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), table)
+    (record,) = iterate_source(table)
+    assert record.uri == str(tmp_path / "a.png")
+    assert (record.captions, record.metadata) == ((), {"7": "seven"})

@@ -126,7 +126,7 @@ def test_images_that_are_kept_are_decoded_once_and_give_the_same_batches(
         return pixels(self, data, place)
 
     monkeypatch.setattr(Decoder, "_pixels", counted)
-    kept = _dataset(damaged, epochs=3, pixel_cache_bytes=50 * (3 * 32 * 32 + 1))
+    kept = _dataset(damaged, epochs=3, pixel_cache_bytes=50 * (3 * 32 * 32 + 9))
     assert _same(list(load_batches(kept, workers)), expected)
     if workers == 0:
         bad = {place for place in decoded if place.endswith("#0007")}
@@ -135,7 +135,7 @@ def test_images_that_are_kept_are_decoded_once_and_give_the_same_batches(
 
 
 def test_what_does_not_fit_is_not_kept(shards: str) -> None:
-    size = 50 * (3 * 32 * 32 + 1)
+    size = 50 * (3 * 32 * 32 + 9)
     assert _dataset(shards, epochs=3, pixel_cache_bytes=size)._pixels is not None
     assert _dataset(shards, epochs=3, pixel_cache_bytes=size - 1)._pixels is None
     assert _dataset(shards, epochs=1, pixel_cache_bytes=size)._pixels is None
