@@ -21,9 +21,9 @@ import faiss
 import numpy as np
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import durable
+from clipsys.retrieval import durable, fastscan
 from clipsys.retrieval.clustering import nearest, spherical_kmeans
-from clipsys.retrieval.index import SUFFIX, IdSet, read_file
+from clipsys.retrieval.index import SUFFIX, IdSet, read_file, searchable
 from clipsys.retrieval.manifest import IndexGeneration
 from clipsys.retrieval.planning import (
     DEFAULT_RECALL,
@@ -79,7 +79,7 @@ def build_index(
     _fill(index, plan.kind, snapshot, np.arange(len(snapshot)))
     effort = None
     if not plan.is_exact and len(snapshot):
-        effort = tune(index, plan, snapshot, queries)
+        effort = tune(searchable(index, plan.kind), plan, snapshot, queries)
     name, sha256 = _write(folder, index, generation)
     return IndexGeneration(
         generation=generation,
@@ -160,6 +160,8 @@ def _forget_all_but(index: Any, live_ids: Ints) -> None:
 
 def _empty_index(plan: IndexPlan) -> Any:
     dim, metric = plan.dim, _faiss.METRIC_INNER_PRODUCT
+    if plan.kind == "ivf-pq":
+        return fastscan.empty_lists(dim, plan.num_lists)
     if plan.kind == "flat":
         return _faiss.IndexIDMap(_faiss.IndexFlatIP(dim))
     if plan.kind == "hnsw":
@@ -172,17 +174,19 @@ def _empty_index(plan: IndexPlan) -> Any:
 
 def _fill(index: Any, kind: str, snapshot: Snapshot, positions: Ints) -> None:
     """Adds the vectors at positions, block by block."""
-    centroids_LD = None
+    centroids_LD, inverted, rotation_DD = None, index, fastscan.rotation_of(index)
     if kind.startswith("ivf"):
-        quantizer = _faiss.extract_index_ivf(index).quantizer
-        centroids_LD = quantizer.reconstruct_n(0, quantizer.ntotal)
+        inverted = _faiss.extract_index_ivf(index)
+        centroids_LD = inverted.quantizer.reconstruct_n(0, inverted.nlist)
     for ids_N, vectors_ND in snapshot.blocks(positions):
         if centroids_LD is None:
             index.add_with_ids(vectors_ND, ids_N)
             continue
-        list_N, _ = nearest(vectors_ND, centroids_LD)
-        arrays = (np.ascontiguousarray(one) for one in (vectors_ND, ids_N, list_N))
-        index.add_core(len(ids_N), *map(_faiss.swig_ptr, arrays))
+        listed_ND = vectors_ND if rotation_DD is None else vectors_ND @ rotation_DD
+        list_N, _ = nearest(listed_ND, centroids_LD)
+        arrays = [np.ascontiguousarray(one) for one in (listed_ND, ids_N, list_N)]
+        inverted.add_core(len(ids_N), *map(_faiss.swig_ptr, arrays))
+    index.ntotal = inverted.ntotal
 
 
 def _sample(snapshot: Snapshot, count: int) -> Floats:
@@ -204,9 +208,18 @@ def _train(index: Any, sample_ND: Floats) -> None:
         centroids_LD = _kmeans_on_gpus(sample_ND, inverted.nlist)
     else:
         centroids_LD = spherical_kmeans(sample_ND, inverted.nlist, rounds=_KMEANS_ROUNDS)
+    # The codes are trained alone, the centroids being in place: a few vectors are enough for them.
+    some_ND = sample_ND[:: max(1, len(sample_ND) // _CODE_SAMPLE)]
+    if isinstance(index, _faiss.IndexPreTransform):
+        # FAISS refuses to find 16 points among fewer.
+        some_ND = np.resize(some_ND, (max(len(some_ND), 1 << fastscan.BITS), some_ND.shape[1]))
+        rotation_DD = fastscan.balanced_rotation(
+            some_ND - centroids_LD[nearest(some_ND, centroids_LD)[0]]
+        )
+        fastscan.set_rotation(index, rotation_DD)
+        centroids_LD = centroids_LD @ rotation_DD
     inverted.quantizer.add(centroids_LD)
-    # Finds the centroids in place, and trains the codes alone: a few vectors are enough for them.
-    index.train(sample_ND[:: max(1, len(sample_ND) // _CODE_SAMPLE)])
+    index.train(some_ND)
 
 
 def _kmeans_on_gpus(sample_ND: Floats, num_lists: int) -> Floats:

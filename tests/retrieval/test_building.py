@@ -112,7 +112,7 @@ def test_no_query_is_worse_off_in_a_batch(whole: Snapshot, index: LoadedIndex) -
         np.testing.assert_array_equal(rank(whole, index, query, 10)[0], ids)
 
 
-@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-sq8", "ivf-rabitq"])
+@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-sq8", "ivf-pq", "ivf-rabitq"])
 def test_extended_index_knows_the_new_and_forgot_the_deleted(
     whole: Snapshot, tmp_path: Path, kind: Kind
 ) -> None:

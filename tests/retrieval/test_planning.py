@@ -21,10 +21,9 @@ GB = 10**9
         (0, GB, 0.98, "flat"),
         (1, GB, 0.98, "flat"),
         (EXACT_ITEMS, GB, 0.98, "flat"),
-        (EXACT_ITEMS + 1, GB, 0.98, "ivf-sq8"),
-        (1_000_000, 4 * GB, 0.98, "ivf-sq8"),
-        (1_000_000, GB, 0.98, "ivf-sq8"),
-        (1_000_000, 700_000_000, 0.98, "ivf-rabitq"),
+        (EXACT_ITEMS + 1, GB, 0.98, "ivf-pq"),
+        (1_000_000, 4 * GB, 0.98, "ivf-pq"),
+        (1_000_000, 700_000_000, 0.98, "ivf-pq"),
         (100_000_000, 16 * GB, 0.98, "ivf-rabitq"),
         (1_000_000, 4 * GB, 1, "flat"),
     ],
@@ -41,7 +40,7 @@ def test_plan_is_the_fastest_kind_that_fits(
 
 
 def test_compressed_index_takes_at_most_a_third_of_the_float32_vectors() -> None:
-    for kind in ("ivf-sq8", "ivf-rabitq"):
+    for kind in ("ivf-sq8", "ivf-pq", "ivf-rabitq"):
         plan = plan_of_kind(kind, 1_000_000, 512)
         assert plan.memory_bytes <= 0.35 * 1_000_000 * 512 * 4
 
