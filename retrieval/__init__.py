@@ -13,7 +13,9 @@ Modules, each of which builds on those above it:
     items         items and failures as values
     words         captions searched by their words
     schema        the database's tables
-    store         items, failures and segments in SQLite: the truth
+    database      a connection to the SQLite file, taken in turns
+    row_writing   the statements of which commits are made
+    store         items, failures and segments in the database: the truth
     planning      which index, and when another one
     manifest      which model, which index generation
     creation      a collection's folder, whole or not at all

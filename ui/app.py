@@ -238,7 +238,8 @@ def _options(service: SearchService) -> list[Any]:
             negative = gr.Textbox(
                 value="",
                 label="Not like",
-                placeholder="what the images should be unlike",
+                placeholder="snow",
+                info="What the images should be unlike",
                 max_lines=1,
             )
             where = gr.Textbox(
@@ -252,6 +253,7 @@ def _options(service: SearchService) -> list[Any]:
                 value="",
                 label="Words of the caption",
                 placeholder='dog -brown "on the beach"',
+                info="All have to occur, -word must not",
                 max_lines=1,
                 elem_classes="caption-words",
             )

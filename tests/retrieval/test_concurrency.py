@@ -55,7 +55,8 @@ def test_sixteen_readers_beside_a_writer_each_see_one_generation(
     ends = time.monotonic() + seconds
     number = 0
     try:
-        while time.monotonic() < ends and not problems:
+        # On a busy machine it takes longer until every reader and the writer have done something.
+        while (time.monotonic() < ends or number < 5 or len(searches) < 16) and not problems:
             folder = paint_folder(tmp_path / f"m{number}", num_images=BATCH, seed=number)
             collection.add(folder, batch_size=64, show_progress=False)
             if number % 3 == 2:
@@ -73,8 +74,7 @@ def test_sixteen_readers_beside_a_writer_each_see_one_generation(
             thread.join()
         own.close()
     assert problems == []
-    assert len(searches) == 16
-    assert number > 2
+    assert min(searches.values()) > 0
     assert collection.verify() == []
 
 

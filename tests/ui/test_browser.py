@@ -56,6 +56,25 @@ def page(
     assert width <= request.param["width"], "the page is wider than the screen"
 
 
+def settle(last: playwright.Locator) -> None:
+    """Waits until what a tab or "Options" has just shown, down to ``last``, can be filled in.
+
+    Gradio sets the first values of newly shown components once more, a frame after the code of all
+    of them has come: what was filled in by then is lost. A robot is that fast.
+    """
+    last.wait_for()
+    frame = "await new Promise(requestAnimationFrame);"
+    last.page.evaluate(f"async () => {{ {frame * 20} }}")
+
+
+def open_tab(page: playwright.Page, name: str, last: str) -> playwright.Locator:
+    """Opens a tab whose last component shows ``last``, a selector."""
+    page.get_by_role("tab", name=name).click()
+    panel = page.locator("[role=tabpanel]:visible")
+    settle(panel.locator(last))
+    return panel
+
+
 def search(page: playwright.Page, text: str) -> None:
     field = page.locator("#query-text input")
     field.fill(text)
@@ -102,15 +121,18 @@ def test_search_shows_pictures_and_the_chosen_one_with_its_facts(page: playwrigh
 def test_options_take_words_of_the_caption_and_near_duplicates(page: playwright.Page) -> None:
     panel = page.locator("[role=tabpanel]:visible")
     panel.get_by_role("button", name="Options").click()
-    panel.locator(".caption-words input, .caption-words textarea").fill("blue")
+    settle(panel.locator(".diverse input"))
+    words = panel.locator(".caption-words input, .caption-words textarea")
+    words.fill("blue")
     panel.locator(".diverse input").check()
     search(page, "red")
+    assert words.input_value() == "blue"
+    assert panel.locator(".diverse input").is_checked()
     assert "a blue square" in page.locator(".results .thumbnail-item:visible").first.inner_text()
 
 
 def test_search_by_image_finds_the_image(page: playwright.Page, photos: Path) -> None:
-    page.get_by_role("tab", name="By image").click()
-    panel = page.locator("[role=tabpanel]:visible")
+    panel = open_tab(page, "By image", "#search-image")
     panel.locator("input[type=file]").set_input_files(photos / "blue.png")
     panel.get_by_text("for your image").wait_for()
     assert min(visible_widths(page)) > 0
@@ -118,8 +140,7 @@ def test_search_by_image_finds_the_image(page: playwright.Page, photos: Path) ->
 
 
 def test_classification_names_the_colour(page: playwright.Page, photos: Path) -> None:
-    page.get_by_role("tab", name="Classify").click()
-    panel = page.locator("[role=tabpanel]:visible")
+    panel = open_tab(page, "Classify", "#probabilities")
     panel.locator("#labels textarea").fill("red, green, blue")
     panel.locator("input[type=file]").set_input_files(photos / "green.png")
     heading = panel.locator("#probabilities [data-testid=label-output-value]")
@@ -129,15 +150,13 @@ def test_classification_names_the_colour(page: playwright.Page, photos: Path) ->
 
 def test_file_that_is_no_image_gets_a_friendly_line(page: playwright.Page, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"not a photo")
-    page.get_by_role("tab", name="Classify").click()
-    panel = page.locator("[role=tabpanel]:visible")
+    panel = open_tab(page, "Classify", "#probabilities")
     panel.locator("input[type=file]").set_input_files(tmp_path / "holiday.jpg")
     page.get_by_text("The uploaded file: not an image in a known format").wait_for()
     assert "Traceback" not in page.inner_text("body")
 
 
 def test_about_lists_the_model_and_what_failed(page: playwright.Page) -> None:
-    page.get_by_role("tab", name="About").click()
-    panel = page.locator("[role=tabpanel]:visible")
+    panel = open_tab(page, "About", "table.facts >> nth=0")
     panel.get_by_text("colours-0").first.wait_for()
     panel.get_by_text("broken.jpg: not an image in a known format").wait_for()
