@@ -131,13 +131,13 @@ def _plan(kind: Kind, num_items: int, dim: int, recall: float, reason: str) -> I
         "hnsw": 4 * dim + 2 * HNSW_LINKS * 4,
         "ivf-flat": 4 * dim,
         "ivf-sq8": dim,
-        "ivf-pq": math.ceil(dim / 4),
+        "ivf-pq": _pq_bytes(dim),
         "ivf-rabitq": math.ceil(dim / 8) + _RABITQ_FACTOR_BYTES,
     }[kind] + _ID_BYTES
     memory_bytes = num_items * bytes_each + num_lists * dim * 4
     if kind == "ivf-pq":
         # Blocks of 32 codes are half empty at a list's end, and centroids are kept twice.
-        memory_bytes += num_lists * (16 * math.ceil(dim / 4) + dim * 4)
+        memory_bytes += num_lists * (16 * _pq_bytes(dim) + dim * 4)
     # Lists grow by doubling: at the worst moment the old and the new buffers exist together, but
     # not of all lists at once. A quarter more was measured; k-means is over by then.
     growing = math.ceil((2.25 if kind == "ivf-pq" else 1.25) * memory_bytes)  # pq: in two orders
@@ -146,6 +146,11 @@ def _plan(kind: Kind, num_items: int, dim: int, recall: float, reason: str) -> I
     return IndexPlan(
         kind, num_items, dim, recall, num_lists, num_training, memory_bytes, build_bytes, reason
     )
+
+
+def _pq_bytes(dim: int) -> int:
+    """Four bits for two numbers, or for each where their number is odd."""
+    return math.ceil(dim / 4 if dim % 2 == 0 else dim / 2)
 
 
 def num_lists_for(num_items: int) -> int:
