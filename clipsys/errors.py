@@ -7,6 +7,7 @@
     ├── ModelError           a model is missing, unknown, altered or not the one that was meant
     ├── TrainingError        a run cannot start, go on or resume
     ├── CollectionError      a collection is missing, locked, damaged or belongs to another model
+    │   └── RecallError        an index does not find as much as was asked for
     ├── QueryError           a search asks for something that cannot be answered
     └── ServerError          the app cannot serve
 
@@ -63,6 +64,10 @@ class TrainingError(ClipsysError):
 
 class CollectionError(ClipsysError):
     """A collection is missing, locked, damaged or belongs to another model."""
+
+
+class RecallError(CollectionError):
+    """An index does not find as much as was asked for, however hard it looks."""
 
 
 class QueryError(ClipsysError):

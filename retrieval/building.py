@@ -27,10 +27,10 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from clipsys.errors import CollectionError
-from clipsys.retrieval import durable, gpu
+from clipsys.errors import CollectionError, RecallError
+from clipsys.retrieval import durable, fastscan, gpu
 from clipsys.retrieval.clustering import Halves, nearest, spherical_kmeans
-from clipsys.retrieval.index import SUFFIX, read_file
+from clipsys.retrieval.index import SUFFIX, read_file, searchable
 from clipsys.retrieval.inverted_file import InvertedFile, MappedLists, fill
 from clipsys.retrieval.manifest import IndexGeneration
 from clipsys.retrieval.planning import (
@@ -40,6 +40,7 @@ from clipsys.retrieval.planning import (
     MIN_BUFFER_BYTES,
     STREAMED_KINDS,
     IndexPlan,
+    Kind,
     plan_index,
     plan_of_kind,
 )
@@ -85,7 +86,7 @@ def build_index(
     plan = plan or plan_of_kind("flat", len(snapshot), snapshot.vectors.dim)
     index = _empty_index(plan)
     if plan.num_training:
-        _train(index, snapshot, plan.num_training)
+        _train(index, plan, snapshot)
     effort = None
     with _new_file(folder, generation) as file:
         if plan.kind in STREAMED_KINDS:
@@ -97,7 +98,7 @@ def build_index(
                 index.add_with_ids(vectors_ND, ids_N)
             _faiss.write_index(index, str(file.beside))
         if not plan.is_exact and len(snapshot):
-            effort = tune(index, plan, snapshot, queries)
+            effort = tune(searchable(index, plan.kind), plan, snapshot, queries)
     return IndexGeneration(
         generation=generation,
         kind=plan.kind,
@@ -135,16 +136,31 @@ def build_planned(
             cannot be written.
     """
     allowed_bytes = default_memory_bytes() if memory_bytes is None else memory_bytes
-    plan = plan_index(len(snapshot), snapshot.vectors.dim, allowed_bytes, recall)
-    _logger.log(logging.DEBUG if plan.is_exact else logging.INFO, "%s: index %s", folder, plan)
-    return plan, build_index(
-        folder,
-        snapshot,
-        generation=generation,
-        plan=plan,
-        queries=None if plan.is_exact or queries is None else queries(),
-        memory_bytes=allowed_bytes,
-    )
+    asked: TuningQueries | None = None
+    tried: list[Kind] = []
+    while True:
+        plan = plan_index(
+            len(snapshot), snapshot.vectors.dim, allowed_bytes, recall,
+            on_gpus=gpu.num_gpus() > 0, without=tried,
+        )  # fmt: skip
+        _logger.log(logging.DEBUG if plan.is_exact else logging.INFO, "%s: index %s", folder, plan)
+        if queries is not None and asked is None and not plan.is_exact:
+            asked = queries()
+        try:
+            return plan, build_index(
+                folder,
+                snapshot,
+                generation=generation,
+                plan=plan,
+                queries=asked,
+                memory_bytes=allowed_bytes,
+            )
+        except RecallError as error:
+            # Codes of few bits may lose too much of some embeddings; a byte a number seldom does.
+            if plan.kind != "ivf-pq":
+                raise
+            _logger.warning("%s: %s; another kind is tried", folder, error)
+            tried.append(plan.kind)
 
 
 def extend_index(
@@ -189,6 +205,8 @@ def extend_index(
 
 def _empty_index(plan: IndexPlan) -> Any:
     dim, metric = plan.dim, _faiss.METRIC_INNER_PRODUCT
+    if plan.kind == "ivf-pq":
+        return fastscan.empty_lists(dim, plan.num_lists)
     if plan.kind == "flat":
         return _faiss.IndexIDMap(_faiss.IndexFlatIP(dim))
     if plan.kind == "hnsw":
@@ -221,7 +239,7 @@ def _stream(
     inverted = _faiss.extract_index_ivf(trained)
     num_covered = int(np.searchsorted(snapshot.ids_N, last_id, side="right"))
     newer = np.arange(num_covered, len(snapshot))
-    list_N = _assign(inverted.quantizer, snapshot, newer)
+    list_N = _assign(trained, snapshot, newer)
     sizes_L = np.bincount(list_N, minlength=inverted.nlist)
     live = np.zeros(last_id + 1, bool)
     live[snapshot.ids_N[:num_covered]] = True
@@ -236,9 +254,13 @@ def _stream(
         fill(file, trained, snapshot, newer, list_N, buffer_bytes=buffer_bytes)
 
 
-def _assign(quantizer: Any, snapshot: Snapshot, positions: Ints) -> npt.NDArray[np.int32]:
+def _assign(trained: Any, snapshot: Snapshot, positions: Ints) -> npt.NDArray[np.int32]:
     """The list of each of some vectors, (N,); found on GPUs where FAISS sees any."""
+    quantizer = _faiss.extract_index_ivf(trained).quantizer
     centroids_LD = quantizer.reconstruct_n(0, quantizer.ntotal)
+    rotation_DD = fastscan.rotation_of(trained)
+    if rotation_DD is not None:  # the centroids are turned back once, instead of every vector
+        centroids_LD = np.ascontiguousarray(centroids_LD @ rotation_DD.T)
     on_gpus = gpu.NearestCentroid(centroids_LD) if gpu.num_gpus() > 0 else None
     list_N = np.empty(len(positions), np.int32)
     done = 0
@@ -262,10 +284,10 @@ def _sample(snapshot: Snapshot, count: int) -> Halves:
     return sample_ND
 
 
-def _train(index: Any, snapshot: Snapshot, num_training: int) -> None:
+def _train(index: Any, plan: IndexPlan, snapshot: Snapshot) -> None:
     """Finds the centroids, then whatever the codes need; on GPUs where FAISS sees any."""
     inverted = _faiss.extract_index_ivf(index)
-    sample_ND = _sample(snapshot, num_training)
+    sample_ND = _sample(snapshot, plan.num_training)
     code_sample_ND = sample_ND[:: max(1, len(sample_ND) // CODE_SAMPLE)].copy()
     if gpu.num_gpus() > 0:
         centroids_LD = unit_rows(
@@ -274,9 +296,18 @@ def _train(index: Any, snapshot: Snapshot, num_training: int) -> None:
     else:
         centroids_LD = spherical_kmeans(sample_ND, inverted.nlist, rounds=_KMEANS_ROUNDS)
     del sample_ND
+    # The codes are trained alone, the centroids being in place: a few vectors are enough for them.
+    code_sample_ND = code_sample_ND.astype(np.float32)
+    if plan.kind == "ivf-pq":
+        # FAISS refuses to find 16 points among fewer.
+        enough = max(len(code_sample_ND), 1 << fastscan.BITS)
+        code_sample_ND = np.resize(code_sample_ND, (enough, code_sample_ND.shape[1]))
+        near_ND = centroids_LD[nearest(code_sample_ND, centroids_LD)[0]]
+        rotation_DD = fastscan.balanced_rotation(code_sample_ND - near_ND)
+        fastscan.set_rotation(index, rotation_DD)
+        centroids_LD = centroids_LD @ rotation_DD
     inverted.quantizer.add(centroids_LD)
-    # Finds the centroids in place, and trains the codes alone: a few vectors are enough for them.
-    index.train(code_sample_ND.astype(np.float32))
+    index.train(code_sample_ND)
 
 
 @dataclass

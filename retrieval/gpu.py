@@ -2,7 +2,7 @@
 
     fits on each GPU         a copy on each, queries divided among them
     fits on all together     vectors divided among them, every query goes to each
-    otherwise, no GPU, HNSW, RaBitQ     the CPU searches
+    otherwise, no GPU, other kinds      the CPU searches
 
 FAISS's GPU code is not thread-safe, not even two searches, so one lock goes around every call. What
 a copy cannot answer, the index on the CPU does: more than 2,048 neighbours or lists, and a filter

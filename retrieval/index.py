@@ -159,7 +159,7 @@ def load_index(folder: Path, generation: IndexGeneration, dim: int) -> LoadedInd
             f"{path}: holds {index.ntotal} vectors of width {index.d}, the manifest says "
             f"{generation.num_items} of width {dim}"
         )
-    return LoadedIndex(generation, index)
+    return LoadedIndex(generation, searchable(index, generation.kind))
 
 
 def read_file(path: Path, *, mapped: bool) -> Any:
@@ -171,6 +171,15 @@ def read_file(path: Path, *, mapped: bool) -> Any:
     # FAISS starts threads at every search to read ahead: measured, they cost more than they bring.
     lists.prefetch_nthread = 0
     return index
+
+
+def searchable(index: Any, kind: str) -> Any:
+    """What answers searches of an index as it is stored: itself, or a copy in another order."""
+    if kind != "ivf-pq":
+        return index
+    from clipsys.retrieval.fastscan import FastScan  # imports FAISS
+
+    return FastScan(index)
 
 
 def is_sound(folder: Path, generation: IndexGeneration) -> bool:

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import CollectionError
+from clipsys.retrieval.fastscan import rotation_of
 from clipsys.retrieval.segments import Floats, Ints
 from clipsys.retrieval.snapshot import Snapshot
 
@@ -44,7 +45,7 @@ class InvertedFile:
 
         Args:
             path: must not exist yet.
-            trained: an `IndexIVF` that holds no vectors.
+            trained: an inverted file index that holds no vectors, with or without a rotation.
             sizes_L: how many vectors each list is going to have.
 
         Raises:
@@ -91,9 +92,9 @@ class InvertedFile:
 def _header(trained: Any, sizes_L: Ints) -> bytes:
     """What FAISS writes before the lists, for an index that has lists of these sizes."""
     inverted = _faiss.extract_index_ivf(trained)
-    inverted.ntotal = int(sizes_L.sum())
+    trained.ntotal = inverted.ntotal = int(sizes_L.sum())
     data: bytes = _faiss.serialize_index(trained).tobytes()
-    inverted.ntotal = 0
+    trained.ntotal = inverted.ntotal = 0
     empty = struct.pack("<4sQQ4sQ", b"ilar", inverted.nlist, inverted.code_size, b"sprs", 0)
     if not data.endswith(empty):
         raise CollectionError(
@@ -130,6 +131,7 @@ def fill(
         list_N: the list of each.
         buffer_bytes: for codes, ids and their order.
     """
+    inverted, rotation_DD = _faiss.extract_index_ivf(trained), rotation_of(trained)
     each_bytes = file.code_size + _ID_BYTES + _PLACE_BYTES
     rows = min(max(1, buffer_bytes // each_bytes), max(1, len(positions)))
     codes_NC = np.empty((rows, file.code_size), np.uint8)
@@ -142,7 +144,9 @@ def fill(
         done = 0
         for block_ids, vectors_ND in snapshot.blocks(part):
             block = slice(done, done + len(block_ids))
-            codes_NC[place[block]] = _encode(trained, vectors_ND, part_list[block], file.code_size)
+            if rotation_DD is not None:
+                vectors_ND = vectors_ND @ rotation_DD  # noqa: PLW2901
+            codes_NC[place[block]] = _encode(inverted, vectors_ND, part_list[block], file.code_size)
             ids_N[place[block]] = block_ids
             done += len(block_ids)
         end = 0
@@ -152,12 +156,12 @@ def fill(
 
 
 def _encode(
-    trained: Any, vectors_ND: Floats, list_N: npt.NDArray[np.int32], code_size: int
+    inverted: Any, vectors_ND: Floats, list_N: npt.NDArray[np.int32], code_size: int
 ) -> Codes:
     codes_NC = np.empty((len(vectors_ND), code_size), np.uint8)
     # No list means to FAISS that a vector is left out; 64 bit are what it takes.
     arrays = (np.ascontiguousarray(vectors_ND), list_N.astype(np.int64), codes_NC)
-    trained.encode_vectors(len(vectors_ND), *map(_faiss.swig_ptr, arrays), False)
+    inverted.encode_vectors(len(vectors_ND), *map(_faiss.swig_ptr, arrays), False)
     return codes_NC
 
 
@@ -172,7 +176,7 @@ class MappedLists:
         empty = _faiss.ArrayInvertedLists(inverted.nlist, inverted.code_size)
         empty.this.disown()
         inverted.replace_invlists(empty, True)
-        inverted.ntotal = 0
+        index.ntotal = inverted.ntotal = 0
 
     def __len__(self) -> int:
         return int(self._lists.nlist)

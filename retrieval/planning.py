@@ -7,29 +7,31 @@ The thresholds come from `benchmarks/search.py`, on two cores and clustered vect
     flat         1.00                    exact; nothing to train or to tune
     hnsw         1.13                    in no plan: six times the building, and more work for texts
     ivf-flat     1.02                    in no plan: reads four times the bytes that ivf-sq8 does
-    ivf-sq8      0.26                    a byte a number; candidates are scored again exactly
-    ivf-rabitq   0.05                    a bit a number (Gao and Long 2024); many more candidates
+    ivf-sq8      0.26                    where there are GPUs, which have no 4-bit codes
+    ivf-pq       0.08                    two bits a number, fast scan, more candidates; in memory
+    ivf-rabitq   0.05                    a bit a number (Gao and Long 2024), mapped; slower
+
+Candidates of all of them are scored again exactly.
 
 Inverted files are written list by list and mapped, so they may exceed the memory; a search then
 waits for the disk. Therefore the first kind is taken that fits into the memory as a whole, and the
 smallest one where none does.
-
-PQ is not among them: RaBitQ has its size without codebooks to be trained. It was not measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.snapshot import BLOCK_ROWS
 
-Kind = Literal["flat", "hnsw", "ivf-flat", "ivf-sq8", "ivf-rabitq"]
+Kind = Literal["flat", "hnsw", "ivf-flat", "ivf-sq8", "ivf-pq", "ivf-rabitq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Kinds that are written list by list: their lists are arrays of codes of one size.
-STREAMED_KINDS: tuple[Kind, ...] = ("ivf-flat", "ivf-sq8", "ivf-rabitq")
+STREAMED_KINDS: tuple[Kind, ...] = ("ivf-flat", "ivf-sq8", "ivf-pq", "ivf-rabitq")
 
 #: Recall@10 against exact search that an index must reach unless another is asked for.
 DEFAULT_RECALL = 0.98
@@ -95,7 +97,13 @@ class IndexPlan:
 
 
 def plan_index(
-    num_items: int, dim: int, memory_bytes: int, recall: float = DEFAULT_RECALL
+    num_items: int,
+    dim: int,
+    memory_bytes: int,
+    recall: float = DEFAULT_RECALL,
+    *,
+    on_gpus: bool = False,
+    without: Collection[Kind] = (),
 ) -> IndexPlan:
     """Chooses the fastest kind of index that fits into the memory.
 
@@ -104,6 +112,8 @@ def plan_index(
         dim: their width D.
         memory_bytes: what building and holding the index may take.
         recall: share of the true ten nearest that has to be found; 1 asks for an exact index.
+        on_gpus: it is going to be searched there.
+        without: kinds that were tried and did not reach the recall.
 
     Raises:
         CollectionError: no kind that reaches the recall fits.
@@ -111,7 +121,7 @@ def plan_index(
     if not 0 < recall <= 1:
         raise CollectionError(f"recall is {recall}; expected a share above 0 and at most 1")
     refused: list[IndexPlan] = []
-    for kind, reason in _wishes(num_items, recall):
+    for kind, reason in _wishes(num_items, recall, on_gpus, without):
         plan = _plan(kind, num_items, dim, recall, reason)
         if max(plan.build_bytes, plan.memory_bytes) <= memory_bytes:
             return plan
@@ -132,16 +142,23 @@ def plan_of_kind(kind: Kind, num_items: int, dim: int, recall: float = DEFAULT_R
     return _plan(kind, num_items, dim, recall, "asked for")
 
 
-def _wishes(num_items: int, recall: float) -> list[tuple[Kind, str]]:
+def _wishes(
+    num_items: int, recall: float, on_gpus: bool, without: Collection[Kind]
+) -> list[tuple[Kind, str]]:
     """Kinds in the order in which they are tried, each with its reason."""
     if recall == 1:
         return [("flat", "a recall of 1 was asked for")]
     if num_items <= EXACT_ITEMS:
         return [("flat", f"up to {EXACT_ITEMS:,} items exact search takes milliseconds")]
-    return [
-        ("ivf-sq8", "a quarter of the memory, and faster than uncompressed"),
-        ("ivf-rabitq", "a byte a number does not fit into the memory"),
+    wishes: list[tuple[Kind, str]] = [
+        ("ivf-pq", "a fraction of the memory, and the fastest to scan"),
+        ("ivf-rabitq", "two bits a number do not fit into the memory"),
     ]
+    if on_gpus:
+        wishes.insert(0, ("ivf-sq8", "the smallest kind that GPUs search"))
+    elif without:
+        wishes.insert(0, ("ivf-sq8", f"{', '.join(without)} did not reach the recall"))
+    return [(kind, reason) for kind, reason in wishes if kind not in without]
 
 
 def _plan(kind: Kind, num_items: int, dim: int, recall: float, reason: str) -> IndexPlan:
@@ -152,11 +169,17 @@ def _plan(kind: Kind, num_items: int, dim: int, recall: float, reason: str) -> I
         "hnsw": 4 * dim + 2 * HNSW_LINKS * 4,
         "ivf-flat": 4 * dim,
         "ivf-sq8": dim,
+        "ivf-pq": _pq_bytes(dim),
         "ivf-rabitq": math.ceil(dim / 8) + _RABITQ_FACTOR_BYTES,
     }[kind] + _ID_BYTES
     memory_bytes = num_items * bytes_each + num_lists * dim * 4
+    if kind == "ivf-pq":
+        # Blocks of 32 codes are half empty at a list's end, and centroids are kept twice.
+        memory_bytes += num_lists * (16 * _pq_bytes(dim) + dim * 4)
     if kind in STREAMED_KINDS:
         build_bytes = _streamed_build_bytes(num_items, dim, num_lists, num_training)
+        if kind == "ivf-pq":
+            build_bytes += memory_bytes  # it is tuned in the order of the scan, in memory
     else:
         # A vector grows by doubling: at the worst moment the old and the new buffers exist
         # together. A quarter more was measured.
@@ -183,6 +206,11 @@ def _streamed_build_bytes(num_items: int, dim: int, num_lists: int, num_training
 def _block_bytes(num_items: int, dim: int) -> int:
     """What one block of vectors takes on its way into the index, several times over."""
     return 12 * min(num_items, BLOCK_ROWS) * dim
+
+
+def _pq_bytes(dim: int) -> int:
+    """Four bits for two numbers, or for each where their number is odd."""
+    return math.ceil(dim / 4 if dim % 2 == 0 else dim / 2)
 
 
 def num_lists_for(num_items: int) -> int:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import tuning
-from clipsys.retrieval.building import build_index, extend_index
+from clipsys.retrieval import planning, tuning
+from clipsys.retrieval.building import build_index, build_planned, extend_index
 from clipsys.retrieval.clustering import nearest, spherical_kmeans
 from clipsys.retrieval.index import LoadedIndex, load_index
 from clipsys.retrieval.planning import KINDS, Kind, plan_of_kind
@@ -112,7 +112,7 @@ def test_no_query_is_worse_off_in_a_batch(whole: Snapshot, index: LoadedIndex) -
         np.testing.assert_array_equal(rank(whole, index, query, 10)[0], ids)
 
 
-@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-sq8", "ivf-rabitq"])
+@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-sq8", "ivf-pq", "ivf-rabitq"])
 def test_extended_index_knows_the_new_and_forgot_the_deleted(
     whole: Snapshot, tmp_path: Path, kind: Kind
 ) -> None:
@@ -149,6 +149,21 @@ def test_recall_that_cannot_be_reached_is_an_error_that_says_what_was_reached(
     with pytest.raises(CollectionError, match=r"ivf-rabitq index reaches .* 0\.98 was asked for"):
         build_index(tmp_path, whole, generation=1, plan=plan)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kind_that_does_not_reach_the_recall_is_followed_by_a_finer_one(
+    whole: Snapshot,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(planning, "EXACT_ITEMS", 1_000)
+    monkeypatch.setattr(tuning, "_CANDIDATES", (10, 20))  # too few for four bits of two numbers
+    plan, generation = build_planned(tmp_path, whole, generation=1, recall=0.99)
+    assert plan.kind == generation.kind == "ivf-sq8"
+    assert "ivf-pq did not reach the recall" in plan.reason
+    assert "another kind is tried" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [generation.file]
 
 
 @pytest.mark.parametrize("count", [5, COUNT])

@@ -112,3 +112,26 @@ def test_unusable_values_are_errors() -> None:
         Condition("a", "in", "red")
     with pytest.raises(QueryError, match="is dict; expected"):
         parse_where({"a": {"b": 1}})
+
+
+@pytest.mark.parametrize("operator", ["=", "!=", "<", "<=", ">", ">=", "in", "contains"])
+def test_key_found_by_its_path_is_the_one_found_among_all_keys(
+    tmp_path: Path, operator: Any
+) -> None:
+    values: list[Any] = [
+        *(0, 7, -3, 7.0, 7.5, 2**62, "7", "007", "", "Sea", 'a "b"', "null", "true"),
+        *(True, False, None, ["Sea", 7], [], {"x": 7}),
+    ]
+    plain, odd = "a key.of-2", 'a "key"'  # no path is made for the second
+    made = Store.create(tmp_path / "items.sqlite")
+    items: list[dict[str, Any]] = [{plain: value, odd: value, "other": 7} for value in values]
+    new = [NewItem(f"/{n}", str(n), 1, 1, (), metadata) for n, metadata in enumerate([*items, {}])]
+    made.commit(Batch(new=new), SegmentFile("s.npy", len(new), "0"))
+    for value in values:
+        if isinstance(value, list | dict):
+            continue
+        sought = [value, "Sea"] if operator == "in" else value
+        by_path, among_all = (
+            matching(made, Condition(key, operator, sought)) for key in (plain, odd)
+        )
+        assert by_path == among_all, value

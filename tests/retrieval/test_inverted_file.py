@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from clipsys.errors import CollectionError
 from clipsys.retrieval import building
 from clipsys.retrieval.building import build_index, extend_index
 from clipsys.retrieval.clustering import nearest
+from clipsys.retrieval.fastscan import rotation_of
 from clipsys.retrieval.index import delete_stale, is_sound, load_index, read_file
 from clipsys.retrieval.inverted_file import InvertedFile, MappedLists
 from clipsys.retrieval.manifest import IndexGeneration
@@ -37,10 +39,9 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Snapshot:
 
 
 def trained(kind: Kind, num_lists: int, snapshot: Snapshot) -> Any:
-    names = {"ivf-flat": "Flat", "ivf-sq8": "SQ8", "ivf-rabitq": "RaBitQ"}
-    factory = f"IVF{num_lists},{names[kind]}"
-    index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
-    building._train(index, snapshot, len(snapshot))
+    plan = replace(plan_of_kind(kind, len(snapshot), DIM), num_lists=num_lists)
+    index = building._empty_index(plan)
+    building._train(index, replace(plan, num_training=len(snapshot)), snapshot)
     return index
 
 
@@ -48,9 +49,15 @@ def filled_by_faiss(index: Any, snapshot: Snapshot) -> Any:
     """In memory. The lists are given: FAISS's products differ from ours in their last bits."""
     filled = faiss.clone_index(index)
     vectors_ND = np.concatenate([block for _, block in snapshot.blocks()])
-    list_N, _ = nearest(vectors_ND, index.quantizer.reconstruct_n(0, index.nlist))
-    arrays = (np.ascontiguousarray(one) for one in (vectors_ND, snapshot.ids_N, list_N))
-    filled.add_core(len(vectors_ND), *map(faiss.swig_ptr, arrays))
+    inverted, rotation_DD = faiss.extract_index_ivf(filled), rotation_of(index)
+    centroids_LD = inverted.quantizer.reconstruct_n(0, inverted.nlist)
+    listed_ND = vectors_ND
+    if rotation_DD is not None:
+        listed_ND, centroids_LD = vectors_ND @ rotation_DD, centroids_LD @ rotation_DD.T
+    list_N, _ = nearest(vectors_ND, np.ascontiguousarray(centroids_LD))
+    arrays = [np.ascontiguousarray(one) for one in (listed_ND, snapshot.ids_N, list_N)]
+    inverted.add_core(len(listed_ND), *map(faiss.swig_ptr, arrays))
+    filled.ntotal = inverted.ntotal
     return filled
 
 
@@ -68,7 +75,8 @@ def test_file_is_the_one_that_faiss_writes_of_the_index_in_memory(
     building._stream(tmp_path / "ours", index, some, buffer_bytes=buffer_bytes)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "faiss").read_bytes()
     mapped = read_file(tmp_path / "ours", mapped=True)
-    mapped.nprobe = in_memory.nprobe = 10
+    for one in (mapped, in_memory):
+        faiss.extract_index_ivf(one).nprobe = 10
     queries = clustered(20, DIM, seed=3)
     for ours, theirs in zip(mapped.search(queries, 9), in_memory.search(queries, 9), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -126,7 +134,8 @@ def test_kinds_that_are_said_to_be_streamed_are_those_that_can_be(tmp_path: Path
     for kind in (one for one in KINDS if one.startswith("ivf")):
         index = building._empty_index(plan_of_kind(kind, 100, DIM))
         try:
-            with InvertedFile(tmp_path / kind, index, np.zeros(index.nlist, np.int64)):
+            num_lists = faiss.extract_index_ivf(index).nlist
+            with InvertedFile(tmp_path / kind, index, np.zeros(num_lists, np.int64)):
                 streams = True
         except CollectionError:
             streams = False

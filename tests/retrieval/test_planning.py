@@ -21,12 +21,12 @@ GB = 10**9
         (0, GB, 0.98, "flat"),
         (1, GB, 0.98, "flat"),
         (EXACT_ITEMS, GB, 0.98, "flat"),
-        (EXACT_ITEMS + 1, GB, 0.98, "ivf-sq8"),
-        (1_000_000, 4 * GB, 0.98, "ivf-sq8"),
-        (1_000_000, GB, 0.98, "ivf-sq8"),
-        (1_000_000, 550_000_000, 0.98, "ivf-sq8"),
-        (1_000_000, 500_000_000, 0.98, "ivf-rabitq"),
-        (100_000_000, 16 * GB, 0.98, "ivf-rabitq"),
+        (EXACT_ITEMS + 1, GB, 0.98, "ivf-pq"),
+        (1_000_000, 4 * GB, 0.98, "ivf-pq"),
+        (1_000_000, 500_000_000, 0.98, "ivf-pq"),
+        (1_000_000, 400_000_000, 0.98, "ivf-rabitq"),
+        (100_000_000, 16 * GB, 0.98, "ivf-pq"),
+        (100_000_000, 12 * GB, 0.98, "ivf-rabitq"),
         (100_000_000, 6 * GB, 0.98, "ivf-rabitq"),
         (1_000_000, 4 * GB, 1, "flat"),
     ],
@@ -42,8 +42,14 @@ def test_plan_is_the_fastest_kind_that_fits(
     assert plan.reason in str(plan)
 
 
+def test_what_gpus_search_is_planned_where_it_fits() -> None:
+    assert plan_index(1_000_000, 512, GB, on_gpus=True).kind == "ivf-sq8"
+    assert plan_index(1_000_000, 512, 500_000_000, on_gpus=True).kind == "ivf-pq"
+    assert plan_index(EXACT_ITEMS, 512, GB, on_gpus=True).kind == "flat"
+
+
 def test_compressed_index_takes_at_most_a_third_of_the_float32_vectors() -> None:
-    for kind in ("ivf-sq8", "ivf-rabitq"):
+    for kind in ("ivf-sq8", "ivf-pq", "ivf-rabitq"):
         plan = plan_of_kind(kind, 1_000_000, 512)
         assert plan.memory_bytes <= 0.35 * 1_000_000 * 512 * 4
 

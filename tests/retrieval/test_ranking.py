@@ -11,7 +11,7 @@ import pytest
 from clipsys.errors import CollectionError
 from clipsys.retrieval.building import build_index
 from clipsys.retrieval.index import LoadedIndex, delete_stale, is_sound, load_index
-from clipsys.retrieval.ranking import rank
+from clipsys.retrieval.ranking import rank, rank_batch, rescore
 from clipsys.retrieval.segments import Floats, Ints, SegmentReader, write_segment
 from clipsys.retrieval.snapshot import Snapshot
 
@@ -98,6 +98,28 @@ def test_top_k_equals_the_naive_one(
     for query in random_unit(3, 9):
         expected = naive(snapshot, query, k, allowed)
         assert_same(rank(snapshot, index, query, k, allowed=allowed), expected)
+
+
+@pytest.mark.parametrize("k", [1, 10, 40])
+@pytest.mark.parametrize("rows_at_once", [1, 50, 10**6])
+def test_candidates_of_many_queries_are_ranked_like_those_of_each(
+    tmp_path: Path, k: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In groups of one query, of some and of all; on threads where there are more than two groups.
+    monkeypatch.setattr("clipsys.retrieval.ranking._RESCORE_ROWS", rows_at_once)
+    snapshot = snapshot_of(tmp_path / "segments", [random_unit(90, 1), random_unit(60, 2)])
+    generator = np.random.default_rng(0)
+    queries = random_unit(23, 7)
+    candidates = [
+        generator.choice(np.arange(1, 151), length, replace=False)
+        for length in generator.integers(0, 40, len(queries))
+    ]
+    found = rescore(snapshot, candidates, queries, k)
+    for one, query, ids in zip(found, queries, candidates, strict=True):
+        assert_same(one, naive(snapshot, query, k, ids))
+    together = rank_batch(snapshot, None, queries, k)
+    for one, query in zip(together, queries, strict=True):
+        assert_same(one, naive(snapshot, query, k, None))
 
 
 @pytest.mark.parametrize("filtered", [False, True])

@@ -12,6 +12,7 @@ from clipsys.retrieval.segments import (
     SegmentReader,
     delete_orphans,
     open_segment,
+    widen,
     write_segment,
 )
 
@@ -79,3 +80,12 @@ def test_orphans_are_deleted_and_committed_segments_stay(tmp_path: Path) -> None
     assert delete_orphans(tmp_path, [kept.name]) == 1
     assert (tmp_path / kept.name).exists()
     assert not (tmp_path / orphan.name).exists()
+
+
+def test_every_finite_float16_becomes_the_same_float32() -> None:
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = half[np.isfinite(half)].reshape(-1, 16)
+    widened = widen(finite)
+    assert widened.dtype == np.float32
+    np.testing.assert_array_equal(widened.view(np.uint32), finite.astype(np.float32).view("u4"))
+    assert widen(finite[:0]).shape == (0, 16)

@@ -58,7 +58,7 @@ def check(collection: Collection) -> None:
 def test_index_is_tuned_with_captions_and_recorded(grown: Collection) -> None:
     index = grown.index
     assert index is not None
-    assert (index.kind, index.num_items, index.num_trained) == ("ivf-sq8", 4_000, 4_000)
+    assert (index.kind, index.num_items, index.num_trained) == ("ivf-pq", 4_000, 4_000)
     assert index.effort is not None
     assert set(index.effort.recall) == {"image", "text"}
     assert min(index.effort.recall.values()) >= 0.98
