@@ -9,9 +9,11 @@ A record is cheap: the image's bytes are read only when asked for.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from clipsys.records import Record, file_record, read_file
 from clipsys.remote import is_remote
 from clipsys.shards import expand_shards, iterate_raw, parse_sample, read_image
 from clipsys.tables import TABLE_SUFFIXES, Columns, iterate_table, read_table_image
+
+_logger = logging.getLogger(__name__)
+#: Files that belong to images, or to nobody.
+_BESIDE = {".txt", ".json", ".cls", ""}
 
 
 def iterate_source(
@@ -110,6 +116,7 @@ def _iterate_folder(root: Path) -> Iterator[Record]:
 def _walk(root: Path) -> Iterator[Path]:
     """Image files below a folder in sorted order; follows links, but no folder twice."""
     visited: set[tuple[int, int]] = set()
+    others: Counter[str] = Counter()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in visited:
@@ -118,8 +125,24 @@ def _walk(root: Path) -> Iterator[Path]:
         visited.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
+            suffix = Path(name).suffix.lower()
+            if suffix in EXTENSIONS and not name.startswith("."):
                 yield Path(folder) / name
+            elif suffix not in _BESIDE and not name.startswith("."):
+                others[suffix] += 1
+    if others:
+        _say_what_is_left(root, len(others), tuple(others.most_common(5)), others.total())
+
+
+@cache  # a folder is read more than once: first it is counted
+def _say_what_is_left(
+    root: Path, num_kinds: int, most: tuple[tuple[str, int], ...], total: int
+) -> None:
+    kinds = ", ".join(f"{number} {suffix}" for suffix, number in most)
+    _logger.info(
+        "%s: %d other files are no images by their names (%s%s); a table can name them",
+        root, total, kinds, ", …" if num_kinds > len(most) else "",
+    )  # fmt: skip
 
 
 def _side_captions(path: Path) -> tuple[str, ...]:

@@ -176,3 +176,15 @@ def test_other_bytes_in_a_table_of_paths_are_no_images(tmp_path: Path) -> None:
     (record,) = iterate_source(table)
     assert record.uri == str(tmp_path / "a.png")
     assert (record.captions, record.metadata) == ((), {"7": "seven"})
+
+
+def test_files_that_are_no_images_by_their_names_are_said_once(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.psd", "b.psd", "c.pdf", "notes.txt", ".hidden.psd"):
+        (image_folder / name).write_bytes(b"something")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            list(iterate_source(image_folder))
+    (line,) = [r.getMessage() for r in caplog.records if "no images by their names" in r.msg]
+    assert "3 other files" in line and "(2 .psd, 1 .pdf)" in line
