@@ -4,8 +4,8 @@ A vision transformer that is pooled at its class token needs only that token's o
 block: queries, projection and MLP of the other tokens are work for nothing (7 % of ViT-B/32). On a
 CPU the activations of a large batch travel to memory and back between every two operations, so a
 batch is encoded a few images at a time. Together 1.3 times as fast as open_clip's own forward on
-two cores, the same output to rounding. Whether a tower is of this kind
-is found out by comparing outputs, not by its name; any other runs as it is.
+two cores, the same output to rounding. Whether a tower is of this kind is found out by comparing
+outputs, not by its name; any other runs as it is.
 
 B images, C channels, H x W pixels, L tokens, W width of the tower, D of the embedding.
 """
