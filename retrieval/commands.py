@@ -52,7 +52,7 @@ def index(
 ) -> None:
     """Creates a collection, or brings it up to date with its sources."""
     from clipsys.errors import DataError
-    from clipsys.retrieval.corpora import count_records
+    from clipsys.retrieval.corpora import check_sources
     from clipsys.retrieval.creation import destroy_folder
     from clipsys.retrieval.manifest import FILE_NAME
     from clipsys.retrieval.migration import LOSS_LIMIT
@@ -60,7 +60,7 @@ def index(
 
     sources = sources or []
     if sources or not migrate:
-        count_records(sources)  # a missing source is said before a model is loaded
+        check_sources(sources)  # a missing source is said before a model is loaded
     if migrate:
         _migrate(collection, model, batch_size, workers, loss_limit=1.0 if yes else LOSS_LIMIT)
     if not sources:

@@ -27,6 +27,18 @@ class Entry:
     item_id: int | None = None
 
 
+def check_sources(sources: Sequence[str | Path]) -> None:
+    """Looks at the first record of each source, which is quick.
+
+    Raises:
+        DataError: none is named, or one of them is missing or empty.
+    """
+    if not sources:
+        raise DataError("nothing to add; name a folder, a table or shards")
+    for source in sources:
+        next(iterate_source(source))
+
+
 def count_records(sources: Sequence[str | Path]) -> int | None:
     """How many records the sources have; None where only reading them through would tell.
 
@@ -36,12 +48,10 @@ def count_records(sources: Sequence[str | Path]) -> int | None:
     Raises:
         DataError: none is named, or one of them is missing or empty.
     """
-    if not sources:
-        raise DataError("nothing to add; name a folder, a table or shards")
+    check_sources(sources)
     total: int | None = 0
     for source in sources:
         if source_kind(source) == "shards":
-            next(iterate_source(source))
             total = None
         else:
             number = sum(1 for _ in iterate_source(source))

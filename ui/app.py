@@ -231,7 +231,7 @@ def _uploaded(image: Upload) -> Path:
 
 def _options(service: SearchService) -> list[Any]:
     """Components for the fields of `Choices`, in their order."""
-    keys = service.collection.metadata_keys()
+    keys = service.metadata_keys
     with gr.Accordion("Options", open=False):
         k = gr.Slider(1, MAX_HITS, value=_DEFAULT_HITS, step=1, label="Number of images")
         with gr.Row():

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,6 +77,11 @@ class SearchService:
         self.thumbnails = ThumbnailCache(collection.path / "thumbnails")
         self._classifier_lock = threading.Lock()
         self._classifier: tuple[tuple[str, str], ZeroShotClassifier] | None = None
+
+    @cached_property
+    def metadata_keys(self) -> list[str]:
+        """Keys to filter by. Finding them reads all items: once, when the page is made."""
+        return self.collection.metadata_keys()
 
     def search(
         self,
