@@ -10,7 +10,8 @@ from clipsys.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("auto", "fp32", "bf16")
+#: What an encoder may be asked to compute in.
+PRECISIONS = ("auto", "fast", "fp32", "bf16", "int8")
 
 _logger = logging.getLogger(__name__)
 
@@ -43,19 +44,37 @@ def choose_device(asked: str = "auto") -> torch.device:
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16`` (autocast); ``auto`` decides by what the device multiplies fast.
+    """``fp32``, ``bf16`` (autocast) or ``int8`` (images on the CPU), and says why.
+
+    Args:
+        asked: ``auto`` decides between fp32 and bf16 by what the device multiplies fast; ``fast``
+            takes int8 too, where that is faster still.
+        device: where the model runs.
 
     Raises:
-        ConfigError: the precision is not known.
+        ConfigError: the precision is not known, or not to be had on this device.
     """
     if asked not in PRECISIONS:
         raise ConfigError(f"precision {asked!r} is not known; expected {', '.join(PRECISIONS)}")
-    if asked != "auto":
+    if asked == "int8":
+        _check_int8(device)
+    if asked not in ("auto", "fast"):
         return asked
     fast, reason = _bf16_is_fast(device)
+    if asked == "fast" and not fast and _int8_is_fast(device):
+        return "int8"  # said with the first images, which decide
     chosen = "bf16" if fast else "fp32"
     _logger.info("precision: %s (%s)", chosen, reason)
     return chosen
+
+
+def _check_int8(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigError(f"precision int8 is for CPUs, not for {device}; use bf16 or fp32")
+    if not _int8_is_fast(device):
+        raise ConfigError(
+            "precision int8: this processor has no instructions for it (VNNI); use fp32"
+        )
 
 
 def choose_training_precision(asked: str, device: torch.device) -> str:
@@ -96,3 +115,9 @@ def _bf16_is_fast(device: torch.device) -> tuple[bool, str]:
         amx = torch.cpu._is_amx_tile_supported()
         return amx, "the processor has AMX" if amx else "the processor has no AMX tiles"
     return False, f"autocast to bf16 is not used on {device.type}"
+
+
+def _int8_is_fast(device: torch.device) -> bool:
+    from clipsys import int8
+
+    return device.type == "cpu" and int8.is_fast()

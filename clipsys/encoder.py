@@ -14,12 +14,16 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys import models
+from clipsys.chunks import EncodeImage, in_chunks
 from clipsys.devices import choose_device, choose_precision
-from clipsys.image_tower import EncodeImage, image_encoder
-from clipsys.images import decode_image
+from clipsys.errors import ConfigError
+from clipsys.image_tower import CPU_CHUNK, INT8_CHUNK, image_encoder, int8_image_encoder
+from clipsys.images import decode_image, decode_stored
+from clipsys.int8 import CheckedInt8
 from clipsys.text_tower import text_encoder
 
 Vectors = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
 
 
 class Encoder:
@@ -34,7 +38,8 @@ class Encoder:
         fingerprint: SHA-256 of weights, architecture, tokenizer and preprocessing.
         dim: D, the width of the vectors.
         device: where the model runs.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``bf16``, or ``int8``: images in int8 where the first of them agree
+            with fp32, texts in fp32.
     """
 
     def __init__(
@@ -46,7 +51,13 @@ class Encoder:
         self.preprocessing = parts.preprocessing
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
+        self._read_fast = precision == "fast"
         self._model: Any = parts.model.eval().requires_grad_(False).to(self.device)
+        if precision == "int8" and int8_image_encoder(self._model) is None:
+            raise ConfigError(
+                f"precision int8: the image tower of {self.name} is not a vision transformer "
+                "pooled at its class token, the only kind that it is for; use fp32"
+            )
         self._encode_tokens = text_encoder(self._model)
         self._tokenizer = parts.tokenizer
         shape = (3, 1, 1)
@@ -77,19 +88,49 @@ class Encoder:
     @cached_property
     def _encode_pixels(self) -> EncodeImage:
         # When first needed: a search by text must not wait for it.
-        return image_encoder(self._model)
+        exact = self._from_pixels(image_encoder(self._model), CPU_CHUNK)
+        if self.precision != "int8":
+            return exact
+        return CheckedInt8(exact, self._make_int8)
 
-    def preprocess(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+    def _make_int8(self) -> EncodeImage | None:
+        tower = int8_image_encoder(self._model)
+        return None if tower is None else self._from_pixels(tower, INT8_CHUNK)
+
+    def _from_pixels(self, encode: EncodeImage, chunk: int) -> EncodeImage:
+        # Floats are four times the bytes: they are made when their images' turn has come.
+        return in_chunks(
+            lambda pixels: encode((pixels.float() / 255 - self._mean) / self._std), chunk
+        )
+
+    def preprocess(self, image: Image.Image) -> Pixels:
         """Resizes and crops one decoded image: uint8 (3, H, W). Thread-safe."""
         return self.preprocessing.pixels(image.convert("RGB"))
 
-    def encode_pixels(self, pixels_BCHW: npt.NDArray[np.uint8]) -> Vectors:
-        """Encodes a batch that `preprocess` has made: (B, 3, H, W) uint8 -> (B, D) float32."""
+    def read_pixels(self, source: str | Path | bytes, *, uri: str | None = None) -> Pixels:
+        """Decodes and preprocesses one file: uint8 (3, H, W). Thread-safe.
+
+        In precision ``fast`` as training does: JPEGs at a fraction of their size where that leaves
+        enough, and resized by torch, within 40 dB of the exact pixels. Otherwise `preprocess` of
+        the whole image.
+
+        Args:
+            source: a path, or the file's bytes.
+            uri: what error messages call it; the path if not given.
+
+        Raises:
+            ImageDecodeError: it cannot be decoded.
+        """
+        if not self._read_fast:
+            return self.preprocess(decode_image(source, uri=uri))
+        stored = decode_stored(source, uri=uri, min_side=self.preprocessing.fast_min_side)
+        return self.preprocessing.fast_pixels(stored)
+
+    def encode_pixels(self, pixels_BCHW: Pixels) -> Vectors:
+        """Encodes what `preprocess` or `read_pixels` made: (B, 3, H, W) uint8 -> (B, D) float32."""
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_BCHW)).to(self.device)
-        image_BCHW = (pixels.to(torch.float32) / 255 - self._mean) / self._std
         with torch.inference_mode(), self._autocast():
-            features = self._encode_pixels(image_BCHW)
-        return _unit(features)
+            return _unit(self._encode_pixels(pixels))
 
     def encode_image(
         self, images: Sequence[Image.Image | str | Path], *, batch_size: int = 64
@@ -135,10 +176,14 @@ def load(spec: str | Path, *, device: str = "auto", precision: str = "auto") -> 
         spec: ``NAME/TAG`` of open_clip (``ViT-B-32/laion2b_s34b_b79k``), ``hf-hub:ORG/REPO``, a
             model folder or a run folder.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        precision: ``auto``, ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``bf16``, or ``int8``, which encodes images 2 to 3 times as fast on
+            processors with VNNI and is given up where the first images do not agree with fp32 to a
+            cosine of 0.99; ``auto``: bf16 where the device is fast at it, else fp32; ``fast``: bf16
+            or int8 where the device is fast at it, else fp32, and files are read as in
+            `Encoder.read_pixels`.
 
     Raises:
         ModelError: there is no such model, or its files are damaged or altered.
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or cannot compute in this precision.
     """
     return Encoder(models.load_model(spec), device=device, precision=precision)

@@ -56,9 +56,12 @@ class Collection(KeptCollection):
         encoder: ImageTextEncoder | None,
         *,
         few_searches: bool = False,
+        precision: str = "fast",
     ) -> None:
         """Use `create` or `open`."""
-        super().__init__(path, manifest, store, encoder, few_searches=few_searches)
+        super().__init__(
+            path, manifest, store, encoder, few_searches=few_searches, precision=precision
+        )
         self._searcher = Searcher(store, self._view)
         self._light: LightTextTower | None = None
 
@@ -94,6 +97,7 @@ class Collection(KeptCollection):
         encoder: ImageTextEncoder | None = None,
         *,
         few_searches: bool = False,
+        precision: str = "fast",
     ) -> Collection:
         """Opens a collection.
 
@@ -102,6 +106,7 @@ class Collection(KeptCollection):
             encoder: checked against the manifest; None: the manifest's model is loaded when a
                 search or an addition first needs it.
             few_searches: it is opened for one search or two: what pays only later is left out.
+            precision: in which the manifest's model encodes images; see `clipsys.load`.
 
         Raises:
             CollectionError: there is none, it is damaged, or it belongs to another model.
@@ -111,7 +116,7 @@ class Collection(KeptCollection):
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)
         store = Store(folder / manifest.edition / DATABASE_NAME)
-        return cls(folder, manifest, store, encoder, few_searches=few_searches)
+        return cls(folder, manifest, store, encoder, few_searches=few_searches, precision=precision)
 
     def close(self) -> None:
         """Closes the database."""

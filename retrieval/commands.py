@@ -36,6 +36,13 @@ def index(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Decoding threads; one a processor by default."),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="In which images are encoded: fp32, bf16, int8; fast takes the fastest that this "
+            "machine is good at, and fp32 where the first images show that int8 is not.",
+        ),
+    ] = "fast",
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove what the sources gave once and no longer have.")
     ] = False,
@@ -62,11 +69,14 @@ def index(
     if sources or not migrate:
         check_sources(sources)  # a missing source is said before a model is loaded
     if migrate:
-        _migrate(collection, model, batch_size, workers, loss_limit=1.0 if yes else LOSS_LIMIT)
+        _migrate(
+            *(collection, model, precision, batch_size, workers),
+            loss_limit=1.0 if yes else LOSS_LIMIT,
+        )
     if not sources:
         return
     is_new = not (collection.expanduser() / FILE_NAME).exists()
-    photos = _create(collection, model) if is_new else _open(collection, model)
+    photos = (_create if is_new else _open)(collection, model, precision)
     with photos:
         try:
             report = photos.add(
@@ -94,7 +104,13 @@ def index(
 
 
 def _migrate(
-    path: Path, model: str | None, batch_size: int, workers: int | None, *, loss_limit: float
+    path: Path,
+    model: str | None,
+    precision: str,
+    batch_size: int,
+    workers: int | None,
+    *,
+    loss_limit: float,
 ) -> None:
     import clipsys
     from clipsys.errors import ModelError
@@ -105,14 +121,14 @@ def _migrate(
         raise ModelError(f"{path}: --migrate needs the new model; name it with --model")
     with Collection.open(path) as photos:
         report = photos.migrate(
-            clipsys.load(model),
+            clipsys.load(model, precision=precision),
             model=_absolute(model),
             options=MigrationOptions(batch_size, workers, loss_limit),
         )
         typer.echo(f"{photos.path}: now of model {model}; {report.summary()}")
 
 
-def _create(path: Path, model: str | None) -> Collection:
+def _create(path: Path, model: str | None, precision: str) -> Collection:
     import clipsys
     from clipsys.errors import CollectionError
     from clipsys.retrieval.collection import Collection
@@ -122,14 +138,16 @@ def _create(path: Path, model: str | None) -> Collection:
             f"{path}: there is no collection here; name a --model to make one "
             "(a model folder, a run folder, or an open_clip NAME/TAG)"
         )
-    return Collection.create(path, clipsys.load(model), model=_absolute(model))
+    encoder = clipsys.load(model, precision=precision)
+    return Collection.create(path, encoder, model=_absolute(model))
 
 
-def _open(path: Path, model: str | None) -> Collection:
+def _open(path: Path, model: str | None, precision: str) -> Collection:
     import clipsys
     from clipsys.retrieval.collection import Collection
 
-    return Collection.open(path, clipsys.load(model) if model is not None else None)
+    encoder = clipsys.load(model, precision=precision) if model is not None else None
+    return Collection.open(path, encoder, precision=precision)
 
 
 def _absolute(model: str) -> str:

@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import DataError, ImageDecodeError
-from clipsys.images import decode_image
 from clipsys.records import Record
 from clipsys.retrieval.corpora import Entry
 from clipsys.retrieval.encoding import ImageTextEncoder
@@ -188,8 +187,7 @@ class Embedder:
         location = self._store.find_vector(content_hash)
         if location is not None:
             return _Loaded(content_hash, location=location)
-        image = decode_image(data, uri=record.uri)
-        return _Loaded(content_hash, pixels_CHW=self._encoder.preprocess(image))
+        return _Loaded(content_hash, self._encoder.read_pixels(data, uri=record.uri))
 
     def _finish(self, job: _Job) -> None:
         record, known = job.entry.record, job.known

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clipsys.errors import ClipsysError, CollectionError, ModelError
+from clipsys.errors import ClipsysError, CollectionError, ConfigError, ModelError
 from clipsys.retrieval.manifest import EncoderPin
 from clipsys.retrieval.segments import Floats
 
@@ -46,6 +46,15 @@ class ImageTextEncoder(Protocol):
         """A decoded RGB image as uint8 (3, H, W). Called from several threads."""
         ...
 
+    def read_pixels(
+        self, source: str | Path | bytes, *, uri: str | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """A file, by its path or bytes, as uint8 (3, H, W). Called from several threads.
+
+        Raises `ImageDecodeError` where it cannot be decoded.
+        """
+        ...
+
     def encode_pixels(self, pixels_BCHW: npt.NDArray[np.uint8]) -> Floats:
         """Preprocessed images as unit vectors, (B, D) float32."""
         ...
@@ -56,7 +65,7 @@ class ImageTextEncoder(Protocol):
 
 
 class TurnTakingEncoder:
-    """An encoder whose model runs one call at a time; `preprocess` stays concurrent.
+    """An encoder whose model runs one call at a time; reading stays concurrent.
 
     The app answers several people and may index meanwhile, and running a model is not thread-safe.
 
@@ -93,6 +102,12 @@ class TurnTakingEncoder:
         """A decoded RGB image as uint8 (3, H, W)."""
         return self._get().preprocess(image)
 
+    def read_pixels(
+        self, source: str | Path | bytes, *, uri: str | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """A file as uint8 (3, H, W)."""
+        return self._get().read_pixels(source, uri=uri)
+
     def encode_pixels(self, pixels_BCHW: npt.NDArray[np.uint8]) -> Floats:
         """Preprocessed images as unit vectors, (B, D) float32."""
         encoder = self._get()
@@ -106,17 +121,25 @@ class TurnTakingEncoder:
             return encoder.encode_text(texts)
 
 
-def load_encoder(folder: Path, pin: EncoderPin) -> ImageTextEncoder:
+def load_encoder(folder: Path, pin: EncoderPin, *, precision: str = "fast") -> ImageTextEncoder:
     """Loads the model that a collection is pinned to.
+
+    Args:
+        folder: of the collection, for messages.
+        pin: what its manifest says of the model.
+        precision: see `clipsys.load`.
 
     Raises:
         ModelError: it cannot be loaded.
         CollectionError: what lies there now is another model.
+        ConfigError: this machine cannot compute in this precision.
     """
     import clipsys
 
     try:
-        encoder: ImageTextEncoder = clipsys.load(pin.model)
+        encoder: ImageTextEncoder = clipsys.load(pin.model, precision=precision)
+    except ConfigError:
+        raise
     except ClipsysError as error:
         raise ModelError(
             f"{folder}: its model {pin.name} cannot be loaded from {pin.model} ({error}); put the "

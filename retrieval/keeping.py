@@ -51,6 +51,7 @@ class KeptCollection:
         encoder: ImageTextEncoder | None,
         *,
         few_searches: bool = False,
+        precision: str = "fast",
     ) -> None:
         """See `clipsys.retrieval.Collection`."""
         self.path = path
@@ -60,6 +61,7 @@ class KeptCollection:
         self._pin = manifest.encoder
         self._store = store
         self._encoder = encoder
+        self._precision = precision
         self._light_remembered = False
         self._view = View(path, manifest, store, few_searches=few_searches)
 
@@ -77,7 +79,7 @@ class KeptCollection:
         if self._encoder is None:
             with self.encoder_lock:
                 if self._encoder is None:
-                    self._encoder = load_encoder(self.path, self._pin)
+                    self._encoder = load_encoder(self.path, self._pin, precision=self._precision)
         return self._encoder
 
     def add(

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from clipsys.errors import QueryError
-from clipsys.images import decode_image
 from clipsys.retrieval.encoding import ImageTextEncoder
 from clipsys.retrieval.segments import Floats
 
@@ -184,7 +184,7 @@ def embed_queries(
         encoded_ND = encode_text([parts[place].text or "" for place in texts])
         vectors.update(zip(texts, encoded_ND, strict=True))
     if images:
-        pixels = np.stack([encoder.preprocess(_decoded(parts[place].image)) for place in images])
+        pixels = np.stack([_pixels(encoder, parts[place].image) for place in images])
         vectors.update(zip(images, encoder.encode_pixels(pixels), strict=True))
     for place, part in enumerate(parts):
         if part.item is not None:
@@ -210,6 +210,8 @@ def _unit_sum(query: Query, vectors: Sequence[Floats]) -> Floats | None:
     return unit_D
 
 
-def _decoded(image: ImageSource | None) -> Image.Image:
+def _pixels(encoder: ImageTextEncoder, image: ImageSource | None) -> npt.NDArray[np.uint8]:
     assert image is not None
-    return image.convert("RGB") if isinstance(image, Image.Image) else decode_image(image)
+    if isinstance(image, Image.Image):
+        return encoder.preprocess(image.convert("RGB"))
+    return encoder.read_pixels(image)

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipsys.images import decode_image
+
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 170, 60),
@@ -41,6 +43,11 @@ class ColourEncoder:
     def preprocess(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
         return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+
+    def read_pixels(
+        self, source: str | Path | bytes, *, uri: str | None = None
+    ) -> npt.NDArray[np.uint8]:
+        return self.preprocess(decode_image(source, uri=uri))
 
     def encode_pixels(self, pixels_BCHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         self.num_encoded += len(pixels_BCHW)
