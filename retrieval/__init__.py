@@ -26,7 +26,7 @@ Modules, each of which builds on those above it:
     clustering    k-means by matrix products
     building      training, filling, extending and writing an index
     ranking       the top k by exact cosine
-    calibration   how far a score stands out
+    calibration   how many unrelated items would score as high
     view          a reader's snapshot and index, following the writer
     filters       conditions on metadata as SQL
     query         what is searched for, and what comes back

@@ -166,7 +166,7 @@ class Collection(KeptCollection):
             where: a filter on metadata, applied before ranking: ``{"year": 2024}`` or
                 ``["year>=2020", "colour in red,blue"]``; see `clipsys.retrieval.filters`.
             min_score: cosine below which nothing is a hit.
-            relevant_only: leaves out what does not stand out from the collection at large.
+            relevant_only: leaves out hits that unrelated items would match by chance.
             diverse: folds near-duplicates into one hit; a number is the cosine from which on two
                 items are duplicates.
 

@@ -118,8 +118,9 @@ class Hit:
         caption: its first caption, if it has one.
         metadata: as the source gave it.
         relevance: how far the score stands out from what the query gives for the collection at
-            large, in deviations; None without a score, or where there are too few items to tell.
-            See `clipsys.retrieval.calibration`.
+            large: minus the decimal logarithm of how many unrelated items would score as high by
+            chance, 0 for one, 2 for a hundredth; None without a score, or where there are too few
+            items to tell. See `clipsys.retrieval.calibration`.
         duplicates: ids of near-duplicates that were folded into this hit, best first.
     """
 

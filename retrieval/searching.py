@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from clipsys.errors import QueryError
 from clipsys.retrieval import filters, words
-from clipsys.retrieval.calibration import Background
+from clipsys.retrieval.calibration import RELEVANT, Background
 from clipsys.retrieval.index import LoadedIndex
 from clipsys.retrieval.query import Hit
 from clipsys.retrieval.ranking import Coverage, Ranking, exact_scores, rank_batch
@@ -50,7 +50,8 @@ class Options:
         offset: how many of the best are left out, for the next page.
         conditions: on metadata, applied before ranking.
         min_score: cosine below which nothing is a hit.
-        relevant_only: leaves out what does not stand out from the collection at large.
+        relevant_only: leaves out what unrelated items would match by chance, and with it every hit
+            where nothing is relevant.
         diverse: cosine from which on two items are one hit; None: every item is its own.
 
     Raises:
@@ -147,10 +148,7 @@ class Searcher:
             depth = max(depth, _FUSED_RANKS)
         while True:
             ranked = self._rank(state, queries, depth, allowed)
-            cut = [
-                _cut(one, query, state.background, options)
-                for one, query in zip(ranked, queries, strict=True)
-            ]
+            cut = [_cut(one, query, options) for one, query in zip(ranked, queries, strict=True)]
             if options.diverse is not None:
                 cut = [_fold(one, snapshot, options.diverse) for one in cut]
             # Folding leaves fewer than were ranked: go deeper while there is more.
@@ -271,7 +269,7 @@ class Searcher:
         return hits
 
 
-def _cut(ranked: _Ranked, query: Sought, background: Background, options: Options) -> _Ranked:
+def _cut(ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
     """Without the items that the query was made of, which are no news, and without the poor."""
     keep_K = ~np.isin(ranked.ids_K, list(query.made_of))
     if options.needs_score and ranked.scores_K is None:
@@ -279,7 +277,7 @@ def _cut(ranked: _Ranked, query: Sought, background: Background, options: Option
     if options.min_score is not None and ranked.scores_K is not None:
         keep_K &= ranked.scores_K >= options.min_score
     if options.relevant_only and ranked.relevance_K is not None:
-        keep_K &= ranked.relevance_K >= background.threshold()
+        keep_K &= ranked.relevance_K >= RELEVANT
     return ranked.take(np.flatnonzero(keep_K))
 
 

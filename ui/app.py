@@ -362,7 +362,8 @@ def _item_facts(card: Card) -> str:
     if card.hit is not None and card.hit.score is not None:
         rows["score"] = f"{card.hit.score:.4f}"
     if card.hit is not None and card.hit.relevance is not None:
-        rows["stands out by"] = f"{card.hit.relevance:.1f} deviations"
+        by_chance = 10.0**-card.hit.relevance
+        rows["by chance"] = f"{by_chance:.2g} unrelated images would score as high"
     rows |= {str(key): _as_text(value) for key, value in item.metadata.items()}
     rows |= {"file": item.uri, "id": str(item.id)}
     captions = "".join(f"<p>{html.escape(caption)}</p>" for caption in item.captions)

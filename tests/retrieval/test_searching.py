@@ -10,9 +10,8 @@ import pytest
 
 from clipsys.errors import QueryError
 from clipsys.retrieval import Collection, Hit, Part, Query
-from clipsys.retrieval.calibration import Background
+from clipsys.retrieval.calibration import RELEVANT, Background
 from clipsys.retrieval.searching import Options
-from tests.retrieval.clustered import clustered
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint, paint_folder
 
 
@@ -163,45 +162,27 @@ def test_numbers_out_of_range_are_errors(
 # ---- relevance -----------------------------------------------------------------------------------
 
 
-def test_relevance_is_the_robust_z_score_against_the_collection(many: Collection) -> None:
-    hits = many.search("green", k=100)
-    scores = np.array([hit.score for hit in hits])  # all items: the sample is the collection
-    middle = np.median(scores)
-    deviation = 1.4826 * np.median(np.abs(scores - middle))
-    expected = (scores - middle) / deviation
-    np.testing.assert_allclose([hit.relevance for hit in hits], expected, atol=1e-3)
+def test_relevance_is_that_of_the_whole_collection_whatever_is_asked_for(many: Collection) -> None:
+    everything = many.search("green", k=100)
+    vectors = np.stack([many.vector(hit.id) for hit in everything])
+    scores = np.array([hit.score for hit in everything], np.float32)
+    background = Background(len(vectors), vectors)  # all items: the sample is the collection
+    expected = background.relevance(many.embed(Query.of("green")), scores)
+    assert expected is not None
+    np.testing.assert_allclose([hit.relevance for hit in everything], expected, rtol=1e-3)
+    by_id = {hit.id: hit.relevance for hit in everything}
+    for options in ({"offset": 3}, {"where": "caption contains meadow"}, {"words": "number"}):
+        for hit in many.search("green", k=5, **options):  # type: ignore[arg-type]
+            assert hit.relevance == pytest.approx(by_id[hit.id], rel=1e-5)
+
+
+def test_relevant_only_cuts_where_chance_begins(many: Collection) -> None:
+    for query in ("red", "green", "item:1"):
+        everything = many.search(query, k=100)
+        expected = [hit for hit in everything if (hit.relevance or 0.0) >= RELEVANT]
+        assert many.search(query, k=100, relevant_only=True) == expected
 
 
 def test_relevance_is_not_claimed_for_a_handful_of_items(filled: Collection) -> None:
     assert {hit.relevance for hit in filled.search("red")} == {None}
     assert len(filled.search("red", relevant_only=True, k=3)) == 3
-
-
-def test_relevant_only_keeps_the_cluster_and_nothing_for_noise() -> None:
-    dim, items = 64, clustered(20_000, 64, seed=1, num_clusters=300)
-    background = Background(len(items), items[:2_048])
-    centres = np.random.default_rng(99).normal(size=(300, dim))
-    for centre in centres[:20]:
-        query = (centre / np.linalg.norm(centre)).astype(np.float32)
-        scores = items @ query
-        relevance = background.relevance(query, scores)
-        assert relevance is not None
-        passed = relevance >= background.threshold()
-        members = np.sort(scores)[-20:]  # a cluster has about 67
-        assert (relevance[scores >= members[0]] >= background.threshold()).all()
-        assert passed.sum() <= 140
-    noise = np.random.default_rng(5).normal(size=(200, dim)).astype(np.float32)
-    fooled = 0
-    for query in noise / np.linalg.norm(noise, axis=1, keepdims=True):
-        relevance = background.relevance(query, (items @ query).max(keepdims=True))
-        assert relevance is not None
-        fooled += bool(relevance[0] >= background.threshold())
-    assert fooled <= 0.1 * len(noise)  # 5 % are promised for normal cosines
-
-
-def test_equal_items_do_not_divide_by_zero() -> None:
-    same = np.repeat(clustered(1, 8), 30, axis=0)
-    relevance = Background(30, same).relevance(same[0], np.array([1.0, 0.5], np.float32))
-    assert relevance is not None
-    assert np.isfinite(relevance).all()
-    assert relevance[0] > relevance[1]
