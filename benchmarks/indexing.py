@@ -8,7 +8,7 @@ the result. Exporting the tower for rclip, which runs ONNX, needs the `onnx` and
 packages beside clipsys.
 
 All encode the same JPEGs with the same ViT-B-32-256 of random weights (speed does not depend on
-them), each in processes of its own and with its own defaults. Each runs with a few and with more
+them), each in processes of its own and with its own defaults; clipsys in fp32 too. Each runs with a few and with more
 images; the rate is that of the images in between, so that start and model loading do not count.
 """
 
@@ -25,12 +25,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
 MODEL = "ViT-B-32-256"
-FEW, MANY = 32, 160
+#: (width, height): few and many images. As from the web, and as from a telephone.
+IMAGES = {(640, 480): (32, 224), (4_000, 3_000): (16, 80)}
+#: (images, out) -> command
+Command: TypeAlias = Callable[[Path, Path], list[str]]
 
 _CLIP_RETRIEVAL = """
 import sys
@@ -73,14 +77,27 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
     from clipsys.models import build_model, save_model
 
     save_model(build_model(MODEL), folder / "model")
-    for count in (FEW, MANY):
-        _draw(folder / f"images-{count}", count)
-    sides: dict[str, Callable[[Path, Path], list[str]]] = {
-        "clipsys": lambda images, out: [
-            *(sys.executable, "-m", "clipsys", "--quiet", "index", str(out), str(images)),
-            *("--model", str(folder / "model")),
-        ]
+    sides = _sides(folder, arguments)
+    return {
+        "model": MODEL,
+        "images": {
+            f"{width} x {height}": _compare(sides, folder, (width, height), counts, arguments)
+            for (width, height), counts in IMAGES.items()
+        },
+        "absent": [side for side in ("clip-retrieval", "rclip") if side not in sides],
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors",
     }
+
+
+def _sides(folder: Path, arguments: argparse.Namespace) -> dict[str, Command]:
+    """For each program the command that indexes a folder of images into another folder."""
+    own = (sys.executable, "-m", "clipsys", "--quiet", "index")
+
+    def clipsys_in(precision: str) -> Command:
+        options = ("--model", str(folder / "model"), "--precision", precision)
+        return lambda images, out: [*own, str(out), str(images), *options]
+
+    sides = {"clipsys": clipsys_in("fast"), "clipsys, fp32": clipsys_in("fp32")}
     if arguments.clip_retrieval:
         weights = folder / "model" / "open_clip_model.safetensors"
         script = _CLIP_RETRIEVAL.format(model=MODEL)
@@ -95,21 +112,35 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
         sides["rclip"] = lambda images, out: [
             *(arguments.rclip, "-c", _RCLIP, str(images), str(out), str(onnx))
         ]
+    return sides
+
+
+def _compare(
+    sides: dict[str, Command],
+    folder: Path,
+    size: tuple[int, int],
+    counts: tuple[int, int],
+    arguments: argparse.Namespace,
+) -> dict[str, object]:
+    """Rates and peaks of all sides for images of one size, the sides taking turns."""
+    name = "x".join(map(str, size))
+    for count in counts:
+        _draw(folder / f"{name}-{count}", count, size)
+    few, many = counts
     rates: dict[str, list[float]] = {side: [] for side in sides}
     peaks: dict[str, dict[int, float]] = {side: {} for side in sides}
     for number in range(arguments.rounds):
         for side, command in sides.items():
             seconds = {}
-            for count in (FEW, MANY):
-                out = folder / f"{side}-{number}-{count}"
+            for count in counts:
+                out = folder / f"{side}-{name}-{number}-{count}"
                 seconds[count], peaks[side][count] = _run(
-                    command(folder / f"images-{count}", out), folder
+                    command(folder / f"{name}-{count}", out), folder
                 )
-            rates[side].append((MANY - FEW) / (seconds[MANY] - seconds[FEW]))
-            print(f"{side}: {rates[side][-1]:.1f} images/s", file=sys.stderr)
+            rates[side].append((many - few) / (seconds[many] - seconds[few]))
+            print(f"{name}, {side}: {rates[side][-1]:.1f} images/s", file=sys.stderr)
     return {
-        "model": MODEL,
-        "images": f"{MANY - FEW} JPEGs of 640 x 480",
+        "num_images": many - few,
         "images_per_s": {side: round(statistics.median(r), 2) for side, r in rates.items()},
         "clipsys_is_faster_by": {
             side: round(
@@ -122,19 +153,17 @@ def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
             if side != "clipsys"
         },
         "peak_memory_mb": peaks,
-        "absent": [side for side in ("clip-retrieval", "rclip") if side not in sides],
-        "machine": f"{platform.machine()}, {os.cpu_count()} processors",
     }
 
 
-def _draw(folder: Path, count: int) -> None:
-    """JPEGs with structure at several scales, as large as a web photograph."""
+def _draw(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """JPEGs of a (width, height) with structure at several scales."""
     folder.mkdir()
     for number in range(count):
         generator = np.random.default_rng(number)
         coarse = generator.integers(0, 256, (30, 40, 3), np.uint8)
-        image = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
-        noise = generator.normal(scale=12, size=(480, 640, 3))
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        noise = generator.normal(scale=12, size=(size[1], size[0], 3))
         noisy = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{number:05d}.jpg", quality=88)
 

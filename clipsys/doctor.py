@@ -45,9 +45,14 @@ def _devices() -> list[Finding]:
         findings.append(Finding("ok", f"cuda:{index}", text))
     if not cuda and not torch.backends.mps.is_available():
         amx = torch.cpu._is_amx_tile_supported()
-        kind = "with AMX: bf16 is used" if amx else "without AMX: fp32 is used"
+        vnni = torch.cpu._is_vnni_supported()
+        kind = (
+            "with AMX: in bf16" if amx
+            else "in fp32; images of vision transformers are indexed in int8" if vnni
+            else "without AMX and VNNI: in fp32"
+        )  # fmt: skip
         findings.append(
-            Finding("note", "device", f"no GPU; training and encoding use the CPU ({kind})")
+            Finding("note", "device", f"no GPU; training and encoding use the CPU, {kind}")
         )
     if shutil.which("nvidia-smi") and not cuda:
         text = "an NVIDIA driver is here, but torch sees no GPU; install a CUDA build of torch"
