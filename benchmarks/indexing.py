@@ -8,8 +8,9 @@ the result. Exporting the tower for rclip, which runs ONNX, needs the `onnx` and
 packages beside clipsys.
 
 All encode the same JPEGs with the same ViT-B-32-256 of random weights (speed does not depend on
-them), each in processes of its own and with its own defaults; clipsys in fp32 too. Each runs with a few and with more
-images; the rate is that of the images in between, so that start and model loading do not count.
+them), each in processes of its own and with its own defaults; clipsys in fp32 too. Each runs with a
+few and with more images; the rate is that of the images in between, so that start and model loading
+do not count.
 """
 
 from __future__ import annotations
