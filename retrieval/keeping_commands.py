@@ -72,11 +72,13 @@ def failures(
     as_json: _Json = False,
 ) -> None:
     """Lists the files that could not be used, with their reasons."""
+    from clipsys.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
 
     with Collection.open(collection) as photos:
         if retry and photos.failures(limit=1):
-            report = photos.retry_failures()
+            with ending_in_order(lambda: "what was tried is kept; the same command tries the rest"):
+                report = photos.retry_failures()
             typer.echo(f"{photos.path}: {report.summary()}", err=True)
         ledger = photos.failures()
     if as_json:
