@@ -134,8 +134,8 @@ def test_what_a_source_gave_before_it_broke_off_is_indexed(
 ) -> None:
     from clipsys.retrieval import corpora
 
-    def breaks_off(source):  # type: ignore[no-untyped-def]
-        for number, record in enumerate(corpora_iterate(source)):
+    def breaks_off(source, **named):  # type: ignore[no-untyped-def]
+        for number, record in enumerate(corpora_iterate(source, **named)):
             if number == 20:
                 raise DataError("the shard breaks off")
             yield record
