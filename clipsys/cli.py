@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from clipsys import __version__
 from clipsys.errors import ClipsysError
+from clipsys.interruption import Interruption
 
 #: verb -> (module, function). This table is the only place where `clipsys` names its siblings.
 VERBS: dict[str, tuple[str, str]] = {
@@ -63,6 +64,16 @@ class _Verbs(TyperGroup):
         command = typer.main.get_command(single)
         command.name = cmd_name
         return command
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:  # Typer by itself would end without a word
+            message = str(interrupt) or "interrupted"
+            if "RANK" not in os.environ:  # one of several processes: whoever started them says so
+                print(message, file=sys.stderr)
+            status = interrupt.status if isinstance(interrupt, Interruption) else 130
+            raise typer.Exit(status) from interrupt
 
 
 app = typer.Typer(
@@ -122,7 +133,10 @@ class _Formatter(logging.Formatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0 success, 1 a `ClipsysError`, 2 wrong usage."""
+    """Runs the command line and exits.
+
+    0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # `--debug` is for any error, so it may stand anywhere, also behind the verb.
     debug = "--debug" in arguments
@@ -136,9 +150,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

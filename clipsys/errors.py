@@ -7,6 +7,7 @@
     ├── ModelError           a model is missing, unknown, altered or not the one that was meant
     ├── TrainingError        a run cannot start, go on or resume
     ├── CollectionError      a collection is missing, locked, damaged or belongs to another model
+    │   ├── PruningRefusedError  more has vanished than may be pruned without being told twice
     │   └── RecallError        an index does not find as much as was asked for
     ├── QueryError           a search asks for something that cannot be answered
     └── ServerError          the app cannot serve
@@ -64,6 +65,10 @@ class TrainingError(ClipsysError):
 
 class CollectionError(ClipsysError):
     """A collection is missing, locked, damaged or belongs to another model."""
+
+
+class PruningRefusedError(CollectionError):
+    """More has vanished from a source than may be pruned without being told twice."""
 
 
 class RecallError(CollectionError):

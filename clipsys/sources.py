@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,11 @@ _BESIDE = {".txt", ".json", ".cls", ""}
 
 
 def iterate_source(
-    source: str | Path, *, columns: Columns = Columns(), require: bool = True
+    source: str | Path,
+    *,
+    columns: Columns = Columns(),
+    require: bool = True,
+    on_error: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[Record]:
     """Reads a folder, a table or shards as records, in a stable order.
 
@@ -41,9 +45,11 @@ def iterate_source(
         source: path of a folder, a table or a shard, or a shard glob or range.
         columns: what the columns of a table mean, where their names do not say it.
         require: raise when there is nothing at all.
+        on_error: called with a shard that breaks off and what happened; the next one follows.
 
     Raises:
-        DataError: the source does not exist, holds no image, or its columns are not understood.
+        DataError: the source does not exist, holds no image, or its columns are not understood; a
+            shard breaks off and ``on_error`` is not given.
     """
     kind = source_kind(source)
     if kind == "folder":
@@ -51,7 +57,7 @@ def iterate_source(
     elif kind == "table":
         records = iterate_table(Path(source).expanduser().absolute(), columns)
     else:
-        records = _iterate_shards(source)
+        records = _iterate_shards(source, on_error)
     first = next(records, None)
     if first is None:
         if require:
@@ -154,10 +160,12 @@ def _side_captions(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
-def _iterate_shards(source: str | Path) -> Iterator[Record]:
+def _iterate_shards(
+    source: str | Path, on_error: Callable[[str, Exception], None] | None
+) -> Iterator[Record]:
     for shard in expand_shards(source):
         name = shard if is_remote(shard) else str(Path(shard).absolute())
-        for raw in iterate_raw([shard]):
+        for raw in iterate_raw([shard], on_error=on_error):
             yield _sample_record(name, raw)
 
 

@@ -15,7 +15,6 @@ Shapes: N indexed items, L lists, D embedding width.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import CollectionError, RecallError
-from clipsys.retrieval import durable, fastscan, gpu
+from clipsys.retrieval import durable, fastscan, gpu, memory
 from clipsys.retrieval.clustering import Halves, nearest, spherical_kmeans
 from clipsys.retrieval.index import SUFFIX, read_file, searchable
 from clipsys.retrieval.inverted_file import InvertedFile, MappedLists, fill
@@ -56,8 +55,8 @@ _HNSW_BUILD_EFFORT = 120
 
 
 def default_memory_bytes() -> int:
-    """Half of this machine's memory: the other half is the encoder's and everybody else's."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    """Half of the memory that there is: the other half is the encoder's and everybody else's."""
+    return memory.total_bytes() // 2
 
 
 def build_index(

@@ -59,6 +59,7 @@ def index(
 ) -> None:
     """Creates a collection, or brings it up to date with its sources."""
     from clipsys.errors import DataError
+    from clipsys.interruption import ending_in_order
     from clipsys.retrieval.corpora import check_sources
     from clipsys.retrieval.creation import destroy_folder
     from clipsys.retrieval.manifest import FILE_NAME
@@ -77,7 +78,7 @@ def index(
         return
     is_new = not (collection.expanduser() / FILE_NAME).exists()
     photos = (_create if is_new else _open)(collection, model, precision)
-    with photos:
+    with photos, ending_in_order(lambda: _kept(photos)):
         try:
             report = photos.add(
                 *sources,
@@ -114,18 +115,30 @@ def _migrate(
 ) -> None:
     import clipsys
     from clipsys.errors import ModelError
+    from clipsys.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
     from clipsys.retrieval.migration import MigrationOptions
 
     if model is None:
         raise ModelError(f"{path}: --migrate needs the new model; name it with --model")
-    with Collection.open(path) as photos:
+
+    def kept() -> str:
+        return f"{photos.path} is as it was; the same command goes on with the images that are left"
+
+    with Collection.open(path) as photos, ending_in_order(kept):
         report = photos.migrate(
             clipsys.load(model, precision=precision),
             model=_absolute(model),
             options=MigrationOptions(batch_size, workers, loss_limit),
         )
         typer.echo(f"{photos.path}: now of model {model}; {report.summary()}")
+
+
+def _kept(photos: Collection) -> str:
+    num_items = len(photos)
+    if num_items == 0:
+        return f"nothing was added to {photos.path}"
+    return f"{photos.path} keeps {num_items:,} items; the same command goes on"
 
 
 def _create(path: Path, model: str | None, precision: str) -> Collection:

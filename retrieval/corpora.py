@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clipsys.errors import DataError
 from clipsys.records import Record
+from clipsys.shards import shard_failure
 from clipsys.sources import iterate_source, source_kind
 
 
@@ -36,7 +37,12 @@ def check_sources(sources: Sequence[str | Path]) -> None:
     if not sources:
         raise DataError("nothing to add; name a folder, a table or shards")
     for source in sources:
-        next(iterate_source(source))
+        broken = _Broken()
+        try:
+            next(iterate_source(source, on_error=broken))
+        except DataError:
+            broken.raise_first()
+            raise
 
 
 def count_records(sources: Sequence[str | Path]) -> int | None:
@@ -76,14 +82,33 @@ class Corpus:
         """Where several sources have the same uri, the first one's captions and metadata count.
 
         Raises:
-            DataError: a source cannot be read, or not to its end.
+            DataError: a source cannot be read; or, after all of them, a shard broke off.
         """
+        broken = _Broken()
         for source in self._sources:
             name = source_name(source)
             mine = self.seen.setdefault(name, set())
-            for record in iterate_source(source):
+            for record in iterate_source(source, on_error=broken):
                 if record.uri in mine:
                     continue
                 repeated = any(record.uri in others for others in self.seen.values())
                 mine.add(record.uri)
                 yield Entry(record, name, repeated=repeated)
+        broken.raise_first("; all that can be read is in the collection")
+
+
+class _Broken:
+    """Collects shards that break off, so that those that follow are read all the same."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    def __call__(self, shard: str, error: Exception) -> None:
+        self._messages.append(shard_failure(shard, error))
+
+    def raise_first(self, circumstance: str = "") -> None:
+        """Raises `DataError` if there is any."""
+        if self._messages:
+            more = len(self._messages) - 1
+            others = f" (and {more} more)" if more else ""
+            raise DataError(f"{self._messages[0]}{others}{circumstance}")

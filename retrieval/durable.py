@@ -6,6 +6,7 @@ replaces another is written beside it and renamed over it, which POSIX makes ato
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -73,11 +74,15 @@ def writer_lock(path: Path, *, holder: str) -> Iterator[None]:
         holder: what is being locked, for the message.
 
     Raises:
-        CollectionError: somebody else holds it. Raised at once; this never waits.
+        CollectionError: somebody else holds it, or it cannot be made. Raised at once; this never
+            waits.
     """
     import fcntl
 
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CollectionError(f"{holder}: cannot be written to ({error.strerror})") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,8 +92,9 @@ def writer_lock(path: Path, *, holder: str) -> Iterator[None]:
                 f"{holder}: another writer (process {owner}) is at work on it; "
                 "wait until it ends, then try again"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without the number
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
         yield
     finally:
         os.close(descriptor)

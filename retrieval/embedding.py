@@ -57,11 +57,10 @@ _FAILURES_SHOWN = 5
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a worker made of a record: pixels to encode, or a reason not to."""
+    """What a worker made of a record: pixels to encode; None where the vector is there already."""
 
     content_hash: str
     pixels_CHW: npt.NDArray[np.uint8] | None = None
-    location: Location | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,9 @@ class Embedder:
         self._num_workers = num_workers or min(16, os.cpu_count() or 1)
         self._retry_failures = retry_failures
         self._batch = Batch()
-        self._vectors: list[Floats] = []
+        #: New items with their vectors, which enter in one step: an interrupt may fall between any
+        #: two.
+        self._encoded: list[tuple[list[NewItem], Floats]] = []
         self._waiting: list[tuple[NewItem, npt.NDArray[np.uint8]]] = []
         self._last_commit = time.monotonic()
         self._source_error: DataError | None = None
@@ -149,7 +150,7 @@ class Embedder:
                 known = self._store.find(record.uri)
                 if self._settle_without_reading(record, known):
                     advance(1)
-                    if len(self._batch) >= COMMIT_ITEMS:
+                    if self._num_uncommitted() >= COMMIT_ITEMS:
                         self._flush()
                     continue
                 ahead.append(_Job(entry, known, pool.submit(self._load, record, known)))
@@ -178,21 +179,38 @@ class Embedder:
             return True
         return False
 
-    def _load(self, record: Record, known: Item | None) -> _Loaded:
-        """Reads, hashes and, if its content is new, decodes a record. Runs in a worker."""
+    def _load(self, record: Record, known: Item | None, *, encode: bool = False) -> _Loaded:
+        """Reads, hashes and, if its content is new, decodes a record. Runs in a worker.
+
+        ``encode``: decodes it in any case.
+        """
         data = record.read()
         content_hash = hashlib.blake2b(data, digest_size=20).hexdigest()
-        if known is not None and known.content_hash == content_hash:
+        is_known = known is not None and known.content_hash == content_hash
+        if not encode and (is_known or self._store.find_vector(content_hash) is not None):
             return _Loaded(content_hash)
-        location = self._store.find_vector(content_hash)
-        if location is not None:
-            return _Loaded(content_hash, location=location)
         return _Loaded(content_hash, self._encoder.read_pixels(data, uri=record.uri))
+
+    def _loaded(self, job: _Job) -> tuple[_Loaded, Location | None]:
+        """What the worker made of a record, and where its vector lies if that is known already.
+
+        The place is looked up here, in the thread that commits: joining segments, which follows a
+        commit, moves vectors, and a place that a worker saw may be gone before the next one.
+        """
+        loaded, known = job.future.result(), job.known
+        if known is not None and loaded.content_hash == known.content_hash:
+            return loaded, None
+        location = (
+            None if loaded.pixels_CHW is not None else self._store.find_vector(loaded.content_hash)
+        )
+        if loaded.pixels_CHW is None and location is None:  # its owner went meanwhile
+            loaded = self._load(job.entry.record, known, encode=True)
+        return loaded, location
 
     def _finish(self, job: _Job) -> None:
         record, known = job.entry.record, job.known
         try:
-            loaded = job.future.result()
+            loaded, location = self._loaded(job)
         except DataError as error:
             self._record_failure(record, known, error)
             return
@@ -207,7 +225,7 @@ class Embedder:
             mtime_ns=record.mtime_ns,
             captions=captions,
             metadata=metadata,
-            location=loaded.location,
+            location=location,
             replaces=known.id if known is not None else None,
             id=job.entry.item_id,
         )
@@ -251,21 +269,27 @@ class Embedder:
         items = [item for item, _ in self._waiting]
         vectors_ND = self._encoder.encode_pixels(np.stack([pixels for _, pixels in self._waiting]))
         self._waiting.clear()
-        self._batch.new += items
-        self._vectors.append(np.asarray(vectors_ND, np.float32))
+        self._encoded.append((items, np.asarray(vectors_ND, np.float32)))
         replaced = sum(item.replaces is not None for item in items)
         self.report.changed += replaced
         self.report.added += len(items) - replaced
 
     def _commit_is_due(self) -> bool:
         late = time.monotonic() - self._last_commit >= COMMIT_INTERVAL_S
-        return late or len(self._batch) >= COMMIT_ITEMS
+        return late or self._num_uncommitted() >= COMMIT_ITEMS
+
+    def _num_uncommitted(self) -> int:
+        return len(self._batch) + sum(len(items) for items, _ in self._encoded)
 
     def _flush(self) -> None:
-        if len(self._batch):
-            vectors_ND = np.concatenate([*self._vectors, np.empty((0, self._dim), np.float32)])
-            batch, self._batch, self._vectors = self._batch, Batch(), []
-            self._commit(batch, vectors_ND)
+        batch, encoded = self._batch, self._encoded
+        self._batch, self._encoded = Batch(), []
+        parts = [np.empty((0, self._dim), np.float32)]
+        for items, vectors_ND in encoded:
+            batch.new += items
+            parts.append(vectors_ND)
+        if len(batch):
+            self._commit(batch, np.concatenate(parts))
         self._last_commit = time.monotonic()
 
 

@@ -168,6 +168,6 @@ def check_encoder(folder: Path, pin: EncoderPin, encoder: ImageTextEncoder) -> N
     if encoder.fingerprint != pin.fingerprint or encoder.dim != pin.dim:
         raise CollectionError(
             f"{folder}: its vectors are of model {pin.name} ({pin.fingerprint[:12]}), not of "
-            f"{encoder.name} ({encoder.fingerprint[:12]}); use that model, or index the sources "
-            "into a new collection"
+            f"{encoder.name} ({encoder.fingerprint[:12]}); use that model, or give the collection "
+            "to the other with `clipsys index --migrate`"
         )

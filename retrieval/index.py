@@ -13,6 +13,7 @@ Shapes: Q queries, N indexed items, K found, D embedding width.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import durable
+from clipsys.retrieval import durable, memory
 from clipsys.retrieval.manifest import IndexGeneration, SearchEffort
 from clipsys.retrieval.segments import Floats, Ints
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from clipsys.retrieval.gpu import GpuCopy
 
 SUFFIX = ".faiss"
+#: The share of the free memory that an index leaves to everybody else.
+_MEMORY_MARGIN = 0.2
+
+_logger = logging.getLogger(__name__)
 
 
 def _faiss() -> Any:
@@ -145,7 +150,8 @@ def load_index(folder: Path, generation: IndexGeneration, dim: int) -> LoadedInd
 
     Raises:
         FileNotFoundError: the file is gone (a writer may have published a newer one meanwhile).
-        CollectionError: the file is not the one that the manifest states.
+        CollectionError: the file is not the one that the manifest states, or too large for the
+            memory that is free.
     """
     path = folder / generation.file
     if durable.sha256_of(path) != generation.sha256:
@@ -153,11 +159,18 @@ def load_index(folder: Path, generation: IndexGeneration, dim: int) -> LoadedInd
             f"{path}: the index file is damaged (its SHA-256 is not the manifest's); "
             "`clipsys index` on this collection builds it again"
         )
-    index = read_file(path, mapped=generation.kind.startswith("ivf"))
+    mapped = generation.kind.startswith("ivf")
+    needed, free = path.stat().st_size, memory.available_bytes()
+    if not mapped and needed > (1 - _MEMORY_MARGIN) * free:
+        raise CollectionError(
+            f"{path}: takes {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free; "
+            "`Collection.build_index` makes a smaller one here"
+        )
+    index = read_file(path, mapped=mapped)
     if index.d != dim or index.ntotal != generation.num_items:
         raise CollectionError(
             f"{path}: holds {index.ntotal} vectors of width {index.d}, the manifest says "
-            f"{generation.num_items} of width {dim}"
+            f"{generation.num_items} of width {dim}; `clipsys repair` builds it again"
         )
     return LoadedIndex(generation, searchable(index, generation.kind))
 
@@ -174,12 +187,25 @@ def read_file(path: Path, *, mapped: bool) -> Any:
 
 
 def searchable(index: Any, kind: str) -> Any:
-    """What answers searches of an index as it is stored: itself, or a copy in another order."""
+    """What answers searches of an index as it is stored: itself, or a copy in another order.
+
+    Where there is no memory for the copy (the index was built on a larger machine), the lists are
+    searched as they are stored, mapped: as good, and slower.
+    """
     if kind != "ivf-pq":
         return index
-    from clipsys.retrieval.fastscan import FastScan  # imports FAISS
+    from clipsys.retrieval import fastscan  # imports FAISS
 
-    return FastScan(index)
+    needed, free = fastscan.copy_bytes(index), memory.available_bytes()
+    if needed <= (1 - _MEMORY_MARGIN) * free:
+        return fastscan.FastScan(index)
+    _logger.warning(
+        "the index takes %.0f MB of memory and %.0f MB are free: it is searched from its file, "
+        "more slowly",
+        needed / 1e6,
+        free / 1e6,
+    )
+    return index
 
 
 def is_sound(folder: Path, generation: IndexGeneration) -> bool:

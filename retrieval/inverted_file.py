@@ -57,9 +57,12 @@ class InvertedFile:
         self._sizes_L, self._filled_L = sizes_L, np.zeros_like(sizes_L)
         ends_L = len(header) + np.cumsum(sizes_L) * (self.code_size + _ID_BYTES)
         self._starts_L = ends_L - sizes_L * (self.code_size + _ID_BYTES)
-        self._file = path.open("xb")
-        self._file.write(header)
-        self._file.flush()
+        self._file = path.open("xb", buffering=0)
+        try:
+            self._write(np.frombuffer(header, np.uint8), 0)
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, list_number: int, codes_NC: Codes, ids_N: Ints) -> None:
         """Writes vectors behind those that the list has; both arrays are contiguous."""

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipsys.errors import QueryError
+from clipsys.errors import DataError, PruningRefusedError, QueryError
 from clipsys.progress import progress
 from clipsys.retrieval import filters, light
 from clipsys.retrieval.compaction import CompactionReport
@@ -97,7 +97,8 @@ class KeptCollection:
         being read, others by a hash of their content; changed ones are encoded again, moved ones
         keep their vector, new ones are added. What a source no longer has stays, unless pruning is
         asked for: it may be an unmounted drive. Images that cannot be used go to the failure
-        ledger. Interrupted at any moment, it loses at most the batch in flight, and a second call
+        ledger. Interrupted at any moment, it loses at most the batch in flight and ends without
+        making an index of what it added, which is searched exactly until then; a second call
         resumes.
 
         Args:
@@ -154,9 +155,12 @@ class KeptCollection:
                 with shown or nullcontext(lambda _: None) as advance:
                     embedder.run(entries, advance)
                 then(embedder.report)
-            finally:
-                writer.join_small()
-                writer.refresh_index()
+            except (DataError, PruningRefusedError):
+                # A source that breaks off again at every run must not keep the rest from the index.
+                # Whoever interrupts a run, or has no room on the disk, is not kept waiting for one.
+                writer.tidy_up()
+                raise
+            writer.tidy_up()
             if self._encoder is not None:
                 self._remember_light_tower()
         embedder.report.seconds = time.monotonic() - started

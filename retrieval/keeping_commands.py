@@ -72,11 +72,13 @@ def failures(
     as_json: _Json = False,
 ) -> None:
     """Lists the files that could not be used, with their reasons."""
+    from clipsys.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
 
     with Collection.open(collection) as photos:
         if retry and photos.failures(limit=1):
-            report = photos.retry_failures()
+            with ending_in_order(lambda: "what was tried is kept; the same command tries the rest"):
+                report = photos.retry_failures()
             typer.echo(f"{photos.path}: {report.summary()}", err=True)
         ledger = photos.failures()
     if as_json:
@@ -87,7 +89,7 @@ def failures(
         return
     for failure in ledger:
         typer.echo(f"{failure.reason}: {_printable(failure.message)}")
-    typer.echo(f"{len(ledger):,} files cannot be used", err=True)
+    typer.echo(f"{_count(len(ledger), 'file')} cannot be used", err=True)
 
 
 def duplicates(
@@ -112,7 +114,8 @@ def duplicates(
         for item, score in zip(group.items, group.scores, strict=True):
             typer.echo(f"  {score:.3f}  {item.id:>8}  {_printable(item.uri)}")
     copies = sum(len(group.items) - 1 for group in groups)
-    typer.echo(f"{len(groups):,} groups, {copies:,} images more than one of each", err=True)
+    found = f"{_count(len(groups), 'group')}, {_count(copies, 'image')} more than one of each"
+    typer.echo(found, err=True)
 
 
 def remove(
@@ -147,7 +150,9 @@ def remove(
                 f"{_REMOVE_LIMIT:.0%}; if they are meant to go, say so with --yes"
             )
         removed = photos.remove(chosen)
-        typer.echo(f"{removed:,} items removed, {len(photos):,} left")
+        typer.echo(f"{_count(removed, 'item')} removed, {len(photos):,} left")
+    if ids and removed < len(set(ids)):
+        typer.echo(f"{_count(len(set(ids)) - removed, 'id')} of no item", err=True)
 
 
 def compact(collection: _Folder) -> None:
@@ -171,9 +176,12 @@ def compact(collection: _Folder) -> None:
 
 def verify(collection: _Folder, *, as_json: _Json = False) -> None:
     """Checks every invariant of a collection against its files; exit status 1 if one is broken."""
+    from clipsys.retrieval.manifest import read_manifest
     from clipsys.retrieval.verification import verify as find_faults
 
     folder = collection.expanduser().absolute()
+    if not folder.is_dir():
+        read_manifest(folder)  # there is none: an error, not a fault of it
     faults = find_faults(folder)
     if as_json:
         document = {
@@ -186,7 +194,9 @@ def verify(collection: _Folder, *, as_json: _Json = False) -> None:
         for fault in faults:
             typer.echo(_printable(str(fault)))
         message = (
-            f"{len(faults):,} faults; `clipsys repair` mends what can be" if faults else "sound"
+            f"{_count(len(faults), 'fault')}; `clipsys repair` mends what can be"
+            if faults
+            else "sound"
         )
         typer.echo(f"{folder}: {message}", err=bool(faults))
     if faults:
@@ -219,6 +229,10 @@ def repair(collection: _Folder, *, as_json: _Json = False) -> None:
             typer.echo(f"next: clipsys failures {collection} --retry", err=True)
     if report.remaining:
         raise typer.Exit(1)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _printable(text: str) -> str:

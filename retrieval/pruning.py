@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
-from clipsys.errors import CollectionError
+from clipsys.errors import PruningRefusedError
 from clipsys.retrieval.schema import python_text, sql_text
 from clipsys.retrieval.store import Store
 from clipsys.sources import source_kind
@@ -32,7 +32,7 @@ def find_vanished(
         limit: the largest share of a source that may vanish.
 
     Raises:
-        CollectionError: more than that has vanished.
+        PruningRefusedError: more than that has vanished.
     """
     vanished: dict[str, list[str]] = {}
     for source, uris in seen.items():
@@ -44,7 +44,7 @@ def find_vanished(
             if uri not in uris and not (is_folder and _may_exist(uri)):
                 gone.append(uri)
         if len(gone) > limit * num_given:
-            raise CollectionError(
+            raise PruningRefusedError(
                 f"{source}: no longer has {len(gone):,} of the {num_given:,} images that it gave, "
                 f"more than {limit:.0%}, for example {gone[0]}; nothing is pruned. If no drive is "
                 "missing and they are meant to go, say so with --yes"

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from clipsys.errors import QueryError
+from clipsys.images import decode_image
 from clipsys.retrieval.encoding import ImageTextEncoder
 from clipsys.retrieval.segments import Floats
 
@@ -177,16 +177,19 @@ def embed_queries(
         QueryError: the parts of a query cancel out.
     """
     parts = [part for query in queries for part in query.parts]
+    # Before a model is loaded: a path that names no image is said at once.
+    decoded = {
+        place: _decoded(part.image) for place, part in enumerate(parts) if part.image is not None
+    }
     vectors: dict[int, Floats] = {}  # by the part's place in `parts`
     texts = [place for place, part in enumerate(parts) if part.text is not None]
-    images = [place for place, part in enumerate(parts) if part.image is not None]
     if texts:
         encode_text = encode_text or encoder.encode_text
         encoded_ND = encode_text([parts[place].text or "" for place in texts])
         vectors.update(zip(texts, encoded_ND, strict=True))
-    if images:
-        pixels = np.stack([_pixels(encoder, parts[place].image) for place in images])
-        vectors.update(zip(images, encoder.encode_pixels(pixels), strict=True))
+    if decoded:
+        pixels = np.stack([encoder.preprocess(image) for image in decoded.values()])
+        vectors.update(zip(decoded, encoder.encode_pixels(pixels), strict=True))
     for place, part in enumerate(parts):
         if part.item is not None:
             vectors[place] = vector_of(part.item)
@@ -211,8 +214,5 @@ def _unit_sum(query: Query, vectors: Sequence[Floats]) -> Floats | None:
     return unit_D
 
 
-def _pixels(encoder: ImageTextEncoder, image: ImageSource | None) -> npt.NDArray[np.uint8]:
-    assert image is not None
-    if isinstance(image, Image.Image):
-        return encoder.preprocess(image.convert("RGB"))
-    return encoder.read_pixels(image)
+def _decoded(image: ImageSource) -> Image.Image:
+    return image.convert("RGB") if isinstance(image, Image.Image) else decode_image(image)

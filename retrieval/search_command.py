@@ -130,7 +130,8 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise QueryError(f"{path}: the queries cannot be read ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise QueryError(f"{path}: the queries cannot be read ({reason})") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise QueryError(f"{path}: there are no queries; write one a line")

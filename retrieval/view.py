@@ -23,6 +23,8 @@ from clipsys.retrieval.store import Store
 
 _logger = logging.getLogger(__name__)
 
+_MISSING = "the index file is missing; `clipsys index` on this collection builds it again"
+
 
 class View:
     """Keeps up with a collection's database and manifest. Thread-safe."""
@@ -102,7 +104,7 @@ class View:
                 if latest != published:  # a writer published the next one meanwhile
                     published = latest
                     continue
-                self._go_without(published, f"{published.file}: the index file is missing")
+                self._go_without(published, f"{published.file}: {_MISSING}")
             except CollectionError as error:
                 self._go_without(published, str(error))
         self._manifest_stamp = stamp
@@ -121,4 +123,4 @@ class View:
     def _go_without(self, generation: IndexGeneration, reason: str) -> None:
         # The index is derived: without it every search scans the vectors, exactly but more slowly.
         self._index, self._tried = None, generation
-        _logger.warning("%s; searching without it until `clipsys index` builds it again", reason)
+        _logger.warning("%s; until then every vector is compared", reason)

@@ -137,6 +137,11 @@ class Writer:
         self._num_segments = 0
         join_small(self._data / SEGMENTS, self._store, self._manifest.encoder.dim)
 
+    def tidy_up(self) -> None:
+        """What follows a run of commits: small segments joined, the index brought up to date."""
+        self.join_small()
+        self.refresh_index()
+
     def compact(self) -> CompactionReport:
         """Drops the vectors of deleted items, and makes an index without them."""
         dim = self._manifest.encoder.dim

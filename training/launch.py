@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import socket
@@ -24,8 +23,6 @@ from typing import Any
 
 from clipsys import errors
 from clipsys.errors import ClipsysError, ConfigError, TrainingError
-
-_logger = logging.getLogger(__name__)
 
 _ERROR_FILE = "CLIPSYS_ERROR_FILE"
 _PARENT = "CLIPSYS_LAUNCHER_PID"
@@ -113,8 +110,9 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
             codes = _wait(ranks)
         except KeyboardInterrupt:
             _end(ranks)
-            _logger.warning("interrupted; --resume goes on from the last checkpoint")
-            raise
+            raise KeyboardInterrupt(
+                "interrupted: --resume goes on from the last checkpoint"
+            ) from None
         if codes:
             _end(ranks)
             raise _read_error(Path(folder), codes)

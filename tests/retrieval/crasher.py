@@ -1,4 +1,4 @@
-"""A writer to be killed: adds, changes, removes, compacts and rebuilds at random, and says so.
+"""A writer to be killed: adds, copies, changes, removes, compacts, rebuilds at random, and says so.
 
 Usage: python -m tests.retrieval.crasher COLLECTION PICTURES SEED
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,13 +59,25 @@ def main(collection: Path, pictures: Path, seed: int) -> None:
     is_new = not collection.exists()
     with (Collection.create if is_new else Collection.open)(collection, encoder) as photos:
         say(state=describe(photos, encoder))
+        operations = ["add", "add", "copy", "change", "remove", "compact", "rebuild"]
         for number in range(10_000):
-            operation = generator.choice(["add", "add", "change", "remove", "compact", "rebuild"])
+            operation = generator.choice(operations)
             live = [item.uri for item in photos.items()]
             if operation == "add":
                 folder = pictures / f"{seed}-{number}"
                 paths = [folder / f"{n}.png" for n in range(generator.randint(1, 12))]
                 source = folder
+            elif operation == "copy" and (there := [uri for uri in live if Path(uri).exists()]):
+                folder = pictures / f"{seed}-{number}"
+                folder.mkdir(parents=True)
+                copied = [Path(uri) for uri in generator.choices(there, k=8)]
+                paths = [folder / f"{n}.png" for n in range(len(copied))]
+                say(begin={"add": [str(path) for path in paths]})
+                for original, path in zip(copied, paths, strict=True):
+                    shutil.copy(original, path)
+                photos.add(folder, batch_size=3, show_progress=False)
+                say(done={"add": [str(path) for path in paths]})
+                continue
             elif operation == "change" and live:
                 paths = [Path(uri) for uri in generator.sample(live, min(4, len(live)))]
                 source = pictures.with_suffix(".csv")

@@ -16,7 +16,7 @@ from tests.retrieval.colours import COLOURS, ColourEncoder, paint
 @pytest.fixture(autouse=True)
 def model_specs(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--model 3`` is the fake encoder with seed 3."""
-    monkeypatch.setattr(clipsys, "load", lambda spec: ColourEncoder(seed=int(spec)))
+    monkeypatch.setattr(clipsys, "load", lambda spec, **_: ColourEncoder(seed=int(spec)))
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import Collection, compaction, embedding
+from clipsys.retrieval import Collection, compaction, embedding, writing
+from clipsys.retrieval.items import Location
 from clipsys.retrieval.store import Store
 from tests.retrieval.colours import ColourEncoder, paint, paint_folder
 
@@ -164,3 +168,44 @@ def test_words_follow_removal_compaction_and_forgetting(
         assert {hit.id for hit in collection.search(words="square")} == squares
         assert collection.verify() == []
     assert collection.info().num_deleted == 0
+
+
+def test_copies_find_their_vector_where_joining_has_put_it_meanwhile(
+    tmp_path: Path, encoder: ColourEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Workers look ahead: what they know of a vector's place may be older than the last joining.
+    for module in (compaction, writing):
+        monkeypatch.setattr(module, "SEGMENTS_PER_TIER", 2)
+    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    folder = paint_folder(tmp_path / "many", num_images=24)
+    for number in range(0, 24, 2):  # a copy of one of the first four before each new image
+        source = folder / f"{number % 4 + 1:04d}.png"
+        shutil.copy(source, folder / f"{number:04d}-copy.png")
+    with Collection.create(tmp_path / "c", encoder) as photos:
+        report = photos.add(folder, batch_size=2, num_workers=4, show_progress=False)
+        assert report.total == len(photos) == 36
+        assert photos.verify() == []
+        for item in photos.items():
+            (vector,) = encoder.encode_image([Image.open(item.uri)])
+            assert photos.vector(item.id) @ vector > 0.999
+
+
+def test_copy_whose_original_went_before_it_is_committed_is_encoded(
+    collection: Collection, many: Path, encoder: ColourEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection.add(many, show_progress=False)
+    for number in range(5):
+        shutil.copy(many / f"{number:04d}.png", many / f"copy-{number}.png")
+    find, committing = Store.find_vector, threading.current_thread()
+
+    def find_in_workers(store: Store, content_hash: str) -> Location | None:
+        gone = threading.current_thread() is committing
+        return None if gone else find(store, content_hash)
+
+    monkeypatch.setattr(Store, "find_vector", find_in_workers)
+    report = collection.add(many, show_progress=False)
+    assert (report.added, report.reused, report.unchanged) == (5, 0, 30)
+    assert collection.verify() == []
+    for item in collection.items():
+        (vector,) = encoder.encode_image([Image.open(item.uri)])
+        assert collection.vector(item.id) @ vector > 0.999

@@ -7,7 +7,9 @@ on a fresh copy of the same collection.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -21,7 +23,11 @@ import pytest
 
 from clipsys.errors import ClipsysError, CollectionError
 from clipsys.retrieval import Collection, embedding
+from clipsys.retrieval.index import SUFFIX
+from clipsys.retrieval.items import Batch, NewItem
 from clipsys.retrieval.migration import MigrationOptions
+from clipsys.retrieval.planning import Kind
+from tests.retrieval.clustered import clustered
 from tests.retrieval.colours import ColourEncoder, paint_folder
 
 
@@ -46,6 +52,7 @@ def injected(faults: Faults) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename")):
             _wrap(patch, faults, owner, name)
+        _wrap(patch, faults, os, "pwrite", half=_half_of_the_bytes)
         _wrap(patch, faults, faiss, "write_index", half=_half_an_index)
         real_open, real_connect = Path.open, sqlite3.connect
 
@@ -67,17 +74,28 @@ def _wrap(
     faults: Faults,
     owner: Any,
     name: str,
-    half: Callable[..., None] = lambda *_: None,
+    half: Callable[..., object] = lambda *_: None,
 ) -> None:
     real = getattr(owner, name)
 
     def wrapped(*rest: Any, **named: Any) -> Any:
+        if name == "pwrite" and not isinstance(rest[1], memoryview):
+            return real(*rest)  # the number in the lock, which is nobody's data
+        if name == "write_index" and not isinstance(rest[1], str):
+            return real(*rest)  # to memory
         if faults.point(name):
             half(*rest)
             raise full() if name != "write_index" else RuntimeError("write error")
         return real(*rest, **named)
 
     patch.setattr(owner, name, wrapped)
+
+
+_pwrite = os.pwrite
+
+
+def _half_of_the_bytes(descriptor: int, data: memoryview, offset: int) -> None:
+    _pwrite(descriptor, data[: len(data) // 2], offset)
 
 
 def _half_an_index(_: object, path: str) -> None:
@@ -172,10 +190,52 @@ def state_of(folder: Path) -> tuple[str, list[tuple[int, str]]]:
     raise AssertionError("the collection is of no known model")
 
 
+Operation = Callable[[Collection, Path], None]
+
+
 @pytest.mark.parametrize("operation", [_add, _prune, _remove, _compact, _rebuild, _migrate])
 def test_fault_anywhere_leaves_the_old_or_the_new_state(
-    tmp_path: Path, prepared: tuple[Path, Path], operation: Callable[[Collection, Path], None]
+    tmp_path: Path, prepared: tuple[Path, Path], operation: Operation
 ) -> None:
+    check_every_fault(tmp_path, prepared, operation)
+
+
+@pytest.fixture
+def streamed(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """As `prepared`, where the index is of three lists of the kind that is asked for."""
+    kind: Kind = request.param
+    wishes: list[tuple[Kind, str]] = [(kind, "asked for")]
+    monkeypatch.setattr("clipsys.retrieval.planning._wishes", lambda *_: wishes)
+    monkeypatch.setattr("clipsys.retrieval.planning.num_lists_for", lambda _: 3)
+    made: tuple[Path, Path] = request.getfixturevalue("prepared")
+    with Collection.open(made[0]) as photos:
+        assert photos.index is not None
+        assert photos.index.kind == kind
+        assert photos.index.num_lists == 3
+    return made
+
+
+@pytest.mark.parametrize(
+    ("streamed", "operation"),
+    [
+        *itertools.product(["ivf-pq", "ivf-sq8", "ivf-rabitq"], [_compact, _rebuild]),
+        ("ivf-pq", _migrate),
+    ],
+    indirect=["streamed"],
+)
+def test_fault_while_lists_are_written_leaves_the_old_or_the_new_state(
+    tmp_path: Path, streamed: tuple[Path, Path], operation: Operation
+) -> None:
+    points = check_every_fault(tmp_path, streamed, operation)
+    assert points.count("pwrite") >= 4  # codes and ids of each list that is not empty
+
+
+def check_every_fault(
+    tmp_path: Path, prepared: tuple[Path, Path], operation: Operation
+) -> list[str]:
+    """Does what the module says. Returns the fault points that there were."""
     template, pictures = prepared
 
     def attempt(name: str, fail_at: int | None) -> Faults:
@@ -197,6 +257,7 @@ def test_fault_anywhere_leaves_the_old_or_the_new_state(
         with pytest.raises(ClipsysError, match=r"full|No space|write error"):
             attempt(name, number)
         assert state_of(tmp_path / name) in (before, after), name
+        assert list((tmp_path / name).rglob(f".*{SUFFIX}.new")) == [], name
         with Collection.open(tmp_path / name) as again:
             seed = 9 if again.info().model_name == "colours-9" else 0
         if (operation, seed) != (_migrate, 9):
@@ -204,6 +265,7 @@ def test_fault_anywhere_leaves_the_old_or_the_new_state(
                 operation(photos, pictures)
         assert state_of(tmp_path / name)[1] == after[1], name
         shutil.rmtree(tmp_path / name)
+    return points
 
 
 def test_fault_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
@@ -252,3 +314,87 @@ def test_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_room(
         report = photos.add(folder, batch_size=4, show_progress=False)
         assert report.added == 126 - committed
         assert photos.verify() == []
+
+
+RECALL = 0.5
+
+
+def with_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
+    """600 vectors of width 64 and an IVF-PQ of them, whose file has some 50 kB."""
+    monkeypatch.setattr("clipsys.retrieval.planning.EXACT_ITEMS", 50)
+    photos = Collection.create(folder, ColourEncoder(dim=64))
+    new = [NewItem(f"/{n}.jpg", f"{n}", 1, 1, (), {}) for n in range(600)]
+    with photos._writing() as writer:
+        writer.commit(Batch(new=new), clustered(600, 64))
+    photos.build_index(recall=RECALL)
+    return photos
+
+
+def check_refused_build(photos: Collection, message: str) -> None:
+    """A build fails; the index of before is in place, is found sound and answers."""
+    before = photos.index
+    assert before is not None
+    assert before.kind == "ivf-pq"
+    query_D = clustered(1, 64, seed=3)[0]
+    answers = [hit.id for hit in photos.search_vector(query_D)]
+    with pytest.raises(CollectionError, match=message):
+        photos.build_index(recall=RECALL)
+    assert photos.index == before
+    assert [path.name for path in (photos.path / "indexes").iterdir()] == [before.file]
+    with Collection.open(photos.path, ColourEncoder(dim=64)) as again:
+        assert again.verify() == []
+        assert [hit.id for hit in again.search_vector(query_D)] == answers
+
+
+def size_of_index(photos: Collection) -> int:
+    assert photos.index is not None
+    return (photos.path / "indexes" / photos.index.file).stat().st_size
+
+
+def test_disk_that_fills_up_under_an_index_keeps_the_one_before(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with with_lists(small_disk / "c", monkeypatch) as photos:
+        ballast = small_disk / "ballast"
+        size = size_of_index(photos)
+        for room in (0, size - 8_000):  # for nothing, for all but some lists
+            ballast.unlink(missing_ok=True)
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+            check_refused_build(photos, "No space left")
+        ballast.unlink()
+        photos.build_index(recall=RECALL)
+        assert photos.verify() == []
+
+
+def test_limit_on_the_size_of_files_is_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Needs no rights, so it runs where a disk cannot be mounted.
+    with with_lists(tmp_path / "c", monkeypatch) as photos:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for limit in (size_of_index(photos) // 8, size_of_index(photos) - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                check_refused_build(photos, "File too large")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        photos.build_index(recall=RECALL)
+        assert photos.verify() == []
+
+
+def test_lock_is_held_where_its_file_takes_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Collection.create(tmp_path / "c", ColourEncoder()) as photos:
+        monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(full()))
+        refused = pytest.raises(CollectionError, match=r"another writer \(process unknown\)")
+        with photos._writing(), Collection.open(photos.path) as other, refused:
+            other.remove([1])
+
+
+def test_lock_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    with Collection.create(tmp_path / "c", ColourEncoder()) as photos:
+        (photos.path / "writer.lock").unlink()
+        (photos.path / "writer.lock").mkdir()
+        with pytest.raises(CollectionError, match=r"c: cannot be written to \(Is a directory\)"):
+            photos.remove([1])

@@ -17,7 +17,7 @@ from tests.retrieval.test_verification import cut, flip_a_bit, only_file
 @pytest.fixture(autouse=True)
 def model_specs(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--model 3`` is the fake encoder with seed 3."""
-    monkeypatch.setattr(clipsys, "load", lambda spec: ColourEncoder(seed=int(spec)))
+    monkeypatch.setattr(clipsys, "load", lambda spec, **_: ColourEncoder(seed=int(spec)))
 
 
 @pytest.fixture
@@ -72,7 +72,8 @@ def test_failures_are_listed_and_retried(
 def test_remove_takes_ids_or_a_filter_and_asks_twice_for_much(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(capsys, "remove", folder, "1", "99")[:2] == (0, "1 items removed, 5 left\n")
+    removed = run(capsys, "remove", folder, "1", "99")
+    assert removed == (0, "1 item removed, 5 left\n", "1 id of no item\n")
     status, out, err = run(capsys, "remove", folder, "--where", "year<2003")
     assert (status, out) == (1, "")
     assert "2 of 5 items match" in err
@@ -134,3 +135,11 @@ def test_index_prunes_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no longer has 3 of the 20" in err
     status, out, _ = run(capsys, "index", tmp_path / "c", pictures, "--prune", "--yes")
     assert "17 unchanged, 3 pruned" in out
+
+
+def test_verify_of_no_collection_is_an_error_and_no_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "verify", str(tmp_path / "none"))
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: {tmp_path / 'none'}: there is no collection here")
