@@ -260,7 +260,7 @@ def test_command_migrates_and_adds(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(clipsys, "load", lambda spec: ColourEncoder(seed=int(spec)))
+    monkeypatch.setattr(clipsys, "load", lambda spec, **_: ColourEncoder(seed=int(spec)))
     run(capsys, "index", tmp_path / "c", photos, "--model", "0")
     status, _, err = run(capsys, "index", tmp_path / "c", "--migrate")
     assert (status, "--migrate needs the new model" in err) == (1, True)
