@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # CI installs the exact versions that were tested; everybody else gets the newest that fit.
 CONSTRAINT := $(if $(CI),--constraint constraints.txt,)
+# A process per core, at most four (each takes about 2 GB); a file's tests stay in one process,
+# which makes what they share once. One after another, as under a debugger: PARALLEL=
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow check format env clean
 
@@ -23,19 +26,16 @@ demo: env
 	$(BIN)/clipsys demo $(if $(filter 0,$(DEMO_UI)),--no-ui,)
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: env
-	$(BIN)/python -m pytest -m 'slow or not slow' --timeout 1800
+	$(BIN)/python -m pytest $(PARALLEL) -m 'slow or not slow' --timeout 1800
 
 check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 
 format: env
 	$(BIN)/ruff format .

@@ -14,8 +14,19 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Two cores are usual for a test machine; torch's default of all cores only adds contention.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Processes, not threads, use the other cores: those of pytest-xdist, and ranks. One number of
+# threads for all also makes runs comparable bit for bit, since it decides the order of sums.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+_SHARED = "PYTEST_XDIST_WORKER" in os.environ
+#: The files that take longest, about a minute each.
+_LONGEST = (
+    "test_docs.py",
+    "test_run.py",
+    "test_launch.py",
+    "test_exactness.py",
+    "test_end_to_end.py",
+    "test_browser.py",
+)
 
 TINY_MODEL: dict[str, Any] = {
     "embed_dim": 32,
@@ -36,6 +47,13 @@ def noise_image(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share a run, begins with the longest files: then they end together."""
+    if _SHARED:
+        ranks = {name: number for number, name in enumerate(_LONGEST)}
+        items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 # forkserver: torch and DeepSpeed are imported once for all tests, and no test forks a process that
 # has threads.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "tests.preload"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "tests.preload"])
 
 TIMEOUT_S = 240
 
@@ -22,9 +22,9 @@ TIMEOUT_S = 240
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Runs ``function(rank, world_size, *arguments)`` on every rank and returns the results."""
     with tempfile.TemporaryDirectory() as folder:
-        results = _CONTEXT.Queue()
+        results = CONTEXT.Queue()
         processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_enter, args=(function, rank, world_size, folder, results, arguments)
             )
             for rank in range(world_size)

@@ -75,7 +75,7 @@ def _smaller(recipe: str) -> str:
     """README's recipe with a model and a batch that a test can wait for."""
     document = yaml.safe_load(recipe)
     document["model"]["architecture"] = TINY_MODEL
-    document["data"]["batch_size"] = 8
+    document["data"] |= {"batch_size": 8, "workers": 0}  # a worker imports torch, for seconds
     document["schedule"] = {"epochs": 2, "warmup_steps": 1}
     return yaml.safe_dump(document)
 

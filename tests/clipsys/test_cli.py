@@ -58,8 +58,9 @@ def test_an_error_is_one_line_on_stderr_and_status_1(capsys: pytest.CaptureFixtu
     assert len(err.splitlines()) == 1
 
 
-def test_debug_shows_the_traceback() -> None:
-    command = [sys.executable, "-m", "clipsys", "train", "no_such_recipe", "--debug"]
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    words = ["shards", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--debug"]
+    command = [sys.executable, "-m", "clipsys", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr

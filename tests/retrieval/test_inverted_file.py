@@ -64,22 +64,23 @@ def filled_by_faiss(index: Any, snapshot: Snapshot) -> Any:
 @pytest.mark.parametrize("kind", STREAMED_KINDS)
 @pytest.mark.parametrize("num_lists", [1, 40])
 @pytest.mark.parametrize("count", [1, 10, 20, COUNT])  # with 10, most of 40 lists are empty
-@pytest.mark.parametrize("buffer_bytes", [1_000, 50_000, 10**9])
 def test_file_is_the_one_that_faiss_writes_of_the_index_in_memory(
-    whole: Snapshot, tmp_path: Path, kind: Kind, num_lists: int, count: int, buffer_bytes: int
+    whole: Snapshot, tmp_path: Path, kind: Kind, num_lists: int, count: int
 ) -> None:
     index = trained(kind, num_lists, whole)
     some = keep(whole, np.arange(COUNT) % (COUNT // count) == 0)
     in_memory = filled_by_faiss(index, some)
     faiss.write_index(in_memory, str(tmp_path / "faiss"))
-    building._stream(tmp_path / "ours", index, some, buffer_bytes=buffer_bytes)
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "faiss").read_bytes()
-    mapped = read_file(tmp_path / "ours", mapped=True)
+    for buffer_bytes in (1_000, 50_000, 10**9):
+        ours = tmp_path / f"ours-{buffer_bytes}"
+        building._stream(ours, index, some, buffer_bytes=buffer_bytes)
+        assert ours.read_bytes() == (tmp_path / "faiss").read_bytes(), buffer_bytes
+    mapped = read_file(ours, mapped=True)
     for one in (mapped, in_memory):
         faiss.extract_index_ivf(one).nprobe = 10
     queries = clustered(20, DIM, seed=3)
-    for ours, theirs in zip(mapped.search(queries, 9), in_memory.search(queries, 9), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for found, theirs in zip(mapped.search(queries, 9), in_memory.search(queries, 9), strict=True):
+        np.testing.assert_array_equal(found, theirs)
 
 
 @pytest.mark.parametrize("kind", STREAMED_KINDS)

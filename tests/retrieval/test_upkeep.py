@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +19,28 @@ from tests.retrieval.colours import ColourEncoder
 DIM = 24
 
 
+_MANY = "clipsys.retrieval.planning.EXACT_ITEMS"
+
+
+@pytest.fixture(scope="module")
+def grown_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A collection of 4,000 items with captions, planned and tuned where 50 are many."""
+    folder = tmp_path_factory.mktemp("grown") / "c"
+    with pytest.MonkeyPatch.context() as patch, Collection.create(folder, ColourEncoder()) as made:
+        patch.setattr(_MANY, 50)
+        grow(made, 4_000)
+    return folder
+
+
 @pytest.fixture
 def grown(
-    tmp_path: Path, encoder: ColourEncoder, monkeypatch: pytest.MonkeyPatch
+    grown_once: Path, tmp_path: Path, encoder: ColourEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Collection]:
-    """4,000 items with captions, where 50 are many."""
-    monkeypatch.setattr("clipsys.retrieval.planning.EXACT_ITEMS", 50)
-    with Collection.create(tmp_path / "c", encoder) as made:
-        grow(made, 4_000)
-        yield made
+    """A copy of it for one test."""
+    monkeypatch.setattr(_MANY, 50)
+    shutil.copytree(grown_once, tmp_path / "c")
+    with Collection.open(tmp_path / "c", encoder) as opened:
+        yield opened
 
 
 def grow(collection: Collection, count: int) -> None:

@@ -1,7 +1,7 @@
-"""One rank of a run that kills itself: ``mortal_rank.py STEP CLIPSYS-ARGUMENTS…``.
+"""One rank of a run that kills itself.
 
-SIGKILL comes where it hurts: in the middle of step STEP, counted from this start, when gradients
-have been reduced and weights are about to change.
+SIGKILL comes where it hurts: in the middle of a step, when gradients have been reduced and weights
+are about to change.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import sys
 from typing import Any
 
 
-def main() -> None:
+def main(last: int, words: list[str], environment: dict[str, str]) -> None:
+    """Runs ``clipsys WORDS`` as the rank of ``environment``, up to step ``last`` of this start."""
     from clipsys.cli import main as clipsys_main
     from clipsys.training.engine import import_deepspeed
 
-    last = int(sys.argv.pop(1))
+    os.environ |= {**environment, "LOCAL_RANK": environment["RANK"], "GLOO_SOCKET_IFNAME": "lo"}
     engine_class = import_deepspeed().runtime.engine.DeepSpeedEngine
     step = engine_class.step
     started = 0
@@ -29,8 +30,5 @@ def main() -> None:
         return step(self, *arguments, **options)
 
     engine_class.step = mortal_step
+    sys.argv = ["clipsys", *words]
     clipsys_main()
-
-
-if __name__ == "__main__":
-    main()

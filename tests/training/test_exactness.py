@@ -243,9 +243,15 @@ _FEW_SPLITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_stage_and_number_of_micro_batches_is_exact(world_size: int) -> None:
-    _check(_FEW_SPLITS, world_size)
+#: Each stage once.
+_STAGES = [_FEW_SPLITS[3 * stage + n] for stage, n in enumerate((1, 2, 0, 1))]
+
+
+@pytest.mark.parametrize(("world_size", "cases"), [(1, _STAGES), (2, _FEW_SPLITS), (3, _STAGES)])
+def test_every_stage_and_number_of_micro_batches_is_exact(
+    world_size: int, cases: list[Case]
+) -> None:
+    _check(cases, world_size)
 
 
 @pytest.mark.slow
