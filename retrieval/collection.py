@@ -40,6 +40,7 @@ from clipsys.retrieval.segments import Floats
 from clipsys.retrieval.snapshot import Snapshot
 from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.store import Store
+from clipsys.retrieval.upgrading import upgrade_database
 
 
 class Collection(KeptCollection):
@@ -110,7 +111,9 @@ class Collection(KeptCollection):
         manifest = read_manifest(folder)
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)
-        store = Store(folder / manifest.edition / DATABASE_NAME)
+        database = folder / manifest.edition / DATABASE_NAME
+        upgrade_database(database)
+        store = Store(database)
         return cls(folder, manifest, store, encoder, few_searches=few_searches)
 
     def close(self) -> None:

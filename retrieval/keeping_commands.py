@@ -208,6 +208,7 @@ def repair(collection: _Folder, *, as_json: _Json = False) -> None:
             "items removed that shared a uri": report.duplicates_removed,
             "vectors dropped that belonged to no item": report.vectors_dropped,
             "table of words made anew": int(report.words_rebuilt),
+            "index of metadata made anew": int(report.metadata_rebuilt),
             "counters set right": int(report.counters_set),
             "index built again": int(report.index_rebuilt),
         }

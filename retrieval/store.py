@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from clipsys.retrieval import words
+from clipsys.retrieval import metadata_index, words
 from clipsys.retrieval.database import Database, create_database
+from clipsys.retrieval.filters import Condition, to_selection
 from clipsys.retrieval.items import Batch, Failure, Item, Location
 from clipsys.retrieval.row_writing import (
     insert_item,
@@ -182,14 +183,22 @@ class Store:
         """The rows of a query, for the modules that look after a collection."""
         return self._database.rows(query, parameters)
 
-    def select_ids(self, condition: str, parameters: Sequence[Any]) -> Ints:
-        """Ids of live items for which an SQL condition holds, ascending.
-
-        ``condition`` comes from :mod:`clipsys.retrieval.filters`; values travel as parameters.
-        """
-        query = f"SELECT id FROM items WHERE state = 'live' AND ({condition}) ORDER BY id"
-        rows = self._database.rows(query, parameters)
-        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+    def select_ids(self, conditions: Sequence[Condition]) -> Ints:
+        """Ids of live items for which all conditions hold, ascending, as of one moment."""
+        selections = [to_selection(condition) for condition in conditions]
+        with self._database.transaction("BEGIN") as connection:
+            found: Ints | None = None
+            for selection in sorted(selections, key=lambda one: one.excluded):
+                ids = _ids(connection.execute(selection.statement, selection.parameters))
+                if not selection.excluded:
+                    found = ids if found is None else np.intersect1d(found, ids, True)
+                    continue
+                if found is None:
+                    found = _ids(connection.execute("SELECT id FROM items WHERE state = 'live'"))
+                found = np.setdiff1d(found, ids, True)
+            if found is None:
+                found = _ids(connection.execute("SELECT id FROM items WHERE state = 'live'"))
+        return found
 
     def match_words(self, expression: str) -> Ints:
         """Ids of live items whose captions match, best first (BM25), equal ones by id.
@@ -203,12 +212,13 @@ class Store:
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def metadata_keys(self) -> list[str]:
-        """Every metadata key that some live item has. Reads all items."""
-        query = (
-            "SELECT DISTINCT fields.key FROM items, json_each(items.metadata) AS fields "
-            "WHERE state = 'live' ORDER BY 1"
-        )
-        return [row[0] for row in self._database.rows(query)]
+        """Every metadata key that some live item has."""
+        return [key for (key,) in self._database.rows("SELECT key FROM metadata_keys ORDER BY 1")]
+
+    def find_metadata_problems(self) -> list[str]:
+        """What in the index of metadata is not what the items say, as of one moment."""
+        with self._database.transaction("BEGIN") as connection:
+            return metadata_index.find_problems(connection)
 
     def check_integrity(self) -> list[str]:
         """SQLite's own check of the file; an empty list when it is sound."""
@@ -259,3 +269,9 @@ class Store:
         """Marks live items as deleted. Returns how many there were."""
         with self._database.transaction("BEGIN IMMEDIATE") as connection:
             return mark_deleted(connection, ids, next_change(connection))
+
+
+def _ids(cursor: sqlite3.Cursor) -> Ints:
+    """The ids that a statement gives, ascending, each once."""
+    rows = cursor.fetchall()
+    return np.unique(np.fromiter((row[0] for row in rows), np.int64, len(rows)))

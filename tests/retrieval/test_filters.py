@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from clipsys.errors import QueryError
-from clipsys.retrieval.filters import Condition, Where, parse_condition, parse_where, to_sql
+from clipsys.retrieval.filters import Condition, Where, parse_condition, parse_where
 from clipsys.retrieval.items import Batch, NewItem
 from clipsys.retrieval.segments import SegmentFile
 from clipsys.retrieval.store import Store
@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 def matching(store: Store, where: Where) -> list[int]:
     """Positions in ITEMS."""
-    return [int(i) - 1 for i in store.select_ids(*to_sql(parse_where(where)))]
+    return [int(i) - 1 for i in store.select_ids(parse_where(where))]
 
 
 @pytest.mark.parametrize(
