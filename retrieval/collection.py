@@ -95,14 +95,20 @@ class Collection(KeptCollection):
         encoder: ImageTextEncoder | None = None,
         *,
         few_searches: bool = False,
+        to_repair: bool = False,
     ) -> Collection:
         """Opens a collection.
+
+        Vector files are looked at: one whose size is not right is refused, one whose time is not
+        the recorded one is hashed first, as all are after copying a collection. What is written
+        notes the new times.
 
         Args:
             path: its folder.
             encoder: checked against the manifest; None: the manifest's model is loaded when a
                 search or an addition first needs it.
             few_searches: it is opened for one search or two: what pays only later is left out.
+            to_repair: opens it although vector files are damaged.
 
         Raises:
             CollectionError: there is none, it is damaged, or it belongs to another model.
@@ -112,9 +118,18 @@ class Collection(KeptCollection):
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)
         database = folder / manifest.edition / DATABASE_NAME
-        upgrade_database(database)
+        upgraded = upgrade_database(database)
         store = Store(database)
-        return cls(folder, manifest, store, encoder, few_searches=few_searches)
+        opened = cls(folder, manifest, store, encoder, few_searches=few_searches)
+        if not to_repair:
+            try:
+                opened._view.check_segments()
+                if upgraded:
+                    opened._view.note_segment_times()
+            except BaseException:
+                store.close()
+                raise
+        return opened
 
     def close(self) -> None:
         """Closes the database."""

@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 from clipsys.errors import QueryError
 from clipsys.retrieval.items import plain_text
@@ -38,8 +38,15 @@ _PATTERN = re.compile(
     re.DOTALL,
 )
 _NOTHING = "SELECT 0 WHERE 0"
-# lower() knows ASCII only, and is much faster than Python's casefold(), which the database registers.
-# A text of as many bytes as characters is ASCII.
+_ITEMS_OF = (
+    "SELECT posting.item FROM metadata_values AS entry {index} "
+    "CROSS JOIN metadata_postings AS posting ON posting.value = entry.id "
+    "WHERE entry.key = (SELECT id FROM metadata_keys WHERE key = ?) AND ({test})"
+)
+#: The planner has no statistics, and takes a scan of the key for as good.
+_BY_NUMBER = "INDEXED BY metadata_numbers"
+# lower() knows ASCII only, and is much faster than casefold(), which is Python's. A text of as many
+# bytes as characters is ASCII.
 _FOLDED = (
     "CASE WHEN length(CAST(entry.value AS BLOB)) = length(entry.value) THEN lower(entry.value) "
     "ELSE casefold(CAST(entry.value AS BLOB)) END"
@@ -49,8 +56,13 @@ _WITH_PARTS = "('text', 'integer', 'real', 'true', 'false', 'object')"
 #: Fields that mean a column of the item and not a metadata key.
 ITEM_FIELDS = ("uri", "caption")
 
-# A test of an entry and its parameters. Each is one that an index can answer, if any can.
-_Test: TypeAlias = tuple[str, list[Any]]
+
+class _Test(NamedTuple):
+    """A test of an entry that an index can answer, if any can."""
+
+    text: str
+    parameters: list[Any]
+    by_number: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,39 +156,42 @@ def to_selection(condition: Condition) -> Selection:
         found = to_selection(Condition(condition.field, "=", condition.value))
         return replace(found, excluded=not found.excluded)
     if condition.operator == "=" and condition.value is None:  # null, or not there at all
-        return replace(_select(condition.field, [("entry.type != 'null'", [])]), excluded=True)
+        return replace(_select(condition.field, [_Test("entry.type != 'null'", [])]), excluded=True)
     return _select(condition.field, _tests(condition), _may_be_long(condition))
 
 
 def _select(field: str, tests: Sequence[_Test], may_be_long: bool = False) -> Selection:
+    if field in ITEM_FIELDS:
+        return _select_by_column(field, tests)
+    name = plain_text(field)
     selects: list[str] = []
     parameters: list[Any] = []
-    if field in ITEM_FIELDS:  # one of two constants, never a user's text
-        row = f"SELECT id, {field} AS value, iif({field} IS NULL, 'null', 'text') AS type"
-        rows = f"({row} FROM items WHERE state = 'live') AS row"
-        source = f"(SELECT id, value, type, {number_of('row')} AS number FROM {rows}) AS entry"
-        for test, bound in tests:
-            selects.append(f"SELECT entry.id FROM {source} WHERE {test}")
-            parameters += _blobs(bound)
-        return Selection(" UNION ALL ".join(selects) or _NOTHING, tuple(parameters))
-    key = "entry.key = (SELECT id FROM metadata_keys WHERE key = ?)"
-    values = (
-        "SELECT posting.item FROM metadata_values AS entry "
-        f"CROSS JOIN metadata_postings AS posting ON posting.value = entry.id WHERE {key}"
-    )
-    name = plain_text(field)
-    for test, bound in tests:
-        selects.append(f"{values} AND ({test})")
-        parameters += [name, *bound]
+    for test in tests:
+        selects.append(_ITEMS_OF.format(index=_BY_NUMBER if test.by_number else "", test=test.text))
+        parameters += [name, *test.parameters]
     if may_be_long and tests:
-        together = " OR ".join(f"({test})" for test, _ in tests)
+        long = _ITEMS_OF.format(index="", test=f"entry.type = '{LONG}'")
+        together = " OR ".join(f"({test.text})" for test in tests)
         selects.append(
-            f"SELECT items.id FROM ({values} AND entry.type = '{LONG}') AS found "
-            "CROSS JOIN items ON items.id = found.item "
+            f"SELECT items.id FROM ({long}) AS found CROSS JOIN items ON items.id = found.item "
             f"WHERE EXISTS (SELECT 1 FROM ({entries_of('items')}) AS entry "
             f"WHERE entry.key = ? AND ({together}))"
         )
-        parameters += [name, name, *(one for _, bound in tests for one in bound)]
+        parameters += [name, name, *(one for test in tests for one in test.parameters)]
+    return Selection(" UNION ALL ".join(selects) or _NOTHING, tuple(parameters))
+
+
+def _select_by_column(column: str, tests: Sequence[_Test]) -> Selection:
+    # One of two constants, never a user's text.
+    index = "INDEXED BY items_live_uri" if column == "uri" else "NOT INDEXED"
+    row = f"SELECT id, {column} AS value, iif({column} IS NULL, 'null', 'text') AS type"
+    rows = f"({row} FROM items {index} WHERE state = 'live') AS row"
+    source = f"(SELECT id, value, type, {number_of('row')} AS number FROM {rows}) AS entry"
+    selects = [f"SELECT entry.id FROM {source} WHERE {test.text}" for test in tests]
+    # A file name that is not UTF-8 is a blob of its bytes in the database.
+    parameters = [
+        sql_text(one) if isinstance(one, str) else one for test in tests for one in test.parameters
+    ]
     return Selection(" UNION ALL ".join(selects) or _NOTHING, tuple(parameters))
 
 
@@ -191,16 +206,16 @@ def _tests(condition: Condition) -> list[_Test]:
     if operator == "contains":
         # A list contains an equal element; a text contains a part of itself. Capitals do not count.
         needle = _text(value).casefold()
-        tests: list[_Test] = [
-            (f"entry.type = 'element' AND {_FOLDED} = ?", [needle]),
-            (f"entry.type IN {_WITH_PARTS} AND instr({_FOLDED}, ?) > 0", [needle]),
+        tests = [
+            _Test(f"entry.type = 'element' AND {_FOLDED} = ?", [needle]),
+            _Test(f"entry.type IN {_WITH_PARTS} AND instr({_FOLDED}, ?) > 0", [needle]),
         ]
         if number is not None:
-            tests.append(("entry.type = 'element' AND entry.number = ?", [number]))
+            tests.append(_Test("entry.type = 'element' AND entry.number = ?", [number], True))
         return tests
     if number is None:
-        return [(f"entry.type = 'text' AND entry.value {operator} ?", [_text(value)])]
-    return [(f"entry.type != 'element' AND entry.number {operator} ?", [number])]
+        return [_Test(f"entry.type = 'text' AND entry.value {operator} ?", [_text(value)])]
+    return [_Test(f"entry.type != 'element' AND entry.number {operator} ?", [number], True)]
 
 
 def _equals(values: Sequence[object]) -> list[_Test]:
@@ -211,14 +226,15 @@ def _equals(values: Sequence[object]) -> list[_Test]:
     numbers = [number for one in others if (number := _number(one)) is not None]
     words = sorted({str(one).lower() for one in values if _is_truth(one)})
     if texts:
-        tests.append((f"entry.type = 'text' AND entry.value IN ({_marks(texts)})", texts))
+        tests.append(_Test(f"entry.type = 'text' AND entry.value IN ({_marks(texts)})", texts))
     if numbers:
-        tests.append((f"entry.type != 'element' AND entry.number IN ({_marks(numbers)})", numbers))
+        test = f"entry.number IS NOT NULL AND entry.number IN ({_marks(numbers)})"
+        tests.append(_Test(f"entry.type != 'element' AND {test}", numbers, True))
     if words:
-        tests.append((f"entry.type IN ({_marks(words)})", words))
-        tests.append((f"entry.type = 'text' AND {_FOLDED} IN ({_marks(words)})", words))
+        tests.append(_Test(f"entry.type IN ({_marks(words)})", words))
+        tests.append(_Test(f"entry.type = 'text' AND {_FOLDED} IN ({_marks(words)})", words))
     if None in values:
-        tests.append(("entry.type = 'null'", []))
+        tests.append(_Test("entry.type = 'null'", []))
     return tests
 
 
@@ -263,8 +279,3 @@ def _text(value: object) -> str:
 
 def _marks(values: Sequence[object]) -> str:
     return ",".join("?" * len(values))
-
-
-def _blobs(values: Sequence[Any]) -> list[Any]:
-    """A file name that is not UTF-8 is a blob of its bytes in the database."""
-    return [sql_text(value) if isinstance(value, str) else value for value in values]

@@ -197,7 +197,7 @@ def repair(collection: _Folder, *, as_json: _Json = False) -> None:
     """Mends what `verify` finds; exit status 1 if something remains."""
     from clipsys.retrieval.collection import Collection
 
-    with Collection.open(collection) as photos:
+    with Collection.open(collection, to_repair=True) as photos:
         report = photos.repair()
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))

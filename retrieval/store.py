@@ -16,7 +16,7 @@ inserted anew, which keeps index generations immutable and true.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from clipsys.retrieval.filters import Condition, to_selection
 from clipsys.retrieval.items import Batch, Failure, Item, Location
 from clipsys.retrieval.row_writing import (
     insert_item,
+    insert_segment,
     mark_deleted,
     next_change,
     record_failure,
@@ -149,7 +150,7 @@ class Store:
 
     def segments(self) -> dict[int, SegmentFile]:
         """All committed segments by database id."""
-        rows = self._database.rows("SELECT id, file, num_rows, sha256 FROM segments")
+        rows = self._database.rows("SELECT id, file, num_rows, sha256, mtime_ns FROM segments")
         return {row[0]: SegmentFile(*row[1:]) for row in rows}
 
     def changes_since(self, change: int) -> Changes:
@@ -245,11 +246,7 @@ class Store:
             change = next_change(connection)
             segment_id = 0
             if segment is not None:
-                cursor = connection.execute(
-                    "INSERT INTO segments (file, num_rows, sha256) VALUES (?, ?, ?)",
-                    (segment.name, segment.num_rows, segment.sha256),
-                )
-                segment_id = int(cursor.lastrowid or 0)
+                segment_id = insert_segment(connection, segment)
             row, ids = 0, []
             for item in batch.new:
                 location = item.location or Location(segment_id, row)
@@ -264,6 +261,14 @@ class Store:
             for source, uri in batch.origins:
                 record_origin(connection, source, uri)
         return ids
+
+    def note_segment_times(self, times_ns: Mapping[int, int]) -> None:
+        """Records when segments were written, by database id."""
+        with self._database.transaction("BEGIN IMMEDIATE") as connection:
+            connection.executemany(
+                "UPDATE segments SET mtime_ns = ? WHERE id = ?",
+                [(mtime_ns, segment_id) for segment_id, mtime_ns in times_ns.items()],
+            )
 
     def delete(self, ids: Sequence[int]) -> int:
         """Marks live items as deleted. Returns how many there were."""
