@@ -144,13 +144,6 @@ _TRIGGERS = {
     "(SELECT 1 FROM metadata_values AS other WHERE other.key = metadata_keys.id); END",
 }
 _STATEMENTS = _TABLES | {name: f"CREATE TRIGGER {name} {body}" for name, body in _TRIGGERS.items()}
-#: Each entry of a live item, with the value that it has in the index.
-_STORED = (
-    f"({_ALL_ENTRIES}) AS entry "
-    "CROSS JOIN metadata_keys AS known ON known.key = entry.key "
-    "CROSS JOIN metadata_values AS stored ON stored.key = known.id "
-    "AND stored.type = entry.type AND stored.value = entry.value"
-)
 
 
 def create_index(connection: sqlite3.Connection) -> None:
@@ -158,20 +151,21 @@ def create_index(connection: sqlite3.Connection) -> None:
     for statement in _STATEMENTS.values():
         connection.execute(statement)
     connection.execute(f"INSERT OR IGNORE INTO state VALUES ('{COUNTER}', 0)")
+    # One pass over the items and one sort; then each table is filled from its beginning to its end.
     connection.execute(
-        f"INSERT INTO metadata_keys (key) SELECT DISTINCT key FROM ({_ALL_ENTRIES}) ORDER BY key"
+        "CREATE TEMP TABLE made AS SELECT *, dense_rank() OVER (ORDER BY key, type, value) AS id "
+        f"FROM ({_ALL_ENTRIES}) ORDER BY key, type, value, item"
+    )
+    connection.execute("INSERT INTO metadata_keys (key) SELECT DISTINCT key FROM made ORDER BY key")
+    connection.execute(
+        "INSERT OR IGNORE INTO metadata_values (key, type, value, number, id) "
+        "SELECT known.id, type, value, number, made.id "
+        "FROM made CROSS JOIN metadata_keys AS known ON known.key = made.key ORDER BY made.rowid"
     )
     connection.execute(
-        "INSERT INTO metadata_values (key, type, value, number, id) "
-        "SELECT key, type, value, number, row_number() OVER () FROM "
-        "(SELECT DISTINCT known.id AS key, type, value, number "
-        f"FROM ({_ALL_ENTRIES}) AS entry JOIN metadata_keys AS known ON known.key = entry.key "
-        "ORDER BY 1, 2, 3)"
+        "INSERT OR IGNORE INTO metadata_postings SELECT id, item FROM made ORDER BY rowid"
     )
-    connection.execute(
-        "INSERT INTO metadata_postings "
-        f"SELECT DISTINCT stored.id, entry.item FROM {_STORED} ORDER BY 1, 2"
-    )
+    connection.execute("DROP TABLE made")
     connection.execute(
         "UPDATE state SET value = max(value, (SELECT count(*) FROM metadata_values)) "
         f"WHERE name = '{COUNTER}'"
@@ -213,10 +207,13 @@ def find_problems(connection: sqlite3.Connection) -> list[str]:
     return problems
 
 
-_WANTED = f"SELECT DISTINCT item, key, type, value, number FROM ({_ALL_ENTRIES})"
+_EACH = f"SELECT DISTINCT key, type, value FROM ({entries_of('items', whole=False)})"
+_NUM_WANTED = (
+    f"SELECT coalesce(sum((SELECT count(*) FROM ({_EACH}))), 0) FROM items WHERE state = 'live'"
+)
 _CHECKS = (
     (
-        f"SELECT count(*) FROM ({_WANTED}) AS entry WHERE NOT EXISTS ("
+        f"SELECT count(*) FROM ({_ALL_ENTRIES}) AS entry WHERE NOT EXISTS ("
         "SELECT 1 FROM metadata_keys AS known CROSS JOIN metadata_values AS stored "
         "ON stored.key = known.id AND stored.type = entry.type AND stored.value = entry.value "
         "AND stored.number IS entry.number "
@@ -226,8 +223,7 @@ _CHECKS = (
     ),
     (
         # None is missing: then it is the number of them that tells whether there are others.
-        f"SELECT max(0, (SELECT count(*) FROM metadata_postings) - (SELECT count(*) "
-        f"FROM ({_WANTED})))",
+        f"SELECT max(0, (SELECT count(*) FROM metadata_postings) - ({_NUM_WANTED}))",
         "entries are of no live item",
     ),
     (
