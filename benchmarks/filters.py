@@ -30,7 +30,7 @@ from clipsys.retrieval.items import Batch, NewItem
 from clipsys.retrieval.segments import SegmentFile
 from clipsys.retrieval.store import Store
 
-ROUNDS = 5
+ROUNDS = 3
 NUM_ADDED = 1_000
 
 #: Filter -> the same by reading all items.

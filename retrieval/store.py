@@ -43,6 +43,8 @@ from clipsys.retrieval.segments import Ints, SegmentFile
 FILE_NAME = "items.sqlite"
 #: Ids bound in one statement; SQLite's own bound is 32,766 from 3.32 on.
 _IDS_PER_STATEMENT = 5_000
+#: Read from an index that has nothing else.
+_LIVE_IDS = "SELECT id FROM items INDEXED BY items_live WHERE state = 'live'"
 
 
 @dataclass(frozen=True)
@@ -188,17 +190,14 @@ class Store:
         """Ids of live items for which all conditions hold, ascending, as of one moment."""
         selections = [to_selection(condition) for condition in conditions]
         with self._database.transaction("BEGIN") as connection:
-            found: Ints | None = None
-            for selection in sorted(selections, key=lambda one: one.excluded):
+            if all(selection.excluded for selection in selections):
+                found = _ids(connection.execute(_LIVE_IDS))
+            for number, selection in enumerate(sorted(selections, key=lambda one: one.excluded)):
                 ids = _ids(connection.execute(selection.statement, selection.parameters))
-                if not selection.excluded:
-                    found = ids if found is None else np.intersect1d(found, ids, True)
-                    continue
-                if found is None:
-                    found = _ids(connection.execute("SELECT id FROM items WHERE state = 'live'"))
-                found = np.setdiff1d(found, ids, True)
-            if found is None:
-                found = _ids(connection.execute("SELECT id FROM items WHERE state = 'live'"))
+                if selection.excluded:
+                    found = np.setdiff1d(found, ids, assume_unique=True)
+                else:
+                    found = np.intersect1d(found, ids, assume_unique=True) if number else ids
         return found
 
     def match_words(self, expression: str) -> Ints:
@@ -279,4 +278,6 @@ class Store:
 def _ids(cursor: sqlite3.Cursor) -> Ints:
     """The ids that a statement gives, ascending, each once."""
     rows = cursor.fetchall()
-    return np.unique(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
+    ids = np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
+    once: Ints = ids[np.diff(ids, prepend=-1) > 0]  # np.unique takes ten times as long
+    return once
