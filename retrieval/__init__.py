@@ -12,8 +12,11 @@ Modules, each of which builds on those above it:
     segments      immutable vector files
     items         items and failures as values
     words         captions searched by their words
+    metadata_index  the metadata of the items, value by value
     schema        the database's tables
     database      a connection to the SQLite file, taken in turns
+    upgrading     a database of the version before, brought up to date
+    filters       conditions on metadata, and how they are decided
     row_writing   the statements of which commits are made
     store         items, failures and segments in the database: the truth
     planning      which index, and when another one
@@ -28,7 +31,6 @@ Modules, each of which builds on those above it:
     ranking       the top k by exact cosine
     calibration   how many unrelated items would score as high
     view          a reader's snapshot and index, following the writer
-    filters       conditions on metadata as SQL
     query         what is searched for, and what comes back
     grammar       a query in one line
     searching     filter, rank, fuse, fold, cut

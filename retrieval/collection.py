@@ -40,6 +40,7 @@ from clipsys.retrieval.segments import Floats
 from clipsys.retrieval.snapshot import Snapshot
 from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.store import Store
+from clipsys.retrieval.upgrading import upgrade_database
 
 
 class Collection(KeptCollection):
@@ -98,8 +99,13 @@ class Collection(KeptCollection):
         *,
         few_searches: bool = False,
         precision: str = "fast",
+        to_repair: bool = False,
     ) -> Collection:
         """Opens a collection.
+
+        Vector files are looked at: one whose size is not right is refused, one whose time is not
+        the recorded one is hashed first, as all are after copying a collection. What is written
+        notes the new times.
 
         Args:
             path: its folder.
@@ -107,6 +113,7 @@ class Collection(KeptCollection):
                 search or an addition first needs it.
             few_searches: it is opened for one search or two: what pays only later is left out.
             precision: in which the manifest's model encodes images; see `clipsys.load`.
+            to_repair: opens it although vector files are damaged.
 
         Raises:
             CollectionError: there is none, it is damaged, or it belongs to another model.
@@ -115,8 +122,21 @@ class Collection(KeptCollection):
         manifest = read_manifest(folder)
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)
-        store = Store(folder / manifest.edition / DATABASE_NAME)
-        return cls(folder, manifest, store, encoder, few_searches=few_searches, precision=precision)
+        database = folder / manifest.edition / DATABASE_NAME
+        upgraded = upgrade_database(database)
+        store = Store(database)
+        opened = cls(
+            folder, manifest, store, encoder, few_searches=few_searches, precision=precision
+        )
+        if not to_repair:
+            try:
+                opened._view.check_segments()
+                if upgraded:
+                    opened._view.note_segment_times()
+            except BaseException:
+                store.close()
+                raise
+        return opened
 
     def close(self) -> None:
         """Closes the database."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import durable
+from clipsys.retrieval.row_writing import insert_segment
 from clipsys.retrieval.segments import SegmentFile, open_segment, write_segment
 from clipsys.retrieval.store import Store
 
@@ -150,13 +151,9 @@ def _rewrite(folder: Path, store: Store, group: dict[int, SegmentFile], dim: int
     now = time.time()
     with store.changing() as (connection, change):
         if fresh is not None:
-            cursor = connection.execute(
-                "INSERT INTO segments (file, num_rows, sha256) VALUES (?, ?, ?)",
-                (fresh.name, fresh.num_rows, fresh.sha256),
-            )
+            fresh_id = insert_segment(connection, fresh)
             connection.executemany(
-                f"UPDATE items SET segment = {cursor.lastrowid}, row = ?, change = {change} "
-                "WHERE id = ?",
+                f"UPDATE items SET segment = {fresh_id}, row = ?, change = {change} WHERE id = ?",
                 [(rows[segment_id, row], item_id) for item_id, segment_id, row in places],
             )
         connection.execute(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import words
-from clipsys.retrieval.schema import SCHEMA, VERSION, check_length
+from clipsys.retrieval import metadata_index, words
+from clipsys.retrieval.schema import SCHEMA, UPGRADED_VERSION, VERSION, check_length
 
 #: Seconds a statement waits for another connection's lock (commits take milliseconds).
 BUSY_TIMEOUT_S = 30.0
@@ -65,6 +65,12 @@ class Database:
         if version == 0:
             raise CollectionError(
                 f"{self.path}: is not the database of a collection; restore it from a backup"
+            )
+        if version == UPGRADED_VERSION:
+            raise CollectionError(
+                f"{self.path}: is of database version {version}, of before filters had an index; "
+                f"`clipsys repair` brings it to version {VERSION}, as does every other command "
+                "that opens the collection"
             )
         if version != VERSION:
             raise CollectionError(
@@ -133,6 +139,7 @@ def create_database(path: Path) -> None:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(SCHEMA)
+            metadata_index.create_index(connection)
             words.ensure_table(connection)
         finally:
             connection.close()
@@ -142,5 +149,6 @@ def create_database(path: Path) -> None:
         ) from error
 
 
-def _casefold(value: str | int | float | bytes | None) -> str | int | float | bytes | None:
-    return value.casefold() if isinstance(value, str) else value
+def _casefold(text: bytes) -> str:
+    # As bytes: SQLite would fail where a file name is not UTF-8.
+    return text.decode("utf-8", "replace").casefold()

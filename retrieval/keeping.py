@@ -185,7 +185,7 @@ class KeptCollection:
         conditions = filters.parse_where(where)
         if not conditions:
             raise QueryError("an empty filter selects nothing; give a condition such as year<2020")
-        ids: list[int] = self._store.select_ids(*filters.to_sql(conditions)).tolist()
+        ids: list[int] = self._store.select_ids(conditions).tolist()
         return ids
 
     def compact(self) -> CompactionReport:

@@ -207,7 +207,7 @@ def repair(collection: _Folder, *, as_json: _Json = False) -> None:
     """Mends what `verify` finds; exit status 1 if something remains."""
     from clipsys.retrieval.collection import Collection
 
-    with Collection.open(collection) as photos:
+    with Collection.open(collection, to_repair=True) as photos:
         report = photos.repair()
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
@@ -218,6 +218,7 @@ def repair(collection: _Folder, *, as_json: _Json = False) -> None:
             "items removed that shared a uri": report.duplicates_removed,
             "vectors dropped that belonged to no item": report.vectors_dropped,
             "table of words made anew": int(report.words_rebuilt),
+            "index of metadata made anew": int(report.metadata_rebuilt),
             "counters set right": int(report.counters_set),
             "index built again": int(report.index_rebuilt),
         }

@@ -34,6 +34,7 @@ from clipsys.retrieval.segments import Floats, SegmentReader, write_segment
 from clipsys.retrieval.snapshot import empty_snapshot, follow
 from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.store import Store
+from clipsys.retrieval.upgrading import upgrade_database
 from clipsys.retrieval.writing import clear_leftovers, clear_superseded
 from clipsys.sources import read_uri
 
@@ -84,6 +85,8 @@ def migrate(
         if manifest.encoder.fingerprint == pin.fingerprint:
             raise CollectionError(f"{folder}: its vectors are of model {pin.name} already")
         building = _prepare(folder, manifest, pin)
+        for data in (folder / manifest.edition, building):
+            upgrade_database(data / DATABASE_NAME)
         with (
             closing(Store(folder / manifest.edition / DATABASE_NAME)) as old,
             closing(Store(building / DATABASE_NAME)) as new,

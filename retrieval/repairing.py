@@ -4,6 +4,7 @@
     vectors damaged, gone    -> their items go to the failure ledger, to be encoded again
     vectors without an item  -> dropped
     words of captions wrong  -> taken from the items again
+    index of metadata wrong  -> likewise
     counters behind          -> set right
 
 What only the database or the manifest knew cannot be made up: that needs a backup.
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import words
+from clipsys.retrieval import metadata_index, words
 from clipsys.retrieval.compaction import compact
 from clipsys.retrieval.creation import SEGMENTS
 from clipsys.retrieval.items import Batch, Failure
@@ -27,6 +28,7 @@ from clipsys.retrieval.verification import (
     Bools,
     counter_faults,
     index_faults,
+    metadata_faults,
     rows_without_vector,
     segment_problem,
     unused_rows,
@@ -47,6 +49,7 @@ class RepairReport:
         duplicates_removed: items that shared a uri with a newer one.
         vectors_dropped: vectors that belonged to no live item.
         words_rebuilt: whether the table of the captions' words was made anew.
+        metadata_rebuilt: whether the index of metadata was made anew.
         counters_set: whether the database's counters were behind.
         index_rebuilt: whether there is a new index generation.
         remaining: what could not be mended, one line each.
@@ -57,6 +60,7 @@ class RepairReport:
     duplicates_removed: int = 0
     vectors_dropped: int = 0
     words_rebuilt: bool = False
+    metadata_rebuilt: bool = False
     counters_set: bool = False
     index_rebuilt: bool = False
     remaining: list[str] = field(default_factory=list)
@@ -77,6 +81,10 @@ def repair_data(folder: Path, manifest: Manifest, store: Store) -> RepairReport:
         with store.changing() as (connection, _):
             words.rebuild_table(connection)
         report.words_rebuilt = True
+    if metadata_faults(store):  # likewise
+        with store.changing() as (connection, _):
+            metadata_index.rebuild_index(connection)
+        report.metadata_rebuilt = True
     _repair_database(store, report)
     if counter_faults(store):
         _set_counters(store)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from clipsys.retrieval.items import Failure, ItemUpdate, Location, NewItem, plain_text, to_json
 from clipsys.retrieval.schema import sql_text
+from clipsys.retrieval.segments import SegmentFile
 
 
 def next_change(connection: sqlite3.Connection) -> int:
@@ -22,6 +23,15 @@ def mark_deleted(connection: sqlite3.Connection, ids: Sequence[int], change: int
     """Marks live items as deleted. Returns how many there were."""
     query = "UPDATE items SET state = 'deleted', change = ? WHERE id = ? AND state = 'live'"
     return connection.executemany(query, [(change, int(i)) for i in ids]).rowcount
+
+
+def insert_segment(connection: sqlite3.Connection, segment: SegmentFile) -> int:
+    """Enters a durable segment. Returns its database id."""
+    cursor = connection.execute(
+        "INSERT INTO segments (file, num_rows, sha256, mtime_ns) VALUES (?, ?, ?, ?)",
+        (segment.name, segment.num_rows, segment.sha256, segment.mtime_ns),
+    )
+    return int(cursor.lastrowid or 0)
 
 
 def insert_item(

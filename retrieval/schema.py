@@ -10,8 +10,12 @@ from typing import Any
 from clipsys.errors import CollectionError
 from clipsys.retrieval.items import Failure, Item
 
-#: Raised whenever a table changes; another version is refused.
-VERSION = 2
+#: Raised whenever a table changes. Version 2 is upgraded (`upgrading`), others are refused.
+VERSION = 3
+UPGRADED_VERSION = 2
+
+#: All live ids without reading the items.
+LIVE_INDEX = "CREATE INDEX items_live ON items (id) WHERE state = 'live'"
 
 SCHEMA = f"""
 PRAGMA user_version = {VERSION};
@@ -21,7 +25,9 @@ CREATE TABLE segments (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     file TEXT NOT NULL UNIQUE,
     num_rows INTEGER NOT NULL CHECK (num_rows > 0),
-    sha256 TEXT NOT NULL
+    sha256 TEXT NOT NULL,
+    -- When the file was written: one that has another time is hashed before it is used.
+    mtime_ns INTEGER
 );
 CREATE TABLE items (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -42,6 +48,7 @@ CREATE UNIQUE INDEX items_live_uri ON items (uri) WHERE state = 'live';
 CREATE INDEX items_content ON items (content_hash) WHERE state = 'live';
 CREATE INDEX items_change ON items (change);
 CREATE INDEX items_segment ON items (segment);
+{LIVE_INDEX};
 CREATE TABLE failures (
     uri TEXT PRIMARY KEY,
     reason TEXT NOT NULL,

@@ -130,7 +130,7 @@ class Searcher:
     def __init__(self, store: Store, view: View) -> None:
         self._store = store
         self._view = view
-        self._filtered: OrderedDict[tuple[object, int], Ints] = OrderedDict()
+        self._filtered: OrderedDict[tuple[str, int], Ints] = OrderedDict()
         self._lock = threading.Lock()
 
     def search(self, queries: Sequence[Sought], options: Options) -> list[list[Hit]]:
@@ -215,13 +215,12 @@ class Searcher:
         """Ids that pass the filter; remembered until the next commit."""
         if not conditions:
             return None
-        text, parameters = filters.to_sql(conditions)
-        key = ((text, repr(parameters)), snapshot.change)
+        key = (repr(conditions), snapshot.change)
         with self._lock:
             if key in self._filtered:
                 self._filtered.move_to_end(key)
                 return self._filtered[key]
-        allowed = self._store.select_ids(text, parameters)
+        allowed = self._store.select_ids(conditions)
         self._warn_of_unknown_fields(conditions, allowed)
         with self._lock:
             self._filtered[key] = allowed

@@ -37,11 +37,15 @@ _SIGN_EXPONENT_FRACTION = np.int32(0x8FFFE000 - 2**32)
 
 @dataclass(frozen=True)
 class SegmentFile:
-    """A segment on disk: its name inside the segments folder, its rows, its SHA-256."""
+    """A segment on disk: its name inside the segments folder, its rows, its SHA-256.
+
+    ``mtime_ns``: when it was written. A file that has another time is hashed before it is used.
+    """
 
     name: str
     num_rows: int
     sha256: str
+    mtime_ns: int | None = None
 
 
 def write_segment(folder: Path, vectors_ND: Floats) -> SegmentFile:
@@ -71,7 +75,8 @@ def write_segment(folder: Path, vectors_ND: Floats) -> SegmentFile:
             f"{folder / name}: cannot write {len(data):,} bytes of vectors ({error.strerror}); "
             "free some space and run the same command again"
         ) from error
-    return SegmentFile(name, len(vectors_ND), hashlib.sha256(data).hexdigest())
+    mtime_ns = (folder / name).stat().st_mtime_ns
+    return SegmentFile(name, len(vectors_ND), hashlib.sha256(data).hexdigest(), mtime_ns)
 
 
 def delete_orphans(folder: Path, known: Iterable[str]) -> int:
@@ -91,6 +96,7 @@ class SegmentReader:
         self._dim = dim
         self._names: dict[int, SegmentFile] = {}
         self._open: dict[int, npt.NDArray[np.float16]] = {}
+        self._hashed: dict[int, int] = {}  # found to be right, with the time that they have
         self._lock = threading.Lock()
 
     @property
@@ -103,11 +109,36 @@ class SegmentReader:
         with self._lock:
             self._names.update(segments)
 
+    def check(self) -> None:
+        """Looks at the size and the time of every segment, and at the content where they differ.
+
+        Raises:
+            CollectionError: a segment is missing, cut off or altered.
+        """
+        with self._lock:
+            for segment_id in self._names:
+                self._check(segment_id)
+
+    def hashed(self) -> dict[int, int]:
+        """Segments that had another time than was recorded and are right, with that time in ns."""
+        with self._lock:
+            return dict(self._hashed)
+
+    def _check(self, segment_id: int) -> None:
+        mtime_ns = check_segment(
+            self._folder,
+            self._names[segment_id],
+            self._dim,
+            trusted_ns=self._hashed.get(segment_id),
+        )
+        if mtime_ns != self._names[segment_id].mtime_ns:
+            self._hashed[segment_id] = mtime_ns
+
     def take(self, segments_N: Ints, rows_N: Ints) -> Floats:
         """Returns the stored vectors at (segment, row), (N, D) float32, in the order asked.
 
         Raises:
-            CollectionError: a segment is missing or does not have the shape the database states.
+            CollectionError: a segment is missing, cut off or altered.
         """
         vectors_ND = np.empty((len(rows_N), self._dim), np.float32)
         if len(rows_N) == 0:
@@ -125,6 +156,7 @@ class SegmentReader:
         with self._lock:
             rows = self._open.pop(segment_id, None)
             if rows is None:
+                self._check(segment_id)
                 rows = open_segment(self._folder, self._names[segment_id], self._dim)
                 if len(self._open) >= MAX_MAPPED:
                     del self._open[next(iter(self._open))]  # the one that was used longest ago
@@ -170,3 +202,41 @@ def open_segment(folder: Path, segment: SegmentFile, dim: int) -> npt.NDArray[np
             "restore it from a backup, or index the sources into a new collection"
         )
     return rows
+
+
+def check_segment(
+    folder: Path, segment: SegmentFile, dim: int, *, trusted_ns: int | None = None
+) -> int:
+    """Looks at a segment's size and time, and hashes it if the time is not the one recorded.
+
+    Args:
+        folder: the segments.
+        segment: what the database says of it.
+        dim: embedding width D.
+        trusted_ns: another time at which it was found to be right.
+
+    Returns:
+        The time that the file has, in nanoseconds.
+
+    Raises:
+        CollectionError: it is missing, cut off or altered.
+    """
+    path = folder / segment.name
+    try:
+        status = path.stat()
+        least_bytes = segment.num_rows * dim * _DTYPE.itemsize
+        if status.st_size < least_bytes:
+            problem = f"has {status.st_size:,} bytes, its rows alone take {least_bytes:,}"
+        elif (
+            status.st_mtime_ns not in (segment.mtime_ns, trusted_ns)
+            and durable.sha256_of(path) != segment.sha256
+        ):
+            problem = "is not what was committed (its time and its SHA-256 differ)"
+        else:
+            return status.st_mtime_ns
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    raise CollectionError(
+        f"{path}: this vector segment {problem}; restore it from a backup, or run `clipsys repair` "
+        "and encode its images again"
+    )

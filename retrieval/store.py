@@ -16,7 +16,7 @@ inserted anew, which keeps index generations immutable and true.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from clipsys.retrieval import words
+from clipsys.retrieval import metadata_index, words
 from clipsys.retrieval.database import Database, create_database
+from clipsys.retrieval.filters import Condition, to_selection
 from clipsys.retrieval.items import Batch, Failure, Item, Location
 from clipsys.retrieval.row_writing import (
     insert_item,
+    insert_segment,
     mark_deleted,
     next_change,
     record_failure,
@@ -41,6 +43,8 @@ from clipsys.retrieval.segments import Ints, SegmentFile
 FILE_NAME = "items.sqlite"
 #: Ids bound in one statement; SQLite's own bound is 32,766 from 3.32 on.
 _IDS_PER_STATEMENT = 5_000
+#: Read from an index that has nothing else.
+_LIVE_IDS = "SELECT id FROM items INDEXED BY items_live WHERE state = 'live'"
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Store:
 
     def segments(self) -> dict[int, SegmentFile]:
         """All committed segments by database id."""
-        rows = self._database.rows("SELECT id, file, num_rows, sha256 FROM segments")
+        rows = self._database.rows("SELECT id, file, num_rows, sha256, mtime_ns FROM segments")
         return {row[0]: SegmentFile(*row[1:]) for row in rows}
 
     def changes_since(self, change: int) -> Changes:
@@ -182,14 +186,19 @@ class Store:
         """The rows of a query, for the modules that look after a collection."""
         return self._database.rows(query, parameters)
 
-    def select_ids(self, condition: str, parameters: Sequence[Any]) -> Ints:
-        """Ids of live items for which an SQL condition holds, ascending.
-
-        ``condition`` comes from :mod:`clipsys.retrieval.filters`; values travel as parameters.
-        """
-        query = f"SELECT id FROM items WHERE state = 'live' AND ({condition}) ORDER BY id"
-        rows = self._database.rows(query, parameters)
-        return np.fromiter((row[0] for row in rows), np.int64, len(rows))
+    def select_ids(self, conditions: Sequence[Condition]) -> Ints:
+        """Ids of live items for which all conditions hold, ascending, as of one moment."""
+        selections = [to_selection(condition) for condition in conditions]
+        with self._database.transaction("BEGIN") as connection:
+            if all(selection.excluded for selection in selections):
+                found = _ids(connection.execute(_LIVE_IDS))
+            for number, selection in enumerate(sorted(selections, key=lambda one: one.excluded)):
+                ids = _ids(connection.execute(selection.statement, selection.parameters))
+                if selection.excluded:
+                    found = np.setdiff1d(found, ids, assume_unique=True)
+                else:
+                    found = np.intersect1d(found, ids, assume_unique=True) if number else ids
+        return found
 
     def match_words(self, expression: str) -> Ints:
         """Ids of live items whose captions match, best first (BM25), equal ones by id.
@@ -203,12 +212,13 @@ class Store:
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def metadata_keys(self) -> list[str]:
-        """Every metadata key that some live item has. Reads all items."""
-        query = (
-            "SELECT DISTINCT fields.key FROM items, json_each(items.metadata) AS fields "
-            "WHERE state = 'live' ORDER BY 1"
-        )
-        return [row[0] for row in self._database.rows(query)]
+        """Every metadata key that some live item has."""
+        return [key for (key,) in self._database.rows("SELECT key FROM metadata_keys ORDER BY 1")]
+
+    def find_metadata_problems(self) -> list[str]:
+        """What in the index of metadata is not what the items say, as of one moment."""
+        with self._database.transaction("BEGIN") as connection:
+            return metadata_index.find_problems(connection)
 
     def check_integrity(self) -> list[str]:
         """SQLite's own check of the file; an empty list when it is sound."""
@@ -235,11 +245,7 @@ class Store:
             change = next_change(connection)
             segment_id = 0
             if segment is not None:
-                cursor = connection.execute(
-                    "INSERT INTO segments (file, num_rows, sha256) VALUES (?, ?, ?)",
-                    (segment.name, segment.num_rows, segment.sha256),
-                )
-                segment_id = int(cursor.lastrowid or 0)
+                segment_id = insert_segment(connection, segment)
             row, ids = 0, []
             for item in batch.new:
                 location = item.location or Location(segment_id, row)
@@ -255,7 +261,23 @@ class Store:
                 record_origin(connection, source, uri)
         return ids
 
+    def note_segment_times(self, times_ns: Mapping[int, int]) -> None:
+        """Records when segments were written, by database id."""
+        with self._database.transaction("BEGIN IMMEDIATE") as connection:
+            connection.executemany(
+                "UPDATE segments SET mtime_ns = ? WHERE id = ?",
+                [(mtime_ns, segment_id) for segment_id, mtime_ns in times_ns.items()],
+            )
+
     def delete(self, ids: Sequence[int]) -> int:
         """Marks live items as deleted. Returns how many there were."""
         with self._database.transaction("BEGIN IMMEDIATE") as connection:
             return mark_deleted(connection, ids, next_change(connection))
+
+
+def _ids(cursor: sqlite3.Cursor) -> Ints:
+    """The ids that a statement gives, ascending, each once."""
+    rows = cursor.fetchall()
+    ids = np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
+    once: Ints = ids[np.diff(ids, prepend=-1) > 0]  # np.unique takes ten times as long
+    return once

@@ -5,6 +5,7 @@
     segments     are there, whole, unaltered; rows are finite and of unit norm
     items        each live one has a vector, each vector an item, no uri twice
     words        are those of the live items' captions
+    metadata     the index that filters use has what the live items have, and nothing else
     ledger       every entry has its reason
     index        is the published file, over every item that it claims and none that never was
 
@@ -39,8 +40,8 @@ class Fault:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``manifest``, ``database``, ``segment``, ``item``, ``words``, ``ledger`` or
-            ``index``.
+        kind: ``manifest``, ``database``, ``segment``, ``item``, ``words``,
+            ``metadata``, ``ledger`` or ``index``.
         place: the file, or the item.
         problem: what is wrong there.
     """
@@ -83,6 +84,7 @@ def verify(folder: Path) -> list[Fault]:
         faults += _row_faults(changes)
         faults += _text_faults(store)
         faults += word_faults(store)
+        faults += metadata_faults(store)
         faults += index_faults(folder, manifest, store)
     except CollectionError as error:
         faults.append(_fault("database", error, database))
@@ -214,6 +216,15 @@ def word_faults(store: Store) -> list[Fault]:
         if not isinstance(error.__cause__, sqlite3.OperationalError):
             problems.append(f"its index is not that of its rows ({error.__cause__})")
     return [Fault("words", place, problem) for problem in problems]
+
+
+def metadata_faults(store: Store) -> list[Fault]:
+    """What is wrong with the index of metadata; it can always be made of the items again."""
+    try:
+        problems = store.find_metadata_problems()
+    except CollectionError as error:
+        problems = [str(error).removeprefix(f"{store.path}: ")]
+    return [Fault("metadata", f"{store.path}, metadata index", problem) for problem in problems]
 
 
 def index_faults(folder: Path, manifest: Manifest, store: Store) -> list[Fault]:

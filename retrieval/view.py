@@ -48,6 +48,31 @@ class View:
         self._covered: tuple[LoadedIndex, Snapshot, Coverage] | None = None
         self._background: tuple[Snapshot, Background] | None = None
 
+    def check_segments(self) -> None:
+        """Looks at the size and the time of every vector file; hashes one that has another time.
+
+        Raises:
+            CollectionError: one is missing, cut off or altered.
+        """
+        segments = self._snapshot.vectors
+        segments.register(self._store.segments())
+        segments.check()
+
+    def note_segment_times(self) -> None:
+        """Records the times of files that were found to be right, as of a copied collection.
+
+        The next opening need not hash them again. Call with the writer lock held.
+        """
+        known = self._store.segments()
+        hashed = self._snapshot.vectors.hashed()
+        news = {
+            segment_id: mtime_ns
+            for segment_id, mtime_ns in hashed.items()
+            if segment_id in known and known[segment_id].mtime_ns != mtime_ns
+        }
+        if news:
+            self._store.note_segment_times(news)
+
     def snapshot(self) -> Snapshot:
         """The items as of the last commit."""
         with self._lock:

@@ -68,6 +68,7 @@ def writing(
             )
         data = folder / manifest.edition
         clear_leftovers(data, store)
+        view.note_segment_times()
         delete_stale(data / INDEXES, manifest.index)
         manifest = clear_superseded(folder, manifest)
         yield Writer(folder, store, view, manifest, tuning_queries)

@@ -47,7 +47,8 @@ def write_vectors(folder: Path) -> list[SegmentFile]:
 def snapshot_of(folder: Path) -> Snapshot:
     paths = sorted(folder.glob("*.npy"))
     reader = SegmentReader(folder, DIM)
-    reader.register({n: SegmentFile(path.name, ROWS, "") for n, path in enumerate(paths)})
+    files = (SegmentFile(path.name, ROWS, "", path.stat().st_mtime_ns) for path in paths)
+    reader.register(dict(enumerate(files)))
     count = ROWS * len(paths)
     segments_N = np.repeat(np.arange(len(paths)), ROWS)
     return Snapshot(

@@ -93,7 +93,7 @@ def test_copies_and_near_copies_are_listed_by_the_command(
     collection.remove([group.items[0].id])
     status, out, err = run(capsys, "duplicates", collection.path, "--threshold", "0.99")
     assert (status, out.splitlines()[0]) == (0, "group 1: 2 images")
-    assert "1 groups, 1 images more" in err
+    assert "1 group, 1 image more" in err
     document = json.loads(
         run(capsys, "duplicates", collection.path, "--threshold", "0.99", "--json")[1]
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,9 @@ def test_lost_vectors_are_encoded_again_with_their_captions_and_metadata(
 ) -> None:
     expected, before = answers(indexed), encoder.num_encoded
     damage(sorted((indexed.path / "segments").iterdir())[1])
-    with Collection.open(indexed.path, encoder) as opened:
+    with pytest.raises(CollectionError, match="clipsys repair"):
+        Collection.open(indexed.path, encoder)
+    with Collection.open(indexed.path, encoder, to_repair=True) as opened:
         report = opened.repair()
         assert (report.requeued, report.segments_dropped, report.remaining) == (2, 1, [])
         assert len(opened) == 4
@@ -68,7 +72,7 @@ def test_indexing_the_source_again_brings_lost_images_back_too(
 ) -> None:
     expected = answers(indexed)
     sorted((indexed.path / "segments").iterdir())[0].unlink()
-    with Collection.open(indexed.path, encoder) as opened:
+    with Collection.open(indexed.path, encoder, to_repair=True) as opened:
         opened.repair()
         assert opened.add(photos.parent / "t.csv", show_progress=False).added == 2
         assert answers(opened) == expected
@@ -124,11 +128,38 @@ def test_words_are_taken_from_the_items_again(
         assert opened.verify() == []
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM metadata_postings",
+        "UPDATE metadata_values SET value = 2001 WHERE value = 2002",
+        "DROP TRIGGER metadata_forget",
+        "DROP TABLE metadata_values",
+    ],
+)
+def test_index_of_metadata_is_made_of_the_items_again(
+    indexed: Collection, encoder: ColourEncoder, statement: str
+) -> None:
+    indexed.close()
+    with closing(sqlite3.connect(indexed.path / "items.sqlite")) as connection, connection:
+        if "UPDATE" in statement:
+            connection.execute("DELETE FROM metadata_values WHERE value = 2001")
+        connection.execute(statement)
+    with Collection.open(indexed.path, encoder) as opened:
+        assert {fault.kind for fault in opened.verify()} == {"metadata"}
+        report = opened.repair()
+        assert (report.metadata_rebuilt, report.requeued, report.remaining) == (True, 0, [])
+        assert opened.select("year in 2001, 2002") == [2, 3]
+        opened.remove([2])
+        assert opened.select("year in 2001, 2002") == [3]
+        assert opened.verify() == []
+
+
 def test_words_go_and_come_back_with_lost_vectors(
     indexed: Collection, encoder: ColourEncoder
 ) -> None:
     flip_a_bit(sorted((indexed.path / "segments").iterdir())[1])
-    with Collection.open(indexed.path, encoder) as opened:
+    with Collection.open(indexed.path, encoder, to_repair=True) as opened:
         opened.repair()
         assert len(opened.search(words="thing")) == 4
         opened.retry_failures(show_progress=False)

@@ -177,5 +177,5 @@ def test_missing_database_and_other_versions_are_explained(tmp_path: Path) -> No
     with pytest.raises(CollectionError, match="cannot be opened"):
         Store(tmp_path / "junk.sqlite")
     sqlite3.connect(tmp_path / "new.sqlite").execute("PRAGMA user_version = 9").close()
-    with pytest.raises(CollectionError, match="version 9, this clipsys knows version 2"):
+    with pytest.raises(CollectionError, match="version 9, this clipsys knows version 3"):
         Store(tmp_path / "new.sqlite")

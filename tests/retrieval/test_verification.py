@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import Collection
+from clipsys.retrieval import Collection, durable
 from clipsys.retrieval.manifest import read_manifest, write_manifest
+from clipsys.retrieval.verification import verify
 from tests.retrieval.colours import ColourEncoder, paint
 
 
@@ -37,6 +40,13 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
+    later(path)
+
+
+def later(path: Path) -> None:
+    """A file system's clock may stand still for milliseconds."""
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
 
 
 def overwrite_a_page(path: Path) -> None:
@@ -114,6 +124,11 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         r"words: trigger caption_words_retire is missing",
     ),
     (lambda f: run_sql(f, "DROP TABLE caption_words_data"), r"items\.sqlite.*(words|no such)"),
+    (
+        lambda f: run_sql(f, "INSERT INTO metadata_keys VALUES (1, 'ghost')"),
+        "metadata index: 1 keys are of no live item",
+    ),
+    (lambda f: run_sql(f, "DROP TABLE metadata_postings"), r"metadata index: .*no such table"),
     (forget_the_last_ids, r"\.faiss: covers items up to 6, which the database never had"),
 ]
 
@@ -152,7 +167,11 @@ def test_damage_is_named(
         (lambda f: cut(f / "items.sqlite"), "items.sqlite"),
         (lambda f: (f / "items.sqlite").write_bytes(b""), "items.sqlite"),
         (lambda f: cut(f / "manifest.json"), "manifest.json"),
+        (lambda f: overwrite_a_page(f / "items.sqlite"), "items.sqlite"),
         (lambda f: cut(only_file(f, "segments")), ".npy"),
+        (lambda f: flip_a_bit(only_file(f, "segments")), ".npy"),
+        (lambda f: zero_a_row(f), ".npy"),
+        (lambda f: only_file(f, "segments").unlink(), ".npy"),
     ],
 )
 def test_damage_is_named_when_it_is_met(
@@ -167,6 +186,70 @@ def test_damage_is_named_when_it_is_met(
         Collection.open(collection.path, ColourEncoder()) as opened,
     ):
         opened.search("red")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+def test_damaged_vectors_are_refused_by_opening_alone(
+    collection: Collection, photos: Path, damage: Callable[[Path], object]
+) -> None:
+    collection.add(photos, show_progress=False)
+    collection.close()
+    path = only_file(collection.path, "segments")
+    damage(path)
+    with pytest.raises(CollectionError, match=rf"{path.name}: .*clipsys repair") as caught:
+        Collection.open(collection.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damage_of_the_index_is_named_when_it_is_met_and_searched_without(
+    collection: Collection, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection.add(photos, show_progress=False)
+    expected = [hit.id for hit in collection.search("red", k=9)]
+    path = only_file(collection.path, "indexes")
+    for damage in (flip_a_bit, cut, Path.unlink):
+        damage(path)
+        caplog.clear()
+        with Collection.open(collection.path, ColourEncoder()) as opened:
+            assert [hit.id for hit in opened.search("red", k=9)] == expected
+        assert path.name in caplog.text
+
+
+def test_copied_collection_opens_and_is_hashed_until_a_writer_noted_its_times(
+    collection: Collection, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection.add(photos, show_progress=False)
+    collection.close()
+    copy = tmp_path / "copy"
+    shutil.copytree(collection.path, copy, copy_function=shutil.copyfile)
+    later(only_file(copy, "segments"))
+    hashed: list[str] = []
+    real = durable.sha256_of
+    monkeypatch.setattr(durable, "sha256_of", lambda path: hashed.append(path.suffix) or real(path))
+
+    def open_and_search() -> int:
+        hashed.clear()
+        with Collection.open(copy, ColourEncoder(), few_searches=True) as opened:
+            assert len(opened.search("red", k=9)) == 6
+        return hashed.count(".npy")
+
+    assert open_and_search() == 1
+    assert open_and_search() == 1  # readers do not write
+    with Collection.open(copy, ColourEncoder()) as opened:
+        opened.remove([99])
+    assert open_and_search() == 0
+    assert verify(copy) == []
+
+
+def test_vectors_that_another_process_committed_are_looked_at_too(
+    collection: Collection, photos: Path
+) -> None:
+    with Collection.open(collection.path, ColourEncoder(), few_searches=True) as reader:
+        collection.add(photos, show_progress=False)
+        path = only_file(collection.path, "segments")
+        flip_a_bit(path)
+        with pytest.raises(CollectionError, match=path.name):
+            reader.search("red")
 
 
 def test_index_of_another_hash_is_never_given_to_faiss(
