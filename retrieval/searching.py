@@ -11,7 +11,6 @@ Shapes: K ranked items, D embedding width.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -37,8 +36,6 @@ NEAR_DUPLICATE = 0.95
 _FUSED_RANKS = 200
 #: Filters whose result is remembered, as long as nothing is written.
 _REMEMBERED_FILTERS = 16
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -221,26 +218,11 @@ class Searcher:
                 self._filtered.move_to_end(key)
                 return self._filtered[key]
         allowed = self._store.select_ids(conditions)
-        self._warn_of_unknown_fields(conditions, allowed)
         with self._lock:
             self._filtered[key] = allowed
             while len(self._filtered) > _REMEMBERED_FILTERS:
                 self._filtered.popitem(last=False)
         return allowed
-
-    def _warn_of_unknown_fields(
-        self, conditions: Sequence[filters.Condition], allowed: Ints
-    ) -> None:
-        if len(allowed):
-            return
-        known = self._store.metadata_keys()
-        for condition in conditions:
-            if condition.field not in known and condition.field not in filters.ITEM_FIELDS:
-                _logger.warning(
-                    "no item has metadata %r; there is %s",
-                    condition.field,
-                    ", ".join(known) or "none at all",
-                )
 
     def _hits(self, ranked: _Ranked, page: slice) -> list[Hit]:
         chosen = ranked.take(page)

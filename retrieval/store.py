@@ -15,6 +15,7 @@ inserted anew, which keeps index generations immutable and true.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ import numpy as np
 
 from clipsys.retrieval import metadata_index, words
 from clipsys.retrieval.database import Database, create_database
-from clipsys.retrieval.filters import Condition, to_selection
+from clipsys.retrieval.filters import ITEM_FIELDS, Condition, to_selection
 from clipsys.retrieval.items import Batch, Failure, Item, Location
 from clipsys.retrieval.row_writing import (
     insert_item,
@@ -43,6 +44,8 @@ from clipsys.retrieval.segments import Ints, SegmentFile
 FILE_NAME = "items.sqlite"
 #: Ids bound in one statement; SQLite's own bound is 32,766 from 3.32 on.
 _IDS_PER_STATEMENT = 5_000
+
+_logger = logging.getLogger(__name__)
 #: Read from an index that has nothing else.
 _LIVE_IDS = "SELECT id FROM items INDEXED BY items_live WHERE state = 'live'"
 
@@ -187,7 +190,10 @@ class Store:
         return self._database.rows(query, parameters)
 
     def select_ids(self, conditions: Sequence[Condition]) -> Ints:
-        """Ids of live items for which all conditions hold, ascending, as of one moment."""
+        """Ids of live items for which all conditions hold, ascending, as of one moment.
+
+        Where none does, fields that no item has are warned of: as a rule they are misspelt.
+        """
         selections = [to_selection(condition) for condition in conditions]
         with self._database.transaction("BEGIN") as connection:
             if all(selection.excluded for selection in selections):
@@ -198,7 +204,16 @@ class Store:
                     found = np.setdiff1d(found, ids, assume_unique=True)
                 else:
                     found = np.intersect1d(found, ids, assume_unique=True) if number else ids
+        if not len(found):
+            self._warn_of_unknown_fields(conditions)
         return found
+
+    def _warn_of_unknown_fields(self, conditions: Sequence[Condition]) -> None:
+        known = self.metadata_keys()
+        for condition in conditions:
+            if condition.field not in known and condition.field not in ITEM_FIELDS:
+                there = ", ".join(known) or "none at all"
+                _logger.warning("no item has metadata %r; there is %s", condition.field, there)
 
     def match_words(self, expression: str) -> Ints:
         """Ids of live items whose captions match, best first (BM25), equal ones by id.

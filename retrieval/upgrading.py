@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 def upgrade_database(path: Path) -> bool:
     """Upgrades a database of version 2; leaves any other alone. Returns whether it did.
 
-    It takes about half a minute for a million items, on the first opening only.
+    It takes about a minute for a million items, on the first opening only.
 
     Raises:
         CollectionError: it cannot be written, or the disk is full; it is as it was.

@@ -369,6 +369,9 @@ def test_filter_on_an_unknown_key_gives_nothing_and_says_so(
     collection.add(photos, show_progress=False)
     with caplog.at_level(logging.WARNING, "clipsys"):
         assert collection.search("red", where={"yaer": 2024}) == []
+        assert "no item has metadata 'yaer'" in caplog.text
+        caplog.clear()
+        assert collection.select("yaer<2024") == []
     assert "no item has metadata 'yaer'" in caplog.text
 
 
