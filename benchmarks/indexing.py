@@ -33,7 +33,7 @@ from PIL import Image
 
 MODEL = "ViT-B-32-256"
 #: (width, height): few and many images. As from the web, and as from a telephone.
-IMAGES = {(640, 480): (32, 352), (4_000, 3_000): (16, 112)}
+IMAGES = {(640, 480): (32, 352), (4_000, 3_000): (16, 80)}
 #: (images, out) -> command
 Command: TypeAlias = Callable[[Path, Path], list[str]]
 
@@ -166,7 +166,7 @@ def _draw(folder: Path, count: int, size: tuple[int, int]) -> None:
         generator = np.random.default_rng(number)
         coarse = generator.integers(0, 256, (30, 40, 3), np.uint8)
         image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-        noise = generator.normal(scale=12, size=(size[1], size[0], 3))
+        noise = generator.integers(-20, 21, (size[1], size[0], 3), np.int16)  # deviation 12
         noisy = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{number:05d}.jpg", quality=88)
 
