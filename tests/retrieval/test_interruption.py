@@ -142,7 +142,7 @@ def test_what_a_source_gave_before_it_broke_off_is_indexed(
 
     with Collection.create(tmp_path / "c", ColourEncoder()) as photos:
         corpora_iterate = corpora.iterate_source
-        monkeypatch.setattr("clipsys.retrieval.keeping.count_records", lambda _: None)
+        monkeypatch.setattr("clipsys.retrieval.keeping.count_records", lambda _, **named: None)
         monkeypatch.setattr(corpora, "iterate_source", breaks_off)
         with pytest.raises(DataError, match="breaks off"):
             photos.add(many, show_progress=False)
