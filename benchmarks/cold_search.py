@@ -28,7 +28,7 @@ from clipsys.bpe import vocabulary_path
 from clipsys.light_text import LightTextTower
 from clipsys.models import build_model, save_model
 from clipsys.retrieval import Collection
-from clipsys.retrieval.light import FILE_NAME, open_light
+from clipsys.retrieval.encoders.light import FILE_NAME, open_light
 
 MODEL = "ViT-B-32"
 QUERY = "a dog on the beach"
@@ -79,7 +79,7 @@ def main() -> None:
 
 #: The same search without the record that lets it go without torch.
 _WITHOUT_LIGHT = (
-    "import sys; from clipsys.retrieval import light\n"
+    "import sys; from clipsys.retrieval.encoders import light\n"
     "light.open_light = lambda *_: None\n"
     "light.remember = lambda *_: False\n"
     "from clipsys.cli import main; main(['search', *sys.argv[1:]])"

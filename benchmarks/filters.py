@@ -24,11 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clipsys.retrieval import metadata_index
-from clipsys.retrieval.filters import parse_where
-from clipsys.retrieval.items import Batch, NewItem
-from clipsys.retrieval.segments import SegmentFile
-from clipsys.retrieval.store import Store
+from clipsys.retrieval.storage import metadata_index
+from clipsys.retrieval.storage.filters import parse_where
+from clipsys.retrieval.storage.items import Batch, NewItem
+from clipsys.retrieval.storage.segments import SegmentFile
+from clipsys.retrieval.storage.store import Store
 
 ROUNDS = 3
 NUM_ADDED = 1_000

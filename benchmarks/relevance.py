@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.retrieval import Collection
-from clipsys.retrieval.calibration import RELEVANT, SAMPLE_ITEMS, Background
+from clipsys.retrieval.search.calibration import RELEVANT, SAMPLE_ITEMS, Background
 
 NUM_QUERIES = 150
 NUM_LETTERS = 60

@@ -30,14 +30,14 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from clipsys.retrieval.building import build_index
-from clipsys.retrieval.index import LoadedIndex, load_index
-from clipsys.retrieval.manifest import IndexGeneration
-from clipsys.retrieval.planning import KINDS, plan_of_kind
-from clipsys.retrieval.ranking import cover, rank, rank_batch
-from clipsys.retrieval.segments import SegmentReader, write_segment
-from clipsys.retrieval.snapshot import Snapshot
-from clipsys.retrieval.tuning import TuningQueries, exact_neighbours
+from clipsys.retrieval.indexes.building import build_index
+from clipsys.retrieval.indexes.index import LoadedIndex, load_index
+from clipsys.retrieval.indexes.planning import KINDS, plan_of_kind
+from clipsys.retrieval.indexes.tuning import TuningQueries, exact_neighbours
+from clipsys.retrieval.search.ranking import cover, rank, rank_batch
+from clipsys.retrieval.storage.manifest import IndexGeneration
+from clipsys.retrieval.storage.segments import SegmentReader, write_segment
+from clipsys.retrieval.storage.snapshot import Snapshot
 
 Floats = npt.NDArray[np.float32]
 
@@ -147,7 +147,7 @@ def _write_vectors(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _snapshot(folder: Path) -> Snapshot:
-    from clipsys.retrieval.segments import SegmentFile
+    from clipsys.retrieval.storage.segments import SegmentFile
 
     document = json.loads((folder / "segments.json").read_text(encoding="utf-8"))
     files = [SegmentFile(**one) for one in document["segments"]]

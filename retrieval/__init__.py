@@ -6,60 +6,16 @@
     photos.add("~/Pictures")
     photos.search("a dog on the beach", k=10)
 
-Modules, each group of which builds on those above it:
+Packages, each of which builds on those above it and on none below (a test holds them to it); each
+one's docstring names its modules:
 
-    files and tables, the truth
-        durable          files that are whole or absent, the writer's lock
-        segments         immutable vector files
-        items            items and failures as values
-        words            captions searched by their words
-        metadata_index   the metadata of the items, value by value
-        schema           the database's tables
-        upgrading        a database of the version before, brought up to date
-        database         a connection to the SQLite file, taken in turns
-        row_writing      the statements of which commits are made
-        store            items, failures and segments in the database
-        manifest         which model, which index generation
-        creation         a collection's folder, whole or not at all
-        snapshot         live items and their vectors, as of one commit
-    the index, derived from it
-        memory           what this process may still take
-        planning         which index, and when another one
-        fastscan         4-bit codes in FAISS's layout for fast scan
-        index            FAISS generations, opened and searched
-        gpu              the same on GPUs
-        tuning           measuring an index, and the effort that reaches a recall
-        clustering       k-means by matrix products
-        inverted_file    an index larger than memory, written list by list
-        building         training, filling, extending and writing an index
-    searching
-        encoding         what is needed of an encoder, and which one is the right one
-        light            the text tower without torch, for a cold process
-        query            what is searched for, and what comes back
-        grammar          a query in one line
-        filters          conditions on metadata, and how they are decided
-        ranking          the top k by exact cosine
-        calibration      how many unrelated items would score as high
-        view             a reader's snapshot and index, following the writer
-        searching        filter, rank, fuse, fold, cut
-    keeping
-        corpora          several sources as one stream of records
-        report           what became of the records
-        embedding        records to committed batches, decoding ahead of the encoder
-        pruning          removing what no source gives any more
-        compaction       dropping deleted vectors, joining small segments
-        writing          a writer's turn: commits and index generations
-        info             what a collection holds, in numbers
-        duplicates       near-duplicate groups
-        verification     every invariant, checked against the files
-        repairing        what can be mended of them
-        migration        another model, built beside and swapped
-        keeping          what changes and checks a collection
-        collection       all of it behind one class
-    the command line
-        commands         ``clipsys index``
-        search_command   ``clipsys search``
-        keeping_commands ``clipsys info``, ``verify``, ``repair`` and so on
+    storage      files and tables, the truth
+    encoders     what is needed of an encoder, and the text tower without torch
+    indexes      the FAISS index, derived from the vectors: planned, built, measured, opened
+    search       from a query to its hits: filter, rank, fuse, fold, cut
+    upkeep       what fills, changes and checks a collection
+    collection   all of it behind one class
+    commands     the command line
 
 Importing this package imports none of them: names load on first use.
 """
@@ -71,14 +27,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.duplicates import DuplicateGroup
-    from clipsys.retrieval.filters import Condition
-    from clipsys.retrieval.info import CollectionInfo
-    from clipsys.retrieval.items import Failure, Item
-    from clipsys.retrieval.planning import IndexPlan, plan_index
-    from clipsys.retrieval.query import Hit, Part, Query
-    from clipsys.retrieval.report import AddReport
-    from clipsys.retrieval.searching import Options
+    from clipsys.retrieval.indexes.planning import IndexPlan, plan_index
+    from clipsys.retrieval.search.query import Hit, Part, Query
+    from clipsys.retrieval.search.searching import Options
+    from clipsys.retrieval.storage.filters import Condition
+    from clipsys.retrieval.storage.items import Failure, Item
+    from clipsys.retrieval.upkeep.duplicates import DuplicateGroup
+    from clipsys.retrieval.upkeep.info import CollectionInfo
+    from clipsys.retrieval.upkeep.report import AddReport
 
 __all__ = [
     "AddReport",
@@ -97,19 +53,19 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AddReport": "report",
+    "AddReport": "upkeep.report",
     "Collection": "collection",
-    "CollectionInfo": "info",
-    "Condition": "filters",
-    "DuplicateGroup": "duplicates",
-    "Failure": "items",
-    "Hit": "query",
-    "IndexPlan": "planning",
-    "Item": "items",
-    "Options": "searching",
-    "Part": "query",
-    "Query": "query",
-    "plan_index": "planning",
+    "CollectionInfo": "upkeep.info",
+    "Condition": "storage.filters",
+    "DuplicateGroup": "upkeep.duplicates",
+    "Failure": "storage.items",
+    "Hit": "search.query",
+    "IndexPlan": "indexes.planning",
+    "Item": "storage.items",
+    "Options": "search.searching",
+    "Part": "search.query",
+    "Query": "search.query",
+    "plan_index": "indexes.planning",
 }
 
 

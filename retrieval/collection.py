@@ -26,21 +26,22 @@ import numpy as np
 
 from clipsys.errors import QueryError
 from clipsys.light_text import LightTextTower
-from clipsys.retrieval import filters, light
-from clipsys.retrieval.creation import create_folder
-from clipsys.retrieval.encoding import ImageTextEncoder, check_encoder, pin_of
-from clipsys.retrieval.grammar import compose, parse_query
-from clipsys.retrieval.info import CollectionInfo, describe
-from clipsys.retrieval.items import Failure, Item
-from clipsys.retrieval.keeping import KeptCollection
-from clipsys.retrieval.manifest import IndexGeneration, Manifest, read_manifest
-from clipsys.retrieval.query import Hit, ImageSource, Query, embed_queries
-from clipsys.retrieval.searching import NEAR_DUPLICATE, Options, Searcher, Sought
-from clipsys.retrieval.segments import Floats
-from clipsys.retrieval.snapshot import Snapshot
-from clipsys.retrieval.store import FILE_NAME as DATABASE_NAME
-from clipsys.retrieval.store import Store
-from clipsys.retrieval.upgrading import upgrade_database
+from clipsys.retrieval.encoders import light
+from clipsys.retrieval.encoders.encoding import ImageTextEncoder, check_encoder, pin_of
+from clipsys.retrieval.search.grammar import compose, parse_query
+from clipsys.retrieval.search.query import Hit, ImageSource, Query, embed_queries
+from clipsys.retrieval.search.searching import NEAR_DUPLICATE, Options, Searcher, Sought
+from clipsys.retrieval.storage import filters
+from clipsys.retrieval.storage.creation import create_folder
+from clipsys.retrieval.storage.items import Failure, Item
+from clipsys.retrieval.storage.manifest import IndexGeneration, Manifest, read_manifest
+from clipsys.retrieval.storage.segments import Floats
+from clipsys.retrieval.storage.snapshot import Snapshot
+from clipsys.retrieval.storage.store import FILE_NAME as DATABASE_NAME
+from clipsys.retrieval.storage.store import Store
+from clipsys.retrieval.storage.upgrading import upgrade_database
+from clipsys.retrieval.upkeep.info import CollectionInfo, describe
+from clipsys.retrieval.upkeep.keeping import KeptCollection
 
 
 class Collection(KeptCollection):
@@ -175,7 +176,7 @@ class Collection(KeptCollection):
         """Finds the items nearest to a text, an image, both, or a composed query.
 
         Args:
-            query: a line as `clipsys.retrieval.grammar` reads it (``"a dog + beach - snow"``), or a
+            query: a line as ``"a dog + beach - snow"`` (`clipsys.retrieval.search.grammar`), or a
                 `Query` of parts with weights.
             image: a path, the file's bytes or a decoded image; adds to the query.
             negative: a text that the hits should be unlike.
@@ -184,7 +185,7 @@ class Collection(KeptCollection):
             k: how many hits; fewer come back only if fewer items match.
             offset: how many of the best are left out, for the next page.
             where: a filter on metadata, applied before ranking: ``{"year": 2024}`` or
-                ``["year>=2020", "colour in red,blue"]``; see `clipsys.retrieval.filters`.
+                ``["year>=2020", "colour in red,blue"]``; see `clipsys.retrieval.storage.filters`.
             min_score: cosine below which nothing is a hit.
             relevant_only: leaves out hits that unrelated items would match by chance.
             diverse: folds near-duplicates into one hit; a number is the cosine from which on two

@@ -17,6 +17,16 @@ ALLOWED = {
     "retrieval": {"clipsys"},
     "ui": {"clipsys", "retrieval"},
 }
+#: Packages and modules of `retrieval`: each imports from itself and from those before it.
+RETRIEVAL_LAYERS = (
+    "storage",
+    "encoders",
+    "indexes",
+    "search",
+    "upkeep",
+    "collection",
+    "commands",
+)
 
 
 def _sources(package: str) -> list[Path]:
@@ -54,6 +64,19 @@ def test_imports_go_in_one_direction(package: str) -> None:
             if parts[0] == "clipsys":
                 target = parts[1] if len(parts) > 1 and parts[1] in LINKED[:3] else "clipsys"
                 assert target in ALLOWED[package] | {package}, f"{path}:{line} imports {name}"
+
+
+def test_the_packages_of_retrieval_build_on_those_before_them() -> None:
+    for path in _sources("retrieval"):
+        layer = path.relative_to(ROOT / "retrieval").parts[0].removesuffix(".py")
+        if layer == "__init__":
+            continue  # names load on first use
+        own = RETRIEVAL_LAYERS.index(layer)
+        for name, line in _imports(path):
+            parts = name.split(".")
+            if parts[:2] == ["clipsys", "retrieval"] and parts[2] != "Collection":
+                target = RETRIEVAL_LAYERS.index(parts[2])
+                assert target <= own, f"{path}:{line} imports {name}"
 
 
 def test_only_the_table_of_verbs_names_the_other_packages() -> None:

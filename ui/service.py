@@ -16,8 +16,8 @@ from PIL import Image
 from clipsys.errors import QueryError
 from clipsys.images import decode_image
 from clipsys.retrieval import Collection, CollectionInfo, Failure, Hit, Item, Part, Query
-from clipsys.retrieval.filters import parse_condition
-from clipsys.retrieval.grammar import parse_part, parse_query
+from clipsys.retrieval.search.grammar import parse_part, parse_query
+from clipsys.retrieval.storage.filters import parse_condition
 from clipsys.ui.thumbnails import ThumbnailCache
 from clipsys.zeroshot import ZeroShotClassifier
 
@@ -94,8 +94,8 @@ class SearchService:
         """Searches; a blank text counts as not given.
 
         Args:
-            text: a query in one line; see `clipsys.retrieval.grammar`. It may not name files: they
-                are this machine's, not the visitor's.
+            text: a query in one line; see `clipsys.retrieval.search.grammar`. It may not name
+                files: they are this machine's, not the visitor's.
             image: an uploaded file.
             item: for more like this one.
             choices: the rest of the page.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clipsys.retrieval.segments import Floats, SegmentReader, write_segment
-from clipsys.retrieval.snapshot import Snapshot
+from clipsys.retrieval.storage.segments import Floats, SegmentReader, write_segment
+from clipsys.retrieval.storage.snapshot import Snapshot
 
 
 def clustered(num_rows: int, dim: int, *, seed: int = 0, num_clusters: int = 60) -> Floats:

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from clipsys.images import decode_image
-from clipsys.retrieval import Collection, compaction, embedding, planning, writing
+from clipsys.retrieval import Collection
+from clipsys.retrieval.indexes import planning
+from clipsys.retrieval.upkeep import compaction, embedding, writing
 from tests.retrieval.colours import ColourEncoder, paint
 
 

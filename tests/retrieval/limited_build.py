@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipsys.retrieval import building, planning
-from clipsys.retrieval.planning import IndexPlan
-from clipsys.retrieval.segments import Floats, SegmentFile, SegmentReader, write_segment
-from clipsys.retrieval.snapshot import Snapshot
+from clipsys.retrieval.indexes import building, planning
+from clipsys.retrieval.indexes.planning import IndexPlan
+from clipsys.retrieval.storage.segments import Floats, SegmentFile, SegmentReader, write_segment
+from clipsys.retrieval.storage.snapshot import Snapshot
 
 DIM, PARTS, ROWS = 128, 6, 50_000
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from clipsys.errors import CollectionError, DataError, ModelError, QueryError
 from clipsys.retrieval import Collection, Hit, Part, Query
-from clipsys.retrieval.items import Batch, NewItem
-from clipsys.retrieval.store import Store
+from clipsys.retrieval.storage.items import Batch, NewItem
+from clipsys.retrieval.storage.store import Store
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint, paint_folder
 
 
@@ -59,7 +59,7 @@ def test_failed_create_leaves_nothing(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clipsys.retrieval.creation.write_manifest", full_disk)
+    monkeypatch.setattr("clipsys.retrieval.storage.creation.write_manifest", full_disk)
     with pytest.raises(CollectionError, match="No space left"):
         Collection.create(tmp_path / "c", encoder)
     assert list(tmp_path.iterdir()) == []

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval import Collection, compaction
-from clipsys.retrieval.items import Batch, NewItem
-from clipsys.retrieval.store import Store
+from clipsys.retrieval import Collection
+from clipsys.retrieval.storage.items import Batch, NewItem
+from clipsys.retrieval.storage.store import Store
+from clipsys.retrieval.upkeep import compaction
 from tests.retrieval.colours import ColourEncoder, paint, paint_folder
 
 ROOT = Path(__file__).parents[2]
@@ -147,8 +148,8 @@ def test_adding_a_thousand_to_a_big_collection_builds_no_index(
     def unreachable(*_: object, **__: object) -> None:
         raise AssertionError("the index was built again")
 
-    monkeypatch.setattr("clipsys.retrieval.building.build_index", unreachable)
-    monkeypatch.setattr("clipsys.retrieval.building.extend_index", unreachable)
+    monkeypatch.setattr("clipsys.retrieval.indexes.building.build_index", unreachable)
+    monkeypatch.setattr("clipsys.retrieval.indexes.building.extend_index", unreachable)
     folder = tmp_path / "thousand"
     for number in range(999):
         paint(folder / f"{number}.png", (number % 256, number // 256, 9))

@@ -22,11 +22,12 @@ import faiss
 import pytest
 
 from clipsys.errors import ClipsysError, CollectionError
-from clipsys.retrieval import Collection, embedding
-from clipsys.retrieval.index import SUFFIX
-from clipsys.retrieval.items import Batch, NewItem
-from clipsys.retrieval.migration import MigrationOptions
-from clipsys.retrieval.planning import Kind
+from clipsys.retrieval import Collection
+from clipsys.retrieval.indexes.index import SUFFIX
+from clipsys.retrieval.storage.items import Batch, NewItem
+from clipsys.retrieval.storage.manifest import Kind
+from clipsys.retrieval.upkeep import embedding
+from clipsys.retrieval.upkeep.migration import MigrationOptions
 from tests.retrieval.clustered import clustered
 from tests.retrieval.colours import ColourEncoder, paint_folder
 
@@ -207,8 +208,8 @@ def streamed(
     """As `prepared`, where the index is of three lists of the kind that is asked for."""
     kind: Kind = request.param
     wishes: list[tuple[Kind, str]] = [(kind, "asked for")]
-    monkeypatch.setattr("clipsys.retrieval.planning._wishes", lambda *_: wishes)
-    monkeypatch.setattr("clipsys.retrieval.planning.num_lists_for", lambda _: 3)
+    monkeypatch.setattr("clipsys.retrieval.indexes.planning._wishes", lambda *_: wishes)
+    monkeypatch.setattr("clipsys.retrieval.indexes.planning.num_lists_for", lambda _: 3)
     made: tuple[Path, Path] = request.getfixturevalue("prepared")
     with Collection.open(made[0]) as photos:
         assert photos.index is not None
@@ -321,7 +322,7 @@ RECALL = 0.5
 
 def with_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
     """600 vectors of width 64 and an IVF-PQ of them, whose file has some 50 kB."""
-    monkeypatch.setattr("clipsys.retrieval.planning.EXACT_ITEMS", 50)
+    monkeypatch.setattr("clipsys.retrieval.indexes.planning.EXACT_ITEMS", 50)
     photos = Collection.create(folder, ColourEncoder(dim=64))
     new = [NewItem(f"/{n}.jpg", f"{n}", 1, 1, (), {}) for n in range(600)]
     with photos._writing() as writer:

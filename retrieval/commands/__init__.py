@@ -1,0 +1,6 @@
+"""The verbs of the command line that work on collections.
+
+index            ``clipsys index``
+search           ``clipsys search``
+keeping          ``clipsys info``, ``verify``, ``repair`` and so on
+"""

@@ -1,0 +1,168 @@
+"""The verb ``clipsys index``.
+
+Heavy imports stand inside the functions: this module is loaded to print its help.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from clipsys.retrieval.collection import Collection
+
+
+def index(
+    collection: Annotated[Path, typer.Argument(help="Folder of the collection.")],
+    sources: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer evaluates annotations on Python 3.10 as well)
+        typer.Argument(
+            help="Folders, tables (.csv .tsv .jsonl .parquet) or WebDataset shards (.tar); "
+            "none are needed with --migrate.",
+            metavar="SOURCE...",
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Model folder, run folder, open_clip NAME/TAG or hf-hub:ORG/REPO; "
+            "needed for a new collection only."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Decoding threads; one a processor by default."),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="In which images are encoded: fp32, bf16, int8; fast takes the fastest that this "
+            "machine is good at, and fp32 where the first images show that int8 is not.",
+        ),
+    ] = "fast",
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove what the sources gave once and no longer have.")
+    ] = False,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Prune, or leave behind in a migration, even more than a tenth."
+        ),
+    ] = False,
+    migrate: Annotated[
+        bool,
+        typer.Option("--migrate", help="Encode the whole collection anew with --model, then swap."),
+    ] = False,
+) -> None:
+    """Creates a collection, or brings it up to date with its sources."""
+    from clipsys.errors import DataError
+    from clipsys.interruption import ending_in_order
+    from clipsys.retrieval.storage.creation import destroy_folder
+    from clipsys.retrieval.storage.manifest import FILE_NAME
+    from clipsys.retrieval.upkeep.corpora import check_sources
+    from clipsys.retrieval.upkeep.migration import LOSS_LIMIT
+    from clipsys.retrieval.upkeep.pruning import PRUNE_LIMIT
+
+    sources = sources or []
+    if sources or not migrate:
+        check_sources(sources)  # a missing source is said before a model is loaded
+    if migrate:
+        _migrate(
+            *(collection, model, precision, batch_size, workers),
+            loss_limit=1.0 if yes else LOSS_LIMIT,
+        )
+    if not sources:
+        return
+    is_new = not (collection.expanduser() / FILE_NAME).exists()
+    photos = (_create if is_new else _open)(collection, model, precision)
+    with photos, ending_in_order(lambda: _kept(photos)):
+        try:
+            report = photos.add(
+                *sources,
+                batch_size=batch_size,
+                num_workers=workers,
+                prune_vanished=prune,
+                prune_limit=1.0 if yes else PRUNE_LIMIT,
+            )
+            if is_new and len(photos) == 0:
+                first = report.first_failures[0].message
+                raise DataError(
+                    f"none of the {report.failed:,} images can be used; the first: {first}"
+                )
+        finally:
+            if is_new and len(photos) == 0:
+                destroy_folder(photos.path)
+        typer.echo(f"{photos.path}: {report.summary()}")
+        typer.echo(f"{len(photos):,} items; took {report.seconds:.1f} s")
+    for failure in report.first_failures:
+        typer.echo(f"skipped: {failure.message}", err=True)
+    more = report.failed - len(report.first_failures)
+    if more > 0:
+        typer.echo(f"skipped: {more:,} more, all in the failure ledger", err=True)
+
+
+def _migrate(
+    path: Path,
+    model: str | None,
+    precision: str,
+    batch_size: int,
+    workers: int | None,
+    *,
+    loss_limit: float,
+) -> None:
+    import clipsys
+    from clipsys.errors import ModelError
+    from clipsys.interruption import ending_in_order
+    from clipsys.retrieval.collection import Collection
+    from clipsys.retrieval.upkeep.migration import MigrationOptions
+
+    if model is None:
+        raise ModelError(f"{path}: --migrate needs the new model; name it with --model")
+
+    def kept() -> str:
+        return f"{photos.path} is as it was; the same command goes on with the images that are left"
+
+    with Collection.open(path) as photos, ending_in_order(kept):
+        report = photos.migrate(
+            clipsys.load(model, precision=precision),
+            model=_absolute(model),
+            options=MigrationOptions(batch_size, workers, loss_limit),
+        )
+        typer.echo(f"{photos.path}: now of model {model}; {report.summary()}")
+
+
+def _kept(photos: Collection) -> str:
+    num_items = len(photos)
+    if num_items == 0:
+        return f"nothing was added to {photos.path}"
+    return f"{photos.path} keeps {num_items:,} items; the same command goes on"
+
+
+def _create(path: Path, model: str | None, precision: str) -> Collection:
+    import clipsys
+    from clipsys.errors import CollectionError
+    from clipsys.retrieval.collection import Collection
+
+    if model is None:
+        raise CollectionError(
+            f"{path}: there is no collection here; name a --model to make one "
+            "(a model folder, a run folder, or an open_clip NAME/TAG)"
+        )
+    encoder = clipsys.load(model, precision=precision)
+    return Collection.create(path, encoder, model=_absolute(model))
+
+
+def _open(path: Path, model: str | None, precision: str) -> Collection:
+    import clipsys
+    from clipsys.retrieval.collection import Collection
+
+    encoder = clipsys.load(model, precision=precision) if model is not None else None
+    return Collection.open(path, encoder, precision=precision)
+
+
+def _absolute(model: str) -> str:
+    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model

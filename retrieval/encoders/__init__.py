@@ -1,0 +1,5 @@
+"""What a collection needs of an encoder, and the text tower without torch.
+
+encoding         an encoder's interface, and which one is the right one
+light            the text tower without torch, for a cold process
+"""

@@ -1,0 +1,9 @@
+"""From a query to its hits.
+
+query            what is searched for, and what comes back
+grammar          a query in one line
+ranking          the top k by exact cosine
+calibration      how many unrelated items would score as high
+view             a reader's snapshot and index, following the writer
+searching        filter, rank, fuse, fold, cut
+"""

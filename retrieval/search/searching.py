@@ -1,0 +1,279 @@
+"""From query vectors and words to hits: filter, rank, fuse, fold, cut.
+
+    filter (SQL) --> allowed ids --.
+    query vector -----------------> rank by cosine --.
+    words (FTS5) -----------------> rank by BM25 -----+-> fuse -> cut -> fold -> offset, k -> hits
+
+Everything of one search sees one snapshot.
+
+Shapes: K ranked items, D embedding width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from clipsys.errors import QueryError
+from clipsys.retrieval.indexes.index import LoadedIndex
+from clipsys.retrieval.search.calibration import RELEVANT, Background
+from clipsys.retrieval.search.query import Hit
+from clipsys.retrieval.search.ranking import Coverage, Ranking, exact_scores, rank_batch
+from clipsys.retrieval.search.view import View
+from clipsys.retrieval.storage import filters, words
+from clipsys.retrieval.storage.segments import Floats, Ints
+from clipsys.retrieval.storage.snapshot import Snapshot, unit_rows
+from clipsys.retrieval.storage.store import Store
+
+#: From this cosine on two images are near-duplicates, unless another one is given.
+NEAR_DUPLICATE = 0.95
+#: Ranks of the vectors that are fused with those of the words; those below hardly count.
+_FUSED_RANKS = 200
+#: Filters whose result is remembered, as long as nothing is written.
+_REMEMBERED_FILTERS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which hits of a query come back.
+
+    Attributes:
+        k: how many; fewer only if fewer items match.
+        offset: how many of the best are left out, for the next page.
+        conditions: on metadata, applied before ranking.
+        min_score: cosine below which nothing is a hit.
+        relevant_only: leaves out what unrelated items would match by chance, and with it every hit
+            where nothing is relevant.
+        diverse: cosine from which on two items are one hit; None: every item is its own.
+
+    Raises:
+        QueryError: a number is out of its range.
+    """
+
+    k: int = 10
+    offset: int = 0
+    conditions: tuple[filters.Condition, ...] = ()
+    min_score: float | None = None
+    relevant_only: bool = False
+    diverse: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_whole("k", self.k, 1)
+        _check_whole("offset", self.offset, 0)
+        for name, value in (("min_score", self.min_score), ("diverse", self.diverse)):
+            if value is not None and not -1 <= value <= 1:
+                raise QueryError(f"{name} is {value}; expected a cosine from -1 to 1")
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether hits without a cosine would be meaningless."""
+        return self.min_score is not None or self.relevant_only
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise QueryError(f"{name} is {value!r}; expected a whole number from {least} on")
+
+
+@dataclass(frozen=True, eq=False)
+class Sought:
+    """A query as the ranking sees it: a vector (D,) of unit norm, words, or both.
+
+    Attributes:
+        made_of: items that the vector was made of; they are no news.
+    """
+
+    vector_D: Floats | None
+    words: str | None = None
+    made_of: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What one search sees from its beginning to its end."""
+
+    index: LoadedIndex | None
+    snapshot: Snapshot
+    coverage: Coverage | None
+    background: Background
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """Ranked items; scores and relevance are None where only words were asked for."""
+
+    ids_K: Ints
+    scores_K: npt.NDArray[np.float32] | None
+    relevance_K: npt.NDArray[np.float64] | None
+    duplicates: tuple[tuple[int, ...], ...] = ()
+
+    def take(self, chosen: Ints | slice) -> _Ranked:
+        return replace(
+            self,
+            ids_K=self.ids_K[chosen],
+            scores_K=None if self.scores_K is None else self.scores_K[chosen],
+            relevance_K=None if self.relevance_K is None else self.relevance_K[chosen],
+        )
+
+
+class Searcher:
+    """Answers queries about one collection. Thread-safe."""
+
+    def __init__(self, store: Store, view: View) -> None:
+        self._store = store
+        self._view = view
+        self._filtered: OrderedDict[tuple[str, int], Ints] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def search(self, queries: Sequence[Sought], options: Options) -> list[list[Hit]]:
+        """Hits of each query, best first."""
+        index, snapshot = self._view.current()
+        state = _State(
+            index,
+            snapshot,
+            self._view.coverage(index, snapshot),
+            self._view.background(snapshot),
+        )
+        allowed = self._allowed(options.conditions, snapshot)
+        depth = options.offset + options.k + max(len(query.made_of) for query in queries)
+        if any(query.words is not None for query in queries):
+            depth = max(depth, _FUSED_RANKS)
+        while True:
+            ranked = self._rank(state, queries, depth, allowed)
+            cut = [_cut(one, query, options) for one, query in zip(ranked, queries, strict=True)]
+            if options.diverse is not None:
+                cut = [_fold(one, snapshot, options.diverse) for one in cut]
+            # Folding leaves fewer than were ranked: go deeper while there is more.
+            wanted = options.offset + options.k
+            enough = all(
+                len(one.ids_K) >= wanted or len(before.ids_K) < depth
+                for one, before in zip(cut, ranked, strict=True)
+            )
+            if options.diverse is None or enough:
+                break
+            depth *= 4
+        page = slice(options.offset, options.offset + options.k)
+        return [self._hits(one, page) for one in cut]
+
+    def _rank(
+        self,
+        state: _State,
+        queries: Sequence[Sought],
+        depth: int,
+        allowed: Ints | None,
+    ) -> list[_Ranked]:
+        given = [query.vector_D for query in queries if query.vector_D is not None]
+        rankings: Iterator[Ranking] = iter(())
+        if given:
+            rankings = iter(
+                rank_batch(
+                    state.snapshot,
+                    state.index,
+                    np.stack(given),
+                    depth,
+                    allowed=allowed,
+                    coverage=state.coverage,
+                )
+            )
+        ranked = []
+        for query in queries:
+            worded, vector_D = None, query.vector_D
+            if query.words is not None:
+                worded = self._worded(query.words, state.snapshot, allowed)
+            if vector_D is None:
+                assert worded is not None  # it is one or the other
+                ranked.append(_Ranked(worded, None, None))
+                continue
+            ids_K, scores_K = next(rankings)
+            if worded is not None:
+                ids_K = words.fuse([ids_K, worded[:depth]])
+                positions = np.searchsorted(state.snapshot.ids_N, ids_K)
+                scores_K = exact_scores(state.snapshot, positions, vector_D)
+            relevance_K = state.background.relevance(vector_D, scores_K)
+            ranked.append(_Ranked(ids_K, scores_K, relevance_K))
+        return ranked
+
+    def _worded(self, text: str, snapshot: Snapshot, allowed: Ints | None) -> Ints:
+        ids = self._store.match_words(words.match_expression(text))
+        live = np.isin(ids, snapshot.ids_N, assume_unique=True)
+        if allowed is not None:
+            live &= np.isin(ids, allowed, assume_unique=True)
+        found: Ints = ids[live]
+        return found
+
+    def _allowed(
+        self, conditions: tuple[filters.Condition, ...], snapshot: Snapshot
+    ) -> Ints | None:
+        """Ids that pass the filter; remembered until the next commit."""
+        if not conditions:
+            return None
+        key = (repr(conditions), snapshot.change)
+        with self._lock:
+            if key in self._filtered:
+                self._filtered.move_to_end(key)
+                return self._filtered[key]
+        allowed = self._store.select_ids(conditions)
+        with self._lock:
+            self._filtered[key] = allowed
+            while len(self._filtered) > _REMEMBERED_FILTERS:
+                self._filtered.popitem(last=False)
+        return allowed
+
+    def _hits(self, ranked: _Ranked, page: slice) -> list[Hit]:
+        chosen = ranked.take(page)
+        duplicates = ranked.duplicates[page] or ((),) * len(chosen.ids_K)
+        items = self._store.items(chosen.ids_K.tolist())
+        hits = []
+        for place, item_id in enumerate(chosen.ids_K.tolist()):
+            if item_id not in items:
+                continue  # deleted and compacted away since the snapshot was taken
+            item = items[item_id]
+            score = None if chosen.scores_K is None else float(chosen.scores_K[place])
+            relevance = None if chosen.relevance_K is None else float(chosen.relevance_K[place])
+            hits.append(
+                Hit(
+                    page.start + place + 1,
+                    item_id,
+                    score,
+                    item.uri,
+                    item.caption,
+                    item.metadata,
+                    relevance,
+                    duplicates[place],
+                )
+            )
+        return hits
+
+
+def _cut(ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
+    """Without the items that the query was made of, which are no news, and without the poor."""
+    keep_K = ~np.isin(ranked.ids_K, list(query.made_of))
+    if options.needs_score and ranked.scores_K is None:
+        raise QueryError("words alone have no score to cut at; add something to look for")
+    if options.min_score is not None and ranked.scores_K is not None:
+        keep_K &= ranked.scores_K >= options.min_score
+    if options.relevant_only and ranked.relevance_K is not None:
+        keep_K &= ranked.relevance_K >= RELEVANT
+    return ranked.take(np.flatnonzero(keep_K))
+
+
+def _fold(ranked: _Ranked, snapshot: Snapshot, threshold: float) -> _Ranked:
+    """Each item joins the best hit before it that it is a near-duplicate of, if there is one."""
+    positions = np.searchsorted(snapshot.ids_N, ranked.ids_K)
+    vectors_KD = unit_rows(snapshot.take(positions))
+    kept: list[int] = []
+    groups: dict[int, list[int]] = {}
+    for place, vector_D in enumerate(vectors_KD):
+        near = np.flatnonzero(vectors_KD[kept] @ vector_D >= threshold)
+        if len(near):
+            groups[kept[int(near[0])]].append(int(ranked.ids_K[place]))
+        else:
+            kept.append(place)
+            groups[place] = []
+    chosen = ranked.take(np.array(kept, np.int64))
+    return replace(chosen, duplicates=tuple(tuple(groups[place]) for place in kept))

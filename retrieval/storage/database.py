@@ -1,0 +1,154 @@
+"""One connection to a collection's SQLite file: opening, taking turns, transactions, errors.
+
+The database runs in WAL mode: any number of readers, in this process or others, go on while one
+writer commits.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from clipsys.errors import CollectionError
+from clipsys.retrieval.storage import metadata_index, words
+from clipsys.retrieval.storage.schema import SCHEMA, UPGRADED_VERSION, VERSION, check_length
+
+#: Seconds a statement waits for another connection's lock (commits take milliseconds).
+BUSY_TIMEOUT_S = 30.0
+
+Row: TypeAlias = tuple[Any, ...]
+
+
+class Database:
+    """A connection. Thread-safe: statements and transactions take turns.
+
+    Every method raises `CollectionError` where SQLite reports an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens an existing database.
+
+        Raises:
+            CollectionError: it is missing or not a database of this version.
+        """
+        self.path = path
+        self._lock = threading.RLock()
+        check_length(path)
+        try:
+            self._connection = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode=rw",
+                uri=True,
+                timeout=BUSY_TIMEOUT_S,
+                isolation_level=None,  # transactions are begun and ended explicitly
+                check_same_thread=False,
+            )
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            self._connection.create_function("casefold", 1, _casefold, deterministic=True)
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            # WAL with FULL fsyncs the log at each commit: a commit survives a power cut.
+            self._connection.execute("PRAGMA synchronous = FULL")
+        except sqlite3.Error as error:
+            raise CollectionError(
+                f"{path}: the item database cannot be opened ({error}); restore it from a backup"
+            ) from error
+        try:
+            self._check_version(version)
+        except CollectionError:
+            self._connection.close()
+            raise
+
+    def _check_version(self, version: int) -> None:
+        if version == 0:
+            raise CollectionError(
+                f"{self.path}: is not the database of a collection; restore it from a backup"
+            )
+        if version == UPGRADED_VERSION:
+            raise CollectionError(
+                f"{self.path}: is of database version {version}, of before filters had an index; "
+                f"`clipsys repair` brings it to version {VERSION}, as does every other command "
+                "that opens the collection"
+            )
+        if version != VERSION:
+            raise CollectionError(
+                f"{self.path}: is of database version {version}, this clipsys knows version "
+                f"{VERSION}; use the version that wrote it, or index the images into a new "
+                "collection"
+            )
+
+    def close(self) -> None:
+        """Closes the connection; using it afterwards is an error."""
+        with self._lock:
+            self._connection.close()
+
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """All rows of a query."""
+        with self.turn() as connection:
+            return connection.execute(query, parameters).fetchall()
+
+    def row(self, query: str, parameters: Sequence[Any] = ()) -> Row:
+        """The first row of a query that has one in any case."""
+        return self.rows(query, parameters)[0]
+
+    @contextmanager
+    def turn(self) -> Iterator[sqlite3.Connection]:
+        """The connection, while no other thread uses it."""
+        with self._lock:
+            try:
+                yield self._connection
+            except sqlite3.Error as error:
+                raise CollectionError(f"{self.path}: the item database reports: {error}") from error
+
+    @contextmanager
+    def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """One transaction, rolled back where anything is raised inside.
+
+        Args:
+            begin: ``BEGIN`` for one moment's view of several tables, ``BEGIN IMMEDIATE`` to write.
+        """
+        with self.turn() as connection:
+            connection.execute(begin)
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def check_integrity(self) -> list[str]:
+        """SQLite's own check of the file; an empty list when it is sound."""
+        try:
+            rows = self.rows("PRAGMA integrity_check(10)")
+        except CollectionError as error:
+            return [str(error)]
+        return [] if rows == [("ok",)] else [f"{self.path}: {row[0]}" for row in rows]
+
+
+def create_database(path: Path) -> None:
+    """Makes an empty database with the tables of `schema`.
+
+    Raises:
+        CollectionError: it cannot be written.
+    """
+    try:
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(SCHEMA)
+            metadata_index.create_index(connection)
+            words.ensure_table(connection)
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise CollectionError(
+            f"{path}: the item database cannot be made ({error}); free some space"
+        ) from error
+
+
+def _casefold(text: bytes) -> str:
+    # As bytes: SQLite would fail where a file name is not UTF-8.
+    return text.decode("utf-8", "replace").casefold()

@@ -1,0 +1,103 @@
+"""Removing what its sources no longer have: only when asked, and never much of it unasked.
+
+A drive that is not mounted looks exactly like a folder that was emptied. So a source that is gone
+or empty is an error before anything is pruned, a file that can merely not be reached is not gone,
+and more than a tenth of a source's items need a second word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+
+from clipsys.errors import PruningRefusedError
+from clipsys.retrieval.storage.schema import python_text, sql_text
+from clipsys.retrieval.storage.store import Store
+from clipsys.sources import source_kind
+
+#: The share of a source's images that pruning removes without being told twice.
+PRUNE_LIMIT = 0.1
+_PAGE = 10_000
+
+
+def find_vanished(
+    store: Store, seen: Mapping[str, AbstractSet[str]], *, limit: float = PRUNE_LIMIT
+) -> dict[str, list[str]]:
+    """What each source gave once and no longer gives.
+
+    Args:
+        store: remembers which source gave what.
+        seen: sources that have just been walked to their end, and the uris they gave.
+        limit: the largest share of a source that may vanish.
+
+    Raises:
+        PruningRefusedError: more than that has vanished.
+    """
+    vanished: dict[str, list[str]] = {}
+    for source, uris in seen.items():
+        is_folder = "://" not in source and source_kind(source) == "folder"
+        num_given, gone = 0, []
+        for uri in _given(store, source):
+            num_given += 1
+            # A folder that may not be listed hides its files; they are not gone for that.
+            if uri not in uris and not (is_folder and _may_exist(uri)):
+                gone.append(uri)
+        if len(gone) > limit * num_given:
+            raise PruningRefusedError(
+                f"{source}: no longer has {len(gone):,} of the {num_given:,} images that it gave, "
+                f"more than {limit:.0%}, for example {gone[0]}; nothing is pruned. If no drive is "
+                "missing and they are meant to go, say so with --yes"
+            )
+        vanished[source] = gone
+    return vanished
+
+
+def prune(store: Store, vanished: Mapping[str, list[str]]) -> int:
+    """Removes the items and ledger entries that no source gives any more. Returns how many items.
+
+    An image that another source still gives stays.
+    """
+    if not any(vanished.values()):
+        return 0
+    num_removed = 0
+    with store.changing() as (connection, change):
+        for source, uris in vanished.items():
+            (source_id,) = connection.execute(
+                "SELECT id FROM sources WHERE name = ?", (sql_text(source),)
+            ).fetchone()
+            keys = [(sql_text(uri),) for uri in uris]
+            connection.executemany(
+                f"DELETE FROM origins WHERE source = {int(source_id)} AND uri = ?", keys
+            )
+            unclaimed = "uri = ? AND NOT EXISTS (SELECT 1 FROM origins o WHERE o.uri = {0}.uri)"
+            connection.executemany(
+                f"DELETE FROM failures WHERE {unclaimed.format('failures')}", keys
+            )
+            num_removed += connection.executemany(
+                f"UPDATE items SET state = 'deleted', change = {change} "
+                f"WHERE state = 'live' AND {unclaimed.format('items')}",
+                keys,
+            ).rowcount
+    return num_removed
+
+
+def _given(store: Store, source: str) -> Iterator[str]:
+    query = (
+        "SELECT uri FROM origins WHERE source = (SELECT id FROM sources WHERE name = ?) "
+        "AND uri > ? ORDER BY uri LIMIT ?"
+    )
+    last: str | bytes = ""
+    while rows := store.read(query, (sql_text(source), last, _PAGE)):
+        yield from (python_text(uri) for (uri,) in rows)
+        last = rows[-1][0]
+
+
+def _may_exist(uri: str) -> bool:
+    try:
+        os.stat(uri)  # noqa: PTH116  (Path.exists takes a refusal for an absence in newer Pythons)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
