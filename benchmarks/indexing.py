@@ -33,7 +33,7 @@ from PIL import Image
 
 MODEL = "ViT-B-32-256"
 #: (width, height): few and many images. As from the web, and as from a telephone.
-IMAGES = {(640, 480): (32, 352), (4_000, 3_000): (16, 80)}
+IMAGES = {(640, 480): (32, 352), (4_000, 3_000): (16, 144)}
 #: (images, out) -> command
 Command: TypeAlias = Callable[[Path, Path], list[str]]
 

@@ -36,6 +36,9 @@ MIN_AGREEMENT = 0.99
 _COMPARED_MIN, _COMPARED_MAX = 8, 16
 #: Stands for zero in the unsigned bytes that the processor multiplies with signed ones.
 _ZERO = 128
+#: Floats of this size are whole numbers, so adding it rounds; the last byte of the sum's bits is the
+#: rounded number. One pass instead of a product, a rounding and a conversion.
+_ROUNDS = 1.5 * 2**23
 
 
 def is_fast() -> bool:
@@ -56,6 +59,8 @@ class Int8Linear:
         self._scale_O = _scales(weight_OI).flatten()
         quantised_OI = (weight_OI / self._scale_O[:, None]).round().to(torch.int8)
         self._weight = torch.ops.onednn.qlinear_prepack(quantised_OI, None)
+        # As a row: with a scalar instead the sum takes twice as long.
+        self._rounds_I = torch.full((weight_OI.shape[1],), _ROUNDS + _ZERO)
         self._zeros_O = torch.zeros(num_outputs, dtype=torch.int64)
         self._bias_O = torch.zeros(num_outputs) if bias_O is None else bias_O.detach()
 
@@ -63,9 +68,8 @@ class Int8Linear:
         """(…, I) float32 -> (…, O) float32."""
         rows_NI = inputs.reshape(-1, inputs.shape[-1])
         scale_N1 = _scales(rows_NI)
-        # Rounded to int8, then moved to uint8 by flipping the sign's bit: what oneDNN is fast at.
-        signed_NI = (rows_NI * scale_N1.reciprocal()).round_().to(torch.int8)
-        bytes_NI = signed_NI.view(torch.uint8).bitwise_xor_(_ZERO)
+        rounded_NI = torch.addcmul(self._rounds_I, rows_NI, scale_N1.reciprocal())
+        bytes_NI = rounded_NI.view(torch.int32).to(torch.uint8)
         products_NO: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             *(bytes_NI, 1.0, _ZERO, self._weight, self._scale_O, self._zeros_O, None),
             *(1.0, 0, torch.float32, "none", [], ""),
