@@ -36,7 +36,7 @@ MIN_AGREEMENT = 0.99
 _COMPARED_MIN, _COMPARED_MAX = 8, 16
 #: Stands for zero in the unsigned bytes that the processor multiplies with signed ones.
 _ZERO = 128
-#: Floats of this size are whole numbers, so adding it rounds, and the last byte of the sum's bits is
+#: A float of this size is a whole number: adding it rounds, and the last byte of the sum's bits is
 #: the rounded number. One pass instead of a product, a rounding and a conversion.
 _ROUNDS = 1.5 * 2**23
 

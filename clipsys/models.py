@@ -34,6 +34,7 @@ from clipsys.preprocessing import Preprocessing
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.overrides import TorchFunctionMode
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -187,7 +188,7 @@ def _load_folder(folder: Path) -> ModelParts:
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ModelError(f"{folder}: the model folder has no weights ({weights.name} is missing)")
     try:
-        with _quiet_open_clip():
+        with _quiet_open_clip(), _without_random_values():
             model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
         tokenizer = _tokenizer(f"local-dir:{folder}", config)
@@ -217,7 +218,7 @@ def _load_hub(name: str, pretrained: str | None) -> ModelParts:
     import open_clip
 
     try:
-        with _quiet_open_clip():
+        with _quiet_open_clip(), _without_random_values():
             model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
@@ -263,6 +264,32 @@ def _quiet_open_clip() -> Iterator[None]:
             handler.removeFilter(one)
         if not had_handlers:
             root.handlers.clear()
+
+
+def _without_random_values() -> TorchFunctionMode:
+    """While it holds, new layers are not filled with random numbers.
+
+    Where weights are loaded over all of them anyway: drawing 150 million numbers takes longer than
+    reading the file of a ViT-B/32.
+    """
+    from torch import Tensor
+    from torch.nn import init
+    from torch.overrides import TorchFunctionMode
+
+    drawing = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_}
+    drawing |= {init.kaiming_uniform_, init.kaiming_normal_}
+    drawing |= {init.xavier_uniform_, init.xavier_normal_}
+
+    class WithoutRandomValues(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in drawing:
+                return args[0] if args else kwargs["tensor"]  # torch.nn.init names it
+            return func(*args, **kwargs)
+
+    return WithoutRandomValues()
 
 
 def fingerprint(parts: ModelParts) -> str:

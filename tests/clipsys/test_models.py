@@ -37,6 +37,27 @@ def test_the_scale_is_0d_on_disk_and_1d_in_training(model_folder: Path) -> None:
     assert build_model(TINY_MODEL, for_training=True).model.logit_scale.shape == (1,)
 
 
+def test_layers_whose_weights_are_loaded_are_not_filled_with_random_numbers() -> None:
+    from clipsys.models import _without_random_values
+
+    before = torch.random.get_rng_state()
+    with _without_random_values():
+        torch.nn.MultiheadAttention(8, 2)
+        torch.nn.Embedding(4, 4)
+        torch.nn.Conv2d(3, 8, 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert float(torch.nn.Linear(8, 8).weight.detach().std()) > 0  # only while it holds
+
+
+def test_every_weight_is_the_one_in_the_file(model_folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(model_folder / "open_clip_model.safetensors")
+    loaded = load_model(model_folder).model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in loaded.items())
+
+
 def test_the_fingerprint_follows_the_weights_and_the_preprocessing(model_folder: Path) -> None:
     parts = load_model(model_folder)
     original = fingerprint(parts)
