@@ -1,13 +1,16 @@
 """Near-duplicates of a whole collection: groups of items whose vectors are nearly the same.
 
-    distinct vectors, block x block --FAISS range search--> pairs above the threshold --> groups
+    distinct vectors in the order of their items --.
+        the first that is in no group yet           }--FAISS range search--> its group
+        all those after it that are in none        --'
 
-Every pair is compared exactly, and each only once (a block meets itself and those after it). Items
-that share one stored vector, copies of a file, are a group without arithmetic. Groups are connected
-components: two members of a large group may be less alike than the threshold, by way of others.
+Every member of a group is nearly the same as the group's first item, so keeping that one and
+removing the others loses nothing that is not nearly there. Connected components would not have
+that: by way of others they join images that are nothing alike.
 
-Memory holds two blocks of vectors, whatever the collection's size; time grows with its square:
-100,000 items x 512 take minutes on two cores.
+Comparisons are exact. Items that share one stored vector, copies of a file, are a group without
+arithmetic. Memory holds two blocks of vectors, whatever the collection's size; time grows with the
+square of the number of groups and lone items: 100,000 of them x 512 take minutes on two cores.
 
 Shapes: N distinct vectors, D embedding width.
 """
@@ -23,7 +26,7 @@ import numpy as np
 
 from clipsys.errors import QueryError
 from clipsys.retrieval.storage.items import Item
-from clipsys.retrieval.storage.segments import Ints
+from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import BLOCK_ROWS, Snapshot, unit_rows
 
 #: Cosine from which two images count as nearly the same. Depends on the model: ViT-B/32 gives
@@ -41,7 +44,7 @@ class DuplicateGroup:
 
     Attributes:
         items: two or more, in the order of their ids; the first was there first.
-        scores: cosine of each with the first.
+        scores: cosine of each with the first, the threshold at least.
     """
 
     items: tuple[Item, ...]
@@ -70,7 +73,7 @@ def find_groups(
     Args:
         snapshot: the items.
         threshold: cosine from which two are nearly the same, above 0 and at most 1.
-        advance: called with the number of vectors compared with all that follow them.
+        advance: called with the number of vectors that are settled.
         block_rows: vectors held at once, twice.
 
     Raises:
@@ -78,73 +81,70 @@ def find_groups(
     """
     if not 0 < threshold <= 1:
         raise QueryError(f"the threshold is {threshold}; expected a cosine above 0, up to 1")
-    places_N2 = np.stack([snapshot.segments_N, snapshot.rows_N], axis=1)
-    _, first_N, owner = np.unique(places_N2, axis=0, return_index=True, return_inverse=True)
-    joined = _Components(len(first_N))
+    first_N, distinct = _distinct(snapshot)
+    leaders_N = np.arange(len(first_N))  # of the group that each is in, or itself
     # Stored vectors are float16: equal images differ by rounding only, 1e-3 at most in the cosine.
     radius = min(threshold, 1 - 1e-6) - 1e-6
     for start in range(0, len(first_N), block_rows):
-        mine_ND = unit_rows(snapshot.take(first_N[start : start + block_rows]))
-        for other in range(start, len(first_N), block_rows):
-            index = _faiss.IndexFlatIP(snapshot.vectors.dim)
-            index.add(
-                mine_ND
-                if other == start
-                else unit_rows(snapshot.take(first_N[other : other + block_rows]))
-            )
-            for row in range(0, len(mine_ND), _QUERY_ROWS):
-                limits, _, found = index.range_search(mine_ND[row : row + _QUERY_ROWS], radius)
-                queries = np.repeat(np.arange(len(limits) - 1), np.diff(limits.astype(np.int64)))
-                joined.join(start + row + queries, other + found)
-        advance(len(mine_ND))
-    roots_N = joined.roots()[owner.reshape(-1)]
-    order = np.argsort(roots_N, kind="stable")
-    starts = np.flatnonzero(np.diff(roots_N[order])) + 1
+        mine = np.arange(start, min(start + block_rows, len(first_N)))
+        mine = mine[leaders_N[mine] == mine]
+        mine_ND = unit_rows(snapshot.take(first_N[mine]))
+        _gather(mine, mine_ND, mine, mine_ND, leaders_N, radius)
+        leads = leaders_N[mine] == mine
+        for other in range(start + block_rows, len(first_N), block_rows):
+            free = np.arange(other, min(other + block_rows, len(first_N)))
+            free = free[leaders_N[free] == free]
+            free_ND = unit_rows(snapshot.take(first_N[free]))
+            _gather(mine[leads], mine_ND[leads], free, free_ND, leaders_N, radius)
+        advance(min(block_rows, len(first_N) - start))
+    leaders = leaders_N[distinct]
+    order = np.argsort(leaders, kind="stable")
+    starts = np.flatnonzero(np.diff(leaders[order])) + 1
     groups = [group for group in np.split(order, starts) if len(group) > 1]
     return sorted(groups, key=lambda group: int(group[0]))
 
 
-class _Components:
-    """Connected components of a growing graph (union-find, arrays of edges at once)."""
+def _distinct(snapshot: Snapshot) -> tuple[Ints, Ints]:
+    """Where each distinct vector is first, ascending, and which of them each item has."""
+    places_N2 = np.stack([snapshot.segments_N, snapshot.rows_N], axis=1)
+    _, first_N, of_item = np.unique(places_N2, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first_N)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order))
+    return first_N[order], ranks[of_item.reshape(-1)]
 
-    def __init__(self, size: int) -> None:
-        self._parents_N = np.arange(size)
 
-    def join(self, left_E: Ints, right_E: Ints) -> None:
-        """Adds edges. Their own components first, so that millions of them join few nodes."""
-        distinct = left_E != right_E
-        nodes, ends = np.unique(
-            np.stack([left_E[distinct], right_E[distinct]]), return_inverse=True
-        )
-        ends = ends.reshape(2, -1)
-        labels = np.arange(len(nodes))
-        while len(nodes):
-            lower = labels.copy()
-            np.minimum.at(lower, ends[0], labels[ends[1]])
-            np.minimum.at(lower, ends[1], labels[ends[0]])
-            lower = lower[lower]
-            if np.array_equal(lower, labels):
-                break
-            labels = lower
-        for node, label in zip(nodes.tolist(), nodes[labels].tolist(), strict=True):
-            first, second = self._root(node), self._root(label)
-            if first != second:
-                self._parents_N[max(first, second)] = min(first, second)
+def _gather(
+    first: Ints,
+    first_MD: Floats,
+    others: Ints,
+    others_ND: Floats,
+    leaders_N: Ints,
+    radius: float,
+) -> None:
+    """Gives those of ``others`` that are in no group to the earliest of ``first`` near them.
 
-    def roots(self) -> Ints:
-        """The smallest member of each node's component."""
-        while True:  # a root's index never exceeds its members', so pointers only shrink
-            parents_N = self._parents_N[self._parents_N]
-            if np.array_equal(parents_N, self._parents_N):
-                return parents_N
-            self._parents_N = parents_N
-
-    def _root(self, node: int) -> int:
-        parents = self._parents_N
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = int(parents[node])
-        return node
+    One of ``first`` that comes into a group itself leads none.
+    """
+    if not len(first) or not len(others):
+        return
+    index = _faiss.IndexFlatIP(others_ND.shape[1])
+    index.add(others_ND)
+    for row in range(0, len(first), _QUERY_ROWS):
+        part = slice(row, row + _QUERY_ROWS)
+        leads = leaders_N[first[part]] == first[part]
+        queries = first[part][leads]
+        if not len(queries):
+            continue
+        limits, _, found = index.range_search(first_MD[part][leads], radius)
+        limits = limits.astype(np.int64)
+        for query in np.flatnonzero(np.diff(limits)):
+            leader = queries[query]
+            if leaders_N[leader] != leader:
+                continue
+            near = others[found[limits[query] : limits[query + 1]]]
+            near = near[(near > leader) & (leaders_N[near] == near)]
+            leaders_N[near] = leader
 
 
 def scores_with_first(snapshot: Snapshot, group: Ints) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +38,13 @@ def naive_groups(vectors_ND: Floats, threshold: float) -> list[list[int]]:
     stored = vectors_ND.astype(np.float16).astype(np.float64)
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     near = stored @ stored.T >= threshold
-    groups, seen = [], set()
+    groups, free = [], set(range(len(stored)))
     for first in range(len(stored)):
-        reached, frontier = set(), {first}
-        while frontier:
-            reached |= frontier
-            frontier = {int(n) for m in frontier for n in np.flatnonzero(near[m])} - reached
-        if first not in seen and len(reached) > 1:
-            groups.append(sorted(reached))
-        seen |= reached
+        if first in free:
+            group = [n for n in sorted(free) if near[first, n]]
+            free -= set(group)
+            if len(group) > 1:
+                groups.append(group)
     return groups
 
 
@@ -57,11 +56,29 @@ def test_groups_equal_those_of_all_pairs(tmp_path: Path, block_rows: int, thresh
     assert [group.tolist() for group in groups] == naive_groups(vectors, threshold)
 
 
-def test_chain_is_one_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_rows", [1, 2, 8])
+def test_a_chain_does_not_join_what_is_not_alike(tmp_path: Path, block_rows: int) -> None:
     angles = np.arange(5) * 0.3
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    (group,) = find_groups(snapshot_of(tmp_path, vectors[::-1].copy()), 0.95, block_rows=2)
-    assert group.tolist() == [0, 1, 2, 3, 4]
+    groups = find_groups(snapshot_of(tmp_path, vectors), 0.95, block_rows=block_rows)
+    assert [group.tolist() for group in groups] == [[0, 1], [2, 3]]
+
+
+def test_groups_do_not_depend_on_where_vectors_lie(tmp_path: Path) -> None:
+    vectors = clustered(60)
+    snapshot = snapshot_of(tmp_path, vectors[::-1].copy())
+    turned = replace(snapshot, rows_N=snapshot.rows_N[::-1].copy())
+    groups = find_groups(turned, 0.93, block_rows=16)
+    assert [group.tolist() for group in groups] == naive_groups(vectors, 0.93)
+
+
+def test_copies_of_one_vector_are_a_group_with_what_is_near_it(tmp_path: Path) -> None:
+    vectors = clustered(30)
+    of_item = np.array([4, 0, 4, 1, 0, 2, 4])
+    snapshot = replace(snapshot_of(tmp_path, vectors), ids_N=np.arange(1, 8))
+    snapshot = replace(snapshot, segments_N=np.ones(7, np.int64), rows_N=of_item)
+    groups = find_groups(snapshot, 0.9, block_rows=2)
+    assert [group.tolist() for group in groups] == naive_groups(vectors[of_item], 0.9)
 
 
 def test_all_the_same_is_one_group_and_none_is_none(tmp_path: Path) -> None:
