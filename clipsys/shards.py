@@ -79,12 +79,19 @@ def parse_sample(raw: dict[str, Any]) -> Sample:
         ) from error
     if not isinstance(metadata, dict):
         raise DataError(f"{_place(raw)}: the .json member is not an object")
-    more = metadata.pop("captions", [])
-    captions += [str(more)] if isinstance(more, str) else [str(text) for text in more or []]
-    if not captions and isinstance(metadata.get("caption"), str):  # img2dataset's name for it
-        captions = [metadata["caption"]]
-    unique = tuple(dict.fromkeys(text for text in captions if text))
+    unique = with_captions_of(metadata, captions)
     return Sample(key, raw[suffix], suffix.rsplit(".", 1)[-1], unique, label, metadata)
+
+
+def with_captions_of(metadata: dict[str, Any], captions: Sequence[str]) -> tuple[str, ...]:
+    """Captions from a text, then those that metadata hold, which are taken out of them."""
+    more = metadata.pop("captions", [])
+    found = [
+        str(text) for text in (*captions, *(more if isinstance(more, list) else [more])) if text
+    ]
+    if not found and isinstance(metadata.get("caption"), str):  # img2dataset's name for it
+        found = [metadata["caption"]]
+    return tuple(dict.fromkeys(found))
 
 
 def _place(raw: dict[str, Any]) -> str:

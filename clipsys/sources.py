@@ -1,6 +1,7 @@
 """Corpora as users have them: folders, tables and shards, read as one stream of records.
 
-    folder      every image below it; NAME.txt beside NAME.jpg is its captions, one a line
+    folder      every image below it; NAME.txt beside NAME.jpg is its captions, one a line, and
+                NAME.json its metadata, as in a shard
     table       .csv .tsv .jsonl .parquet with a path (or bytes) column, captions and metadata
     shards      a .tar, a folder of .tar files, a glob or a {000..012} range
 
@@ -9,6 +10,7 @@ A record is cheap: the image's bytes are read only when asked for.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import Counter
@@ -21,7 +23,13 @@ from clipsys.errors import DataError
 from clipsys.images import EXTENSIONS
 from clipsys.records import Record, file_record, read_file
 from clipsys.remote import is_remote
-from clipsys.shards import expand_shards, iterate_raw, parse_sample, read_image
+from clipsys.shards import (
+    expand_shards,
+    iterate_raw,
+    parse_sample,
+    read_image,
+    with_captions_of,
+)
 from clipsys.tables import TABLE_SUFFIXES, Columns, iterate_table, read_table_image
 
 _logger = logging.getLogger(__name__)
@@ -110,12 +118,22 @@ def read_uri(uri: str) -> bytes:
 
 
 def _iterate_folder(root: Path) -> Iterator[Record]:
+    num_unusable = 0
     for path in _walk(root):
         parent = path.parent.relative_to(root)
+        metadata = _side_metadata(path)
+        num_unusable += metadata is None
+        metadata = metadata or {}
         yield file_record(
             path,
-            captions=_side_captions(path),
+            captions=with_captions_of(metadata, _side_captions(path)),
             label=parent.parts[0] if parent.parts else None,
+            metadata=metadata,
+        )
+    if num_unusable:
+        _logger.warning(
+            "%s: %d .json files beside images are no JSON objects and were left aside",
+            *(root, num_unusable),
         )
 
 
@@ -158,6 +176,17 @@ def _side_captions(path: Path) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def _side_metadata(path: Path) -> dict[str, Any] | None:
+    """What the .json beside an image holds; None where that is no JSON object."""
+    try:
+        document = json.loads(path.with_suffix(".json").read_bytes())
+    except OSError:
+        return {}
+    except (ValueError, RecursionError):  # no JSON, no text, or one made to do harm
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _iterate_shards(

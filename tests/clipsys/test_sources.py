@@ -32,6 +32,30 @@ def test_a_folder_gives_captions_and_class_labels(image_folder: Path) -> None:
     assert records[0].size_bytes == Path(records[0].uri).stat().st_size
 
 
+def test_json_beside_an_image_is_its_metadata(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c", "d", "e", "f"):
+        noise_image(0).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a dog", encoding="utf-8")
+    (tmp_path / "a.json").write_text('{"captions": ["a dog", "a pup"], "width": 4}')
+    (tmp_path / "b.json").write_text('{"caption": "a cat", "license": null}')  # img2dataset's
+    (tmp_path / "c.json").write_text("[1, 2]")
+    (tmp_path / "d.json").write_bytes(b"\xff{")
+    (tmp_path / "e.json").write_text("[" * 200_000)
+    (tmp_path / "f.json").write_text('{"captions": 7, "width": 4}')
+    records = list(iterate_source(tmp_path))
+    assert [(record.captions, record.metadata) for record in records] == [
+        (("a dog", "a pup"), {"width": 4}),
+        (("a cat",), {"caption": "a cat", "license": None}),
+        ((), {}),
+        ((), {}),
+        ((), {}),
+        (("7",), {"width": 4}),
+    ]
+    assert "3 .json files beside images are no JSON objects" in caplog.text
+
+
 def test_a_link_loop_does_not_end_in_a_loop(image_folder: Path) -> None:
     (image_folder / "cats" / "up").symlink_to(image_folder)
     assert len(list(iterate_source(image_folder))) == 6
