@@ -12,7 +12,7 @@ from clipsys.progress import progress
 from clipsys.records import Record
 from clipsys.shard_index import index_shard
 from clipsys.shards import expand_shards, shard_failure
-from clipsys.sources import iterate_source, source_kind
+from clipsys.sources import count_images, iterate_source, source_kind
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def check_sources(sources: Sequence[str | Path]) -> None:
 def count_records(sources: Sequence[str | Path], *, show_progress: bool = False) -> int | None:
     """How many records the sources have; None where only fetching them would tell.
 
-    Folders and tables are gone through without opening an image, shards by their headers alone,
+    Folders are counted by names, tables gone through without an image, shards by their headers,
     which takes 0.1 ms a sample. It is done before anything is written, so that a mistyped second
     source does not surface after an hour with the first.
 
@@ -61,8 +61,11 @@ def count_records(sources: Sequence[str | Path], *, show_progress: bool = False)
     check_sources(sources)
     total: int | None = 0
     for source in sources:
-        if source_kind(source) == "shards":
+        kind = source_kind(source)
+        if kind == "shards":
             number = _count_samples(source, show_progress=show_progress)
+        elif kind == "folder":
+            number = count_images(source)
         else:
             number = sum(1 for _ in iterate_source(source))
         total = None if total is None or number is None else total + number
