@@ -19,6 +19,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -50,22 +51,11 @@ class Collection(KeptCollection):
     Thread-safe: searches run concurrently, the encoder takes one call at a time.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        store: Store,
-        encoder: ImageTextEncoder | None,
-        *,
-        few_searches: bool = False,
-        precision: str = "fast",
-    ) -> None:
-        """Use `create` or `open`."""
-        super().__init__(
-            path, manifest, store, encoder, few_searches=few_searches, precision=precision
-        )
-        self._searcher = Searcher(store, self._view)
-        self._light: LightTextTower | None = None
+    _light: LightTextTower | None = None
+
+    @cached_property
+    def _searcher(self) -> Searcher:
+        return Searcher(self._store, self._view)
 
     # ---- life ------------------------------------------------------------------------------
 

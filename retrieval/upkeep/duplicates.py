@@ -29,9 +29,6 @@ from clipsys.retrieval.storage.items import Item
 from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import BLOCK_ROWS, Snapshot, unit_rows
 
-#: Cosine from which two images count as nearly the same. Depends on the model: ViT-B/32 gives
-#: re-encoded, resized or lightly cropped photographs 0.95 and more, other views of a scene less.
-DEFAULT_THRESHOLD = 0.95
 #: Queries of one range search: at worst each matches a whole block, 1,024 x 16,384 x 12 bytes.
 _QUERY_ROWS = 1_024
 

@@ -22,6 +22,7 @@ from clipsys.retrieval.encoders.encoding import (
     pin_of,
 )
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
+from clipsys.retrieval.search.searching import NEAR_DUPLICATE
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage import filters
 from clipsys.retrieval.storage.manifest import Manifest
@@ -54,7 +55,7 @@ class KeptCollection:
         few_searches: bool = False,
         precision: str = "fast",
     ) -> None:
-        """See `clipsys.retrieval.Collection`."""
+        """Use `clipsys.retrieval.Collection.create` or ``open``."""
         self.path = path
         #: Held around each call of the encoder; hold it to call the same encoder from elsewhere.
         self.encoder_lock = threading.Lock()
@@ -332,7 +333,7 @@ class KeptCollection:
         from clipsys.retrieval.upkeep import duplicates
 
         snapshot = self._view.snapshot()
-        threshold = duplicates.DEFAULT_THRESHOLD if threshold is None else threshold
+        threshold = NEAR_DUPLICATE if threshold is None else threshold
         shown = progress(f"comparing {self.path.name}", len(snapshot)) if show_progress else None
         with shown or nullcontext(lambda _: None) as advance:
             groups = duplicates.find_groups(snapshot, threshold, advance=advance)
