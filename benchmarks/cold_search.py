@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 import clipsys
-from clipsys.bpe import vocabulary_path
-from clipsys.light_text import LightTextTower
-from clipsys.models import build_model, save_model
+from clipsys.inference.bpe import vocabulary_path
+from clipsys.inference.numpy_text_tower import LightTextTower
+from clipsys.models.open_clip_models import build_model, save_model
 from clipsys.retrieval import Collection
 from clipsys.retrieval.encoders.light import FILE_NAME, open_light
 

@@ -52,7 +52,7 @@ made.ensure_index(sys.argv[1])
 """
 _EXPORT = """
 import sys, torch
-from clipsys.models import load_model
+from clipsys.models.open_clip_models import load_model
 tower = load_model(sys.argv[1]).model.visual.eval()
 pixels = torch.randn(2, 3, 256, 256)
 torch.onnx.export(tower, (pixels,), sys.argv[2], input_names=["input"], output_names=["output"],
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
-    from clipsys.models import build_model, save_model
+    from clipsys.models.open_clip_models import build_model, save_model
 
     save_model(build_model(MODEL), folder / "model")
     sides = _sides(folder, arguments)

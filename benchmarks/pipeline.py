@@ -39,14 +39,14 @@ import torch
 import webdataset
 from PIL import Image
 
-from clipsys.images import EXTENSIONS, decode_image, decode_stored
-from clipsys.models import build_model
-from clipsys.preprocessing import Preprocessing
-from clipsys.shard_index import ShardReader
-from clipsys.shard_writing import write_shards
-from clipsys.shards import Sample, parse_sample
-from clipsys.training.data import DataConfig, TrainingBatches, open_shards, sample_order
-from clipsys.training.samples import Decoder
+from clipsys.images.decoding import EXTENSIONS, decode_image, decode_stored
+from clipsys.images.preprocessing import Preprocessing
+from clipsys.models.open_clip_models import build_model
+from clipsys.shards.random_access import ShardReader
+from clipsys.shards.reading import Sample, parse_sample
+from clipsys.shards.writing import write_shards
+from clipsys.training.data.batches import DataConfig, TrainingBatches, open_shards, sample_order
+from clipsys.training.data.samples import Decoder
 
 SIZE = 224
 RUNS = (3, 10)

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.retrieval.indexes.building import build_index
-from clipsys.retrieval.indexes.index import LoadedIndex, load_index
+from clipsys.retrieval.indexes.generation import LoadedIndex, load_index
 from clipsys.retrieval.indexes.planning import KINDS, plan_of_kind
 from clipsys.retrieval.indexes.tuning import TuningQueries, exact_neighbours
 from clipsys.retrieval.search.ranking import cover, rank, rank_batch

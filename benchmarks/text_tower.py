@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from clipsys.models import build_model
-from clipsys.text_tower import text_encoder
+from clipsys.inference.text_tower import text_encoder
+from clipsys.models.open_clip_models import build_model
 
 MODEL = "ViT-B-32"
 BATCH = 32

@@ -99,7 +99,7 @@ def _versions(python: str) -> dict[str, str]:
 
 def _write_samples(arguments: argparse.Namespace, folder: Path) -> Path:
     """As many samples as a run trains on, in as many shards as the peer has workers, at least."""
-    from clipsys.shard_writing import write_shards
+    from clipsys.shards.writing import write_shards
 
     wanted = arguments.batch * arguments.steps
     samples = _given(arguments.shards) if arguments.shards else _drawn()
@@ -112,7 +112,7 @@ def _write_samples(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def _given(pattern: str) -> Iterator[Any]:
-    from clipsys.shards import iterate_raw, parse_sample
+    from clipsys.shards.reading import iterate_raw, parse_sample
 
     shards = sorted(str(path) for path in Path(pattern).parent.glob(Path(pattern).name))
     if not shards:
@@ -125,7 +125,7 @@ def _drawn() -> Iterator[Any]:
     import numpy as np
     from PIL import Image
 
-    from clipsys.shards import Sample
+    from clipsys.shards.reading import Sample
 
     rng = np.random.default_rng(0)
     for number in range(sys.maxsize):

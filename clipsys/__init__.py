@@ -24,8 +24,8 @@ from clipsys.errors import (
 )
 
 if TYPE_CHECKING:
-    from clipsys.encoder import Encoder, load
-    from clipsys.zeroshot import Prediction, ZeroShotClassifier
+    from clipsys.models.encoder import Encoder, load
+    from clipsys.models.zeroshot import Prediction, ZeroShotClassifier
 
 __version__ = "0.1.0"
 
@@ -46,10 +46,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Encoder": "clipsys.encoder",
-    "load": "clipsys.encoder",
-    "Prediction": "clipsys.zeroshot",
-    "ZeroShotClassifier": "clipsys.zeroshot",
+    "Encoder": "clipsys.models.encoder",
+    "load": "clipsys.models.encoder",
+    "Prediction": "clipsys.models.zeroshot",
+    "ZeroShotClassifier": "clipsys.models.zeroshot",
 }
 
 

@@ -19,12 +19,12 @@ from typer.core import TyperGroup
 
 from clipsys import __version__
 from clipsys.errors import ClipsysError
-from clipsys.interruption import Interruption
+from clipsys.processes.interruption import Interruption
 
 #: verb -> (module, function). This table is the only place where `clipsys` names its siblings.
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("clipsys.demo.commands", "demo"),
-    "shards": ("clipsys.commands", "shards"),
+    "shards": ("clipsys.commands.core", "shards"),
     "train": ("clipsys.training.commands", "train"),
     "export": ("clipsys.training.commands", "export"),
     "index": ("clipsys.retrieval.commands.index", "index"),
@@ -36,10 +36,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "compact": ("clipsys.retrieval.commands.keeping", "compact"),
     "verify": ("clipsys.retrieval.commands.keeping", "verify"),
     "repair": ("clipsys.retrieval.commands.keeping", "repair"),
-    "classify": ("clipsys.commands", "classify"),
-    "evaluate": ("clipsys.commands", "evaluate"),
+    "classify": ("clipsys.commands.core", "classify"),
+    "evaluate": ("clipsys.commands.core", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),
-    "doctor": ("clipsys.commands", "doctor"),
+    "doctor": ("clipsys.commands.core", "doctor"),
 }
 
 

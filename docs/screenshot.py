@@ -9,7 +9,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from clipsys.training.launch import free_port
+from clipsys.training.distributed.launch import free_port
 
 OUT = Path(__file__).resolve().parent / "images" / "app.png"
 

@@ -26,7 +26,7 @@ from types import TracebackType
 import numpy as np
 
 from clipsys.errors import QueryError
-from clipsys.light_text import LightTextTower
+from clipsys.inference.numpy_text_tower import LightTextTower
 from clipsys.retrieval.encoders import light
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder, check_encoder, pin_of
 from clipsys.retrieval.search.grammar import compose, parse_query

@@ -72,7 +72,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights."""
     import torch
 
-    from clipsys.models import build_model, save_model
+    from clipsys.models.open_clip_models import build_model, save_model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -94,8 +94,8 @@ def image_folder(tmp_path: Path) -> Path:
 
 def write_training_shards(folder: Path, count: int = 64, *, shard_bytes: int = 60_000) -> str:
     """Shards of noise images with captions, labels and metadata; returns their glob."""
-    from clipsys.shard_writing import write_shards
-    from clipsys.shards import Sample
+    from clipsys.shards.reading import Sample
+    from clipsys.shards.writing import write_shards
 
     def samples() -> Any:
         for number in range(count):

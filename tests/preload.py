@@ -9,6 +9,6 @@ import pytest  # noqa: F401
 import torchvision  # noqa: F401
 
 import clipsys.training.loop  # noqa: F401
-from clipsys.training.processes import import_deepspeed
+from clipsys.training.distributed.process_group import import_deepspeed
 
 import_deepspeed()

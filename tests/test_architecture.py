@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,46 @@ ALLOWED = {
     "retrieval": {"clipsys"},
     "ui": {"clipsys", "retrieval"},
 }
-#: Packages and modules of `retrieval`: each imports from itself and from those before it.
-RETRIEVAL_LAYERS = (
-    "storage",
-    "encoders",
-    "indexes",
-    "search",
-    "upkeep",
-    "collection",
-    "commands",
-)
+#: The packages and modules of each folder, ground first: each imports from itself and from those
+#: before it. Names in one tuple stand on one floor and know nothing of each other.
+LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "clipsys": (
+        ("errors", "progress"),
+        ("config", "images", "inference", "processes"),
+        ("shards",),
+        ("models", "corpora"),
+        ("evaluation",),
+        ("commands",),
+        ("cli",),
+        ("demo", "__main__"),
+    ),
+    "training": (
+        ("distributed", "data", "model", "journal"),
+        ("losses",),
+        ("engine",),
+        ("step", "validation", "checkpoints"),
+        ("recipe", "export"),
+        ("plan",),
+        ("loop",),
+        ("commands",),
+    ),
+    "retrieval": (
+        ("storage",),
+        ("encoders",),
+        ("indexes",),
+        ("search",),
+        ("upkeep",),
+        ("collection",),
+        ("commands",),
+    ),
+    "ui": (
+        ("style", "thumbnails"),
+        ("service",),
+        ("app",),
+        ("server",),
+        ("commands",),
+    ),
+}
 
 
 def _sources(package: str) -> list[Path]:
@@ -66,17 +97,42 @@ def test_imports_go_in_one_direction(package: str) -> None:
                 assert target in ALLOWED[package] | {package}, f"{path}:{line} imports {name}"
 
 
-def test_the_packages_of_retrieval_build_on_those_before_them() -> None:
-    for path in _sources("retrieval"):
-        layer = path.relative_to(ROOT / "retrieval").parts[0].removesuffix(".py")
+@pytest.mark.parametrize("folder", LAYERS)
+def test_the_packages_of_each_folder_build_on_those_before_them(folder: str) -> None:
+    floor_of = {name: floor for floor, names in enumerate(LAYERS[folder]) for name in names}
+    prefix = ["clipsys"] if folder == "clipsys" else ["clipsys", folder]
+    for path in _sources(folder):
+        layer = path.relative_to(ROOT / folder).parts[0].removesuffix(".py")
         if layer == "__init__":
-            continue  # names load on first use
-        own = RETRIEVAL_LAYERS.index(layer)
+            continue  # public names, which load on first use
+        assert layer in floor_of, f"{path}: give it a floor in LAYERS"
         for name, line in _imports(path):
             parts = name.split(".")
-            if parts[:2] == ["clipsys", "retrieval"] and parts[2] != "Collection":
-                target = RETRIEVAL_LAYERS.index(parts[2])
-                assert target <= own, f"{path}:{line} imports {name}"
+            target = parts[len(prefix)] if len(parts) > len(prefix) else ""
+            if parts[: len(prefix)] != prefix or target not in floor_of or target == layer:
+                continue
+            assert floor_of[target] < floor_of[layer], f"{path}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_no_two_modules_import_each_other(folder: str) -> None:
+    """Inside a package too: a circle is one thing cut in two."""
+    imports: dict[str, set[str]] = {}
+    for path in _sources(folder):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts if folder == "clipsys" else ("clipsys", *parts))
+        if path.stem != "__init__":
+            imports[name] = {imported for imported, _ in _imports(path)}
+    uses = {
+        name: {other for other in imports if other != name and _uses(other, imported)}
+        for name, imported in imports.items()
+    }
+    order = TopologicalSorter(uses)
+    order.prepare()  # raises CycleError, which names the circle
+
+
+def _uses(module: str, imported: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for name in imported)
 
 
 def test_only_the_table_of_verbs_names_the_other_packages() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipsys.config import dump_settings, load_settings, shipped_recipes
-from clipsys.models import build_model
+from clipsys.models.open_clip_models import build_model
 from clipsys.training.recipe import Recipe
 
 RECIPES = shipped_recipes()

@@ -14,14 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from clipsys.config import Settings
 from clipsys.errors import TrainingError
-from clipsys.models import ModelParts, save_model
-from clipsys.training.distributed import on_first_rank
-from clipsys.training.engine import Engine
+from clipsys.models.open_clip_models import ModelParts, save_model
+from clipsys.training.distributed.collectives import on_first_rank
+from clipsys.training.engine.deepspeed_engine import Engine
 
 FOLDER = "checkpoints"
 _LATEST = "latest"
+
+
+class CheckpointConfig(Settings):
+    """What is kept of a run."""
+
+    every_epochs: NonNegativeInt = Field(1, description="0: only at the end")
+    every_steps: NonNegativeInt = Field(0, description="besides; 0: not inside an epoch")
+    keep: PositiveInt = Field(2, description="newest checkpoints that stay")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def train(
     Also starts under `deepspeed`, `torchrun` and SLURM, which then decide the number of processes.
     """
     from clipsys.config import find_recipe, load_settings
-    from clipsys.training import launch
+    from clipsys.training.distributed import launch
     from clipsys.training.recipe import Recipe
 
     recipe = load_settings(Recipe, find_recipe(config), overrides or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipsys.models import load_model, save_model
+from clipsys.models.open_clip_models import load_model, save_model
 from clipsys.training.checkpoints import latest_model, read_provenance
 
 

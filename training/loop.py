@@ -26,26 +26,26 @@ import torch
 
 from clipsys import __version__
 from clipsys.config import dump_settings
-from clipsys.devices import choose_training_precision
 from clipsys.errors import TrainingError
-from clipsys.models import ModelParts
-from clipsys.preprocessing import Preprocessing
+from clipsys.images.preprocessing import Preprocessing
+from clipsys.models.devices import choose_training_precision
+from clipsys.models.open_clip_models import ModelParts
 from clipsys.progress import Advance, progress
 from clipsys.training.checkpoints import Checkpoints, TrainState
-from clipsys.training.data import TrainingBatches, open_shards, sample_order
-from clipsys.training.distributed import gather_objects, on_first_rank, rank, world_size
-from clipsys.training.engine import Engine
+from clipsys.training.data.batches import TrainingBatches, open_shards, sample_order
+from clipsys.training.data.loader import load_batches
+from clipsys.training.data.samples import Batch, Decoder, Skipped
+from clipsys.training.data.skips import SkipLedger
+from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
+from clipsys.training.distributed.process_group import start_processes
+from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.engine.schedule import lr_factor
 from clipsys.training.journal import Journal, plot_curves
-from clipsys.training.loader import load_batches
+from clipsys.training.model.initial import initial_model
+from clipsys.training.model.towers import ContrastiveModel, TowerOptions
 from clipsys.training.plan import Plan, StepClock, plan_run
-from clipsys.training.processes import start_processes
 from clipsys.training.recipe import Recipe
-from clipsys.training.samples import Batch, Decoder, Skipped
-from clipsys.training.schedule import lr_factor
-from clipsys.training.skips import SkipLedger
-from clipsys.training.starting import initial_model
 from clipsys.training.step import StepFigures, TrainingStep
-from clipsys.training.towers import ContrastiveModel, TowerOptions
 from clipsys.training.validation import Validation
 
 _logger = logging.getLogger(__name__)
@@ -130,7 +130,14 @@ class _Trainer:
         # The engine trains its own copy's parameters in place; this one is for export, so that
         # averaged or gathered weights never pass through the model that trains.
         self.export_parts = self._new_model() if rank() == 0 else self.parts
-        self.train_step = TrainingStep(recipe, self.engine, self.parts.preprocessing)
+        self.train_step = TrainingStep(
+            self.engine,
+            self.parts.preprocessing,
+            objective=recipe.objective,
+            augmentation=recipe.augmentation,
+            batch_size=recipe.data.batch_size,
+            seed=recipe.seed,
+        )
         self.checkpoints = Checkpoints(run, keep=recipe.checkpoint.keep)
         self.journal: Journal | None = None
         self.window = _Window()

@@ -4,125 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from clipsys.config import Settings
 from clipsys.errors import ConfigError
-from clipsys.training.augmentation import AugmentationConfig
-from clipsys.training.data import DataConfig
-from clipsys.training.optimizers import OptimizerConfig
-from clipsys.training.samples import Positives
-from clipsys.training.schedule import ScheduleConfig
-
-
-class ModelConfig(Settings):
-    """What is trained."""
-
-    architecture: str | dict[str, Any] = Field(
-        "ViT-B-32", description="a name that open_clip knows, or a model_cfg of its own"
-    )
-    pretrained: str | None = Field(
-        None, description="start from these weights: NAME/TAG, hf-hub:ORG/REPO or a model folder"
-    )
-    preprocess: dict[str, Any] = Field(
-        default_factory=dict, description="what differs from open_clip's default preprocess_cfg"
-    )
-    initial_logit_scale: PositiveFloat | None = Field(
-        None, description="inverse temperature at the start; default the model's (1/0.07)"
-    )
-    initial_logit_bias: float | None = Field(
-        None, description="bias of the sigmoid loss at the start; default -10"
-    )
-    patch_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of image patches left out in training (FLIP)"
-    )
-    unlocked_image_blocks: NonNegativeInt | None = Field(
-        None,
-        description="train only the last blocks of the image tower and what follows; 0 locks all "
-        "of it (LiT); default: train everything",
-    )
-    unlocked_text_blocks: NonNegativeInt | None = Field(
-        None, description="the same for the text tower"
-    )
-
-
-class ObjectiveConfig(Settings):
-    """What is minimised."""
-
-    loss: Literal["infonce", "sigmoid"] = Field(
-        "infonce", description="softmax over all pairs (CLIP) or a decision for each (SigLIP)"
-    )
-    positives: Positives = Field(
-        "image",
-        description="which samples are positives of each other: none but the pair, equal images, "
-        "equal captions or equal labels",
-    )
-    duplicates: Literal["attract", "ignore"] = Field(
-        "attract",
-        description="what such samples are to each other: positives too, or left out of the "
-        "negatives",
-    )
-    tile_size: PositiveInt | None = Field(
-        None, description="rows of logits held at once; default what suits the device"
-    )
-
-
-class EngineConfig(Settings):
-    """How the run is carried out."""
-
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
-    precision: Literal["auto", "fp32", "bf16", "bf16_params", "fp16"] = Field(
-        "auto",
-        description="bf16 is autocast over fp32 parameters; bf16_params and fp16 (with loss "
-        "scaling) have parameters of 16 bits and fp32 masters in the optimizer",
-    )
-    gradient_clipping: float = Field(1.0, ge=0, description="largest global norm; 0 clips nothing")
-    channels_last: bool = Field(
-        False,
-        description="feed images in the layout that convolutions prefer; the weights keep "
-        "theirs, since DeepSpeed flattens them",
-    )
-    grad_checkpointing: bool = Field(
-        False, description="compute the activations of transformer blocks twice to save memory"
-    )
-    compile: bool = Field(False, description="torch.compile both towers; needs a C++ compiler")
-    cache_on_host: bool = Field(
-        False, description="keep the features of micro-batches in the host's memory"
-    )
-    ema_decay: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="average of the weights that is evaluated and exported; 0: none",
-    )
-    device: str = Field("auto", description="auto, cpu, cuda or mps")
-
-
-class EvaluationConfig(Settings):
-    """What is measured during training, on ``data.validation``."""
-
-    every_epochs: NonNegativeInt = Field(1, description="0: only at the end")
-    captions: Literal["first", "all"] = Field("all", description="which captions are queries")
-    match: str | None = Field(
-        None, description="metadata key: an image with the query's value is a hit"
-    )
-    zeroshot: str | list[str] | None = Field(
-        None, description="labelled shards (.cls) for zero-shot classification"
-    )
-    templates: list[str] = Field(
-        ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
-    )
-    batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")
-
-
-class CheckpointConfig(Settings):
-    """What is kept of a run."""
-
-    every_epochs: NonNegativeInt = Field(1, description="0: only at the end")
-    every_steps: NonNegativeInt = Field(0, description="besides; 0: not inside an epoch")
-    keep: PositiveInt = Field(2, description="newest checkpoints that stay")
+from clipsys.training.checkpoints import CheckpointConfig
+from clipsys.training.data.augmentation import AugmentationConfig
+from clipsys.training.data.batches import DataConfig
+from clipsys.training.engine.deepspeed_engine import EngineConfig
+from clipsys.training.engine.optimizers import OptimizerConfig
+from clipsys.training.engine.schedule import ScheduleConfig
+from clipsys.training.model.initial import ModelConfig
+from clipsys.training.step import ObjectiveConfig
+from clipsys.training.validation import EvaluationConfig
 
 
 class Recipe(Settings):

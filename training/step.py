@@ -5,20 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, PositiveInt
 
+from clipsys.config import Settings
 from clipsys.errors import TrainingError
-from clipsys.preprocessing import Preprocessing
-from clipsys.training.augmentation import augment
-from clipsys.training.distributed import gather_objects, rank, world_size
-from clipsys.training.engine import Engine, Inputs
+from clipsys.images.preprocessing import Preprocessing
+from clipsys.training.data.augmentation import AugmentationConfig, augment, normalisation
+from clipsys.training.data.samples import Batch, Positives
+from clipsys.training.distributed.collectives import gather_objects, rank, world_size
+from clipsys.training.engine.deepspeed_engine import Engine, Inputs
 from clipsys.training.losses import auto_tile_size, info_nce, sigmoid_loss
-from clipsys.training.recipe import ObjectiveConfig, Recipe
-from clipsys.training.samples import Batch
-from clipsys.training.towers import Features
-from clipsys.training.validation import normalisation
+from clipsys.training.model.towers import Features
+
+
+class ObjectiveConfig(Settings):
+    """What is minimised."""
+
+    loss: Literal["infonce", "sigmoid"] = Field(
+        "infonce", description="softmax over all pairs (CLIP) or a decision for each (SigLIP)"
+    )
+    positives: Positives = Field(
+        "image",
+        description="which samples are positives of each other: none but the pair, equal images, "
+        "equal captions or equal labels",
+    )
+    duplicates: Literal["attract", "ignore"] = Field(
+        "attract",
+        description="what such samples are to each other: positives too, or left out of the "
+        "negatives",
+    )
+    tile_size: PositiveInt | None = Field(
+        None, description="rows of logits held at once; default what suits the device"
+    )
 
 
 @dataclass(frozen=True)
@@ -39,16 +61,25 @@ class StepFigures:
 
 
 class TrainingStep:
-    """Carries out steps with an engine, as a recipe says."""
+    """Carries out steps with an engine."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, preprocessing: Preprocessing) -> None:
-        self._recipe = recipe
+    def __init__(
+        self,
+        engine: Engine,
+        preprocessing: Preprocessing,
+        *,
+        objective: ObjectiveConfig,
+        augmentation: AugmentationConfig,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         self._engine = engine
+        self._objective = objective
+        self._augmentation = augmentation
+        self._seed = seed
         self._size = preprocessing.size
         self._mean, self._std = normalisation(preprocessing, engine.device)
-        self.tile_size = recipe.objective.tile_size or auto_tile_size(
-            recipe.data.batch_size, engine.device
-        )
+        self.tile_size = objective.tile_size or auto_tile_size(batch_size, engine.device)
 
     def __call__(self, batches: Sequence[Batch], step: int, lr_factor: float) -> StepFigures:
         """Trains on the micro-batches of a step (0-based). Every rank calls it.
@@ -57,14 +88,14 @@ class TrainingStep:
             TrainingError: the loss is not finite; weights and checkpoints are as they were.
         """
         # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
-        seed = (self._recipe.seed * 1_000_003 + step) * 4096 + rank()
+        seed = (self._seed * 1_000_003 + step) * 4096 + rank()
         torch.manual_seed(seed)
         inputs = [
             self._inputs(batch, (seed * 65_537 + number) % (1 << 63))
             for number, batch in enumerate(batches)
         ]
         groups_B = torch.cat([batch.groups_B for batch in batches]).to(self._engine.device)
-        loss = objective(self._recipe.objective, groups_B, self.tile_size)
+        loss = objective(self._objective, groups_B, self.tile_size)
         share, logit_scale = self._engine.accumulate(inputs, loss)
         value, num_skipped = self._over_ranks(share, batches, step)
         norm = self._engine.update(lr_factor)
@@ -74,7 +105,7 @@ class TrainingStep:
         def make() -> tuple[torch.Tensor, torch.Tensor]:
             image_BCHW = augment(
                 batch.image_BCHW.to(self._engine.device, non_blocking=True),
-                self._recipe.augmentation,
+                self._augmentation,
                 self._size,
                 self._mean,
                 self._std,

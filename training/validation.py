@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from clipsys.config import Settings
 from clipsys.errors import DataError, ImageDecodeError
-from clipsys.evaluation import (
+from clipsys.evaluation.figures import (
     RetrievalTargets,
     retrieval_figures,
     retrieval_targets,
     zeroshot_figures,
 )
-from clipsys.images import decode_image
-from clipsys.metrics import Floats
-from clipsys.models import Tokenizer
-from clipsys.preprocessing import Preprocessing
-from clipsys.shards import Sample, expand_shards, iterate_samples
-from clipsys.training.augmentation import to_input
-from clipsys.training.distributed import gather_objects, rank, world_size
-from clipsys.training.engine import Engine
-from clipsys.training.recipe import EvaluationConfig
-from clipsys.zeroshot import class_vectors
+from clipsys.evaluation.metrics import Floats
+from clipsys.images.decoding import decode_image
+from clipsys.images.preprocessing import Preprocessing
+from clipsys.models.open_clip_models import Tokenizer
+from clipsys.models.zeroshot import class_vectors
+from clipsys.shards.reading import Sample, expand_shards, iterate_samples
+from clipsys.training.data.augmentation import normalisation, to_input
+from clipsys.training.distributed.collectives import gather_objects, rank, world_size
+from clipsys.training.engine.deepspeed_engine import Engine
 
 _logger = logging.getLogger(__name__)
+
+
+class EvaluationConfig(Settings):
+    """What is measured during training, on ``data.validation``."""
+
+    every_epochs: NonNegativeInt = Field(1, description="0: only at the end")
+    captions: Literal["first", "all"] = Field("all", description="which captions are queries")
+    match: str | None = Field(
+        None, description="metadata key: an image with the query's value is a hit"
+    )
+    zeroshot: str | list[str] | None = Field(
+        None, description="labelled shards (.cls) for zero-shot classification"
+    )
+    templates: list[str] = Field(
+        ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
+    )
+    batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")
 
 
 class Validation:
@@ -121,14 +140,6 @@ class Validation:
         for number, rows in enumerate(gathered):
             result[number::ranks] = rows
         return result
-
-
-def normalisation(
-    preprocessing: Preprocessing, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation as (3, 1, 1) tensors."""
-    mean = torch.tensor(preprocessing.mean, device=device).view(3, 1, 1)
-    return mean, torch.tensor(preprocessing.std, device=device).view(3, 1, 1)
 
 
 def _usable(spec: str | list[str], preprocessing: Preprocessing) -> list[tuple[Sample, np.ndarray]]:

@@ -16,7 +16,7 @@ import fastapi
 import gradio as gr
 import uvicorn
 
-from clipsys.network import bind
+from clipsys.processes.ports import bind
 from clipsys.retrieval import Collection
 from clipsys.ui import style
 from clipsys.ui.app import build_app

@@ -14,12 +14,12 @@ from typing import Any, cast
 from PIL import Image
 
 from clipsys.errors import QueryError
-from clipsys.images import decode_image
+from clipsys.images.decoding import decode_image
+from clipsys.models.zeroshot import ZeroShotClassifier
 from clipsys.retrieval import Collection, CollectionInfo, Failure, Hit, Item, Part, Query
 from clipsys.retrieval.search.grammar import parse_part, parse_query
 from clipsys.retrieval.storage.filters import parse_condition
 from clipsys.ui.thumbnails import ThumbnailCache
-from clipsys.zeroshot import ZeroShotClassifier
 
 #: Captions of this many words or fewer serve as examples of queries.
 _EXAMPLE_WORDS = 8

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from clipsys.corpora.sources import read_uri
 from clipsys.errors import DataError
-from clipsys.images import decode_image
+from clipsys.images.decoding import decode_image
 from clipsys.retrieval import Item
-from clipsys.sources import read_uri
 
 #: Longest side in pixels: sharp in a grid on a dense display, and large enough to look at.
 THUMBNAIL_SIDE = 640

@@ -23,7 +23,7 @@ def demo(
     from clipsys.errors import ClipsysError
 
     if ui:
-        from clipsys.network import bind
+        from clipsys.processes.ports import bind
 
         bind("127.0.0.1", port).close()  # before minutes of work, not after them
     if fresh and out.is_dir():

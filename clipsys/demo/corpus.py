@@ -24,8 +24,8 @@ from clipsys.demo.scenes import (
     make_scene,
 )
 from clipsys.progress import progress
-from clipsys.shard_writing import write_shards
-from clipsys.shards import Sample
+from clipsys.shards.reading import Sample
+from clipsys.shards.writing import write_shards
 
 _CHUNK = 100
 
@@ -146,7 +146,7 @@ def _draw_chunk(job: tuple[Split, int, int, int]) -> list[Sample]:
 
 def _write_gallery(shards: Path, gallery: Path) -> None:
     """The retrieval images as a folder of files with captions beside them, as users have it."""
-    from clipsys.shards import expand_shards, iterate_samples
+    from clipsys.shards.reading import expand_shards, iterate_samples
 
     gallery.mkdir()
     for sample in iterate_samples(expand_shards(str(shards / "val-*.tar"))):

@@ -14,12 +14,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from clipsys.benchmarking import encode_records
+from clipsys.corpora.records import Record
 from clipsys.demo.scenes import COLOURS, SHAPES, class_names
-from clipsys.encoder import Encoder, load
-from clipsys.evaluation import Floats, retrieval_figures, retrieval_targets
-from clipsys.records import Record
-from clipsys.zeroshot import ZeroShotClassifier
+from clipsys.evaluation.figures import Floats, retrieval_figures, retrieval_targets
+from clipsys.evaluation.tasks import encode_records
+from clipsys.models.encoder import Encoder, load
+from clipsys.models.zeroshot import ZeroShotClassifier
 
 PROMPTS = ("{}", "a photo of {}", "a picture of {}")
 _KS = (1, 5, 10)

@@ -59,7 +59,7 @@ def index(
 ) -> None:
     """Creates a collection, or brings it up to date with its sources."""
     from clipsys.errors import DataError
-    from clipsys.interruption import ending_in_order
+    from clipsys.processes.interruption import ending_in_order
     from clipsys.retrieval.storage.creation import destroy_folder
     from clipsys.retrieval.storage.manifest import FILE_NAME
     from clipsys.retrieval.upkeep.corpora import check_sources
@@ -115,7 +115,7 @@ def _migrate(
 ) -> None:
     import clipsys
     from clipsys.errors import ModelError
-    from clipsys.interruption import ending_in_order
+    from clipsys.processes.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
     from clipsys.retrieval.upkeep.migration import MigrationOptions
 

@@ -72,7 +72,7 @@ def failures(
     as_json: _Json = False,
 ) -> None:
     """Lists the files that could not be used, with their reasons."""
-    from clipsys.interruption import ending_in_order
+    from clipsys.processes.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
 
     with Collection.open(collection) as photos:

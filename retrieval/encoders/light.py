@@ -1,4 +1,4 @@
-"""Text queries without torch: when a collection's model may be run by `clipsys.light_text`.
+"""Text queries without torch: when `numpy_text_tower` may run a collection's model.
 
 ``text_tower.json`` beside a collection's database says that numpy's outputs were compared with
 torch's and agreed, for which files: fingerprint of the model, path, size and modification time of
@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clipsys.bpe import vocabulary_path
 from clipsys.errors import ClipsysError
-from clipsys.light_text import (
+from clipsys.inference.bpe import vocabulary_path
+from clipsys.inference.numpy_text_tower import (
     TOLERANCE,
     LightTextTower,
     TowerShape,
@@ -29,7 +29,8 @@ from clipsys.retrieval.storage import durable
 from clipsys.retrieval.storage.manifest import EncoderPin
 
 FILE_NAME = "text_tower.json"
-#: Raised when `clipsys.light_text` computes otherwise: what was verified before does not count.
+#: Raised when `clipsys.inference.numpy_text_tower` changes its arithmetic: what was verified
+#: before does not count.
 _VERSION = 1
 _WEIGHTS = "open_clip_model.safetensors"
 #: A batch of more texts than this is encoded faster with torch, its start included.
@@ -79,7 +80,7 @@ def remember(folder: Path, pin: EncoderPin, encoder: Any) -> bool:
     tower of another kind or a folder that cannot be written to are no errors: searches then load
     the model as ever.
     """
-    loaded = sys.modules.get("clipsys.encoder")  # whoever has an Encoder has its module
+    loaded = sys.modules.get("clipsys.models.encoder")  # whoever has an Encoder has its module
     if loaded is None or not isinstance(encoder, loaded.Encoder):
         return False
     weights, vocabulary = _weights_of(pin.model), vocabulary_path()

@@ -1,10 +1,12 @@
 """The FAISS index of a collection, derived from its vectors.
 
+faiss_library    FAISS, imported when an index is first touched
+id_set           sets of ids that FAISS tests while it searches
 memory           what this process may still take
 planning         which index, and when another one
 fastscan         4-bit codes in FAISS's layout for fast scan
-index            FAISS generations, opened and searched
-gpu              the same on GPUs
+gpu              placing an index on GPUs, and searching there
+generation       index files, opened and searched
 tuning           measuring an index, and the effort that reaches a recall
 clustering       k-means by matrix products
 inverted_file    an index larger than memory, written list by list

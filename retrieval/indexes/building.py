@@ -29,7 +29,7 @@ import numpy.typing as npt
 from clipsys.errors import CollectionError, RecallError
 from clipsys.retrieval.indexes import fastscan, gpu, memory
 from clipsys.retrieval.indexes.clustering import Halves, nearest, spherical_kmeans
-from clipsys.retrieval.indexes.index import SUFFIX, read_file, searchable
+from clipsys.retrieval.indexes.generation import SUFFIX, read_file, searchable
 from clipsys.retrieval.indexes.inverted_file import InvertedFile, MappedLists, fill
 from clipsys.retrieval.indexes.planning import (
     CODE_SAMPLE,

@@ -29,11 +29,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from clipsys.errors import ConfigError
+from clipsys.retrieval.indexes.faiss_library import faiss_library
+from clipsys.retrieval.indexes.id_set import IdSet
+from clipsys.retrieval.storage.manifest import IndexGeneration
 from clipsys.retrieval.storage.segments import Floats, Ints
 
 if TYPE_CHECKING:
     from clipsys.retrieval.indexes.clustering import Halves
-    from clipsys.retrieval.indexes.index import IdSet, LoadedIndex
 
 _logger = logging.getLogger(__name__)
 
@@ -51,12 +53,6 @@ _SCRATCH_BYTES = 2 * 2**30
 _PADDING = 1.25
 
 
-def _faiss() -> Any:
-    import faiss  # see `index`
-
-    return faiss
-
-
 def num_gpus() -> int:
     """GPUs that FAISS sees and may use.
 
@@ -66,7 +62,7 @@ def num_gpus() -> int:
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in ("auto", "cpu"):
         raise ConfigError(f"{VARIABLE} is {asked!r}; expected auto or cpu")
-    counts = getattr(_faiss(), "get_num_gpus", None)  # the CPU's wheel has none
+    counts = getattr(faiss_library(), "get_num_gpus", None)  # the CPU's wheel has none
     return 0 if asked == "cpu" or counts is None else int(counts())
 
 
@@ -203,7 +199,7 @@ class _FaissOnGpus:
     """FAISS's copy of an index on GPUs."""
 
     def __init__(self, index: Any, placement: Placement) -> None:
-        faiss = _faiss()
+        faiss = faiss_library()
         self._ids_N: Ints | None = None
         if hasattr(index, "id_map"):  # FAISS divides a bare flat index among GPUs, not one with ids
             self._ids_N = faiss.vector_to_array(index.id_map)
@@ -226,7 +222,7 @@ class _FaissOnGpus:
         self._parameters.set_index_parameter(self._index, "nprobe", num_probes)
 
 
-def copy_to_gpus(loaded: LoadedIndex, index_bytes: int) -> GpuCopy | None:
+def copy_to_gpus(generation: IndexGeneration, faiss_index: Any, index_bytes: int) -> GpuCopy | None:
     """Copies a loaded index to GPUs, if there are any, it fits, and they can search its kind.
 
     Mapped lists are read from the file on the way; dividing an index among GPUs takes its size in
@@ -235,19 +231,19 @@ def copy_to_gpus(loaded: LoadedIndex, index_bytes: int) -> GpuCopy | None:
     Raises:
         ConfigError: the environment asks for a device that is not known.
     """
-    if num_gpus() == 0 or loaded.generation.num_items == 0:
+    if num_gpus() == 0 or generation.num_items == 0:
         return None
-    placement = placement_of(loaded.generation.kind, index_bytes)
-    _logger.info("%s is searched on: %s", loaded.generation.file, placement)
+    placement = placement_of(generation.kind, index_bytes)
+    _logger.info("%s is searched on: %s", generation.file, placement)
     if placement.num_gpus == 0:
         return None
     try:
         with lock:
-            on_gpus = _FaissOnGpus(loaded.faiss_index, placement)
+            on_gpus = _FaissOnGpus(faiss_index, placement)
     except RuntimeError as error:
         _logger.warning("searching on the CPU: %s", " ".join(str(error).split()))
         return None
-    return GpuCopy(on_gpus, loaded.generation.num_items)
+    return GpuCopy(on_gpus, generation.num_items)
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -255,7 +251,7 @@ def copy_to_gpus(loaded: LoadedIndex, index_bytes: int) -> GpuCopy | None:
 
 def flat_on_gpus(dim: int) -> Any:
     """An empty index by inner product, the same on each GPU. Call, and use it, under the lock."""
-    return _faiss().index_cpu_to_all_gpus(_faiss().IndexFlatIP(dim))
+    return faiss_library().index_cpu_to_all_gpus(faiss_library().IndexFlatIP(dim))
 
 
 def kmeans(sample_ND: Halves, num_lists: int, *, rounds: int, flat: Callable[[int], Any]) -> Floats:
@@ -263,7 +259,7 @@ def kmeans(sample_ND: Halves, num_lists: int, *, rounds: int, flat: Callable[[in
 
     The sample stays float16 in memory; FAISS decodes it block by block.
     """
-    faiss = _faiss()
+    faiss = faiss_library()
     dim = sample_ND.shape[1]
     clustering = faiss.Clustering(dim, num_lists)
     clustering.niter, clustering.seed, clustering.spherical = rounds, 1, True

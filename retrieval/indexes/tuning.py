@@ -20,7 +20,7 @@ import numpy as np
 
 from clipsys.errors import ClipsysError, RecallError
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
-from clipsys.retrieval.indexes.index import search_parameters
+from clipsys.retrieval.indexes.generation import search_parameters
 from clipsys.retrieval.indexes.planning import IndexPlan
 from clipsys.retrieval.storage.manifest import SearchEffort
 from clipsys.retrieval.storage.segments import Floats, Ints

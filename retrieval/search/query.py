@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from clipsys.errors import QueryError
-from clipsys.images import decode_image
+from clipsys.images.decoding import decode_image
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
 from clipsys.retrieval.storage.segments import Floats
 

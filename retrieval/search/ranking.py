@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clipsys.retrieval.indexes.index import IdSet, LoadedIndex
+from clipsys.retrieval.indexes.generation import LoadedIndex
+from clipsys.retrieval.indexes.id_set import IdSet
 from clipsys.retrieval.storage.manifest import SearchEffort
 from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import Snapshot, unit_rows

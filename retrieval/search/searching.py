@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import QueryError
-from clipsys.retrieval.indexes.index import LoadedIndex
+from clipsys.retrieval.indexes.generation import LoadedIndex
 from clipsys.retrieval.search.calibration import RELEVANT, Background
 from clipsys.retrieval.search.query import Hit
 from clipsys.retrieval.search.ranking import Coverage, Ranking, exact_scores, rank_batch

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval.indexes.index import LoadedIndex, load_index
+from clipsys.retrieval.indexes.generation import LoadedIndex, load_index
 from clipsys.retrieval.search.calibration import Background, sample_background
 from clipsys.retrieval.search.ranking import Coverage, cover
 from clipsys.retrieval.storage.creation import INDEXES, SEGMENTS
@@ -143,7 +143,8 @@ class View:
         from clipsys.retrieval.indexes.gpu import copy_to_gpus
 
         size_bytes = (self._data / INDEXES / published.file).stat().st_size
-        return replace(loaded, on_gpus=copy_to_gpus(loaded, size_bytes))
+        on_gpus = copy_to_gpus(loaded.generation, loaded.faiss_index, size_bytes)
+        return replace(loaded, on_gpus=on_gpus)
 
     def _go_without(self, generation: IndexGeneration, reason: str) -> None:
         # The index is derived: without it every search scans the vectors, exactly but more slowly.

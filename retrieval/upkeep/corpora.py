@@ -7,12 +7,12 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipsys.corpora.records import Record
+from clipsys.corpora.sources import count_images, iterate_source, source_kind
 from clipsys.errors import DataError
 from clipsys.progress import progress
-from clipsys.records import Record
-from clipsys.shard_index import index_shard
-from clipsys.shards import expand_shards, shard_failure
-from clipsys.sources import count_images, iterate_source, source_kind
+from clipsys.shards.random_access import index_shard
+from clipsys.shards.reading import expand_shards, shard_failure
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipsys.corpora.records import Record
+from clipsys.corpora.sources import read_uri
 from clipsys.errors import DataError, ImageDecodeError
-from clipsys.records import Record
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
 from clipsys.retrieval.storage.items import (
     Batch,
@@ -43,7 +44,6 @@ from clipsys.retrieval.storage.segments import Floats
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.upkeep.corpora import Entry
 from clipsys.retrieval.upkeep.report import AddReport
-from clipsys.sources import read_uri
 
 #: A batch of the encoder is committed at once if the last commit is this many seconds ago. On a
 #: CPU, where a batch takes longer than that, a kill loses the batch in flight; on a fast GPU it

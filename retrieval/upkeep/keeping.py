@@ -104,7 +104,7 @@ class KeptCollection:
         resumes.
 
         Args:
-            sources: see `clipsys.sources.iterate_source`.
+            sources: see `clipsys.corpora.sources.iterate_source`.
             batch_size: images encoded at once.
             num_workers: decoding threads; None: one a processor.
             show_progress: draws a bar on stderr.

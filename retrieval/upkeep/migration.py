@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from clipsys.corpora.records import Record
+from clipsys.corpora.sources import read_uri
 from clipsys.errors import CollectionError
-from clipsys.records import Record
 from clipsys.retrieval.encoders import light
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
 from clipsys.retrieval.storage import durable
@@ -37,7 +38,6 @@ from clipsys.retrieval.upkeep.corpora import Entry
 from clipsys.retrieval.upkeep.embedding import Embedder
 from clipsys.retrieval.upkeep.report import AddReport
 from clipsys.retrieval.upkeep.writing import clear_leftovers, clear_superseded
-from clipsys.sources import read_uri
 
 #: The share of the images that may be gone or unreadable without being told twice.
 LOSS_LIMIT = 0.1

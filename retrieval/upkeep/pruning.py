@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
+from clipsys.corpora.sources import source_kind
 from clipsys.errors import PruningRefusedError
 from clipsys.retrieval.storage.schema import python_text, sql_text
 from clipsys.retrieval.storage.store import Store
-from clipsys.sources import source_kind
 
 #: The share of a source's images that pruning removes without being told twice.
 PRUNE_LIMIT = 0.1

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval.indexes.index import load_index
+from clipsys.retrieval.indexes.generation import load_index
 from clipsys.retrieval.storage import durable, words
 from clipsys.retrieval.storage.creation import INDEXES, SEGMENTS
 from clipsys.retrieval.storage.manifest import FILE_NAME as MANIFEST_NAME

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval.indexes.index import delete_stale, is_sound
+from clipsys.retrieval.indexes.generation import delete_stale, is_sound
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan, plan_upkeep
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage import durable

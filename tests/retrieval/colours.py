@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clipsys.images import decode_image
+from clipsys.images.decoding import decode_image
 
 COLOURS = {
     "red": (220, 30, 30),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipsys.images import decode_image
+from clipsys.images.decoding import decode_image
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import planning
 from clipsys.retrieval.upkeep import compaction, embedding, writing

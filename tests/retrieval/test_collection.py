@@ -124,7 +124,7 @@ def test_second_run_reads_and_encodes_nothing(
     def unreadable(path: Path) -> bytes:
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr("clipsys.records.read_file", unreadable)
+    monkeypatch.setattr("clipsys.corpora.records.read_file", unreadable)
     report = collection.add(photos, show_progress=False)
     assert (report.unchanged, report.total) == (len(COLOURS), len(COLOURS))
     assert encoder.num_encoded == before

@@ -23,7 +23,7 @@ import pytest
 
 from clipsys.errors import ClipsysError, CollectionError
 from clipsys.retrieval import Collection
-from clipsys.retrieval.indexes.index import SUFFIX
+from clipsys.retrieval.indexes.generation import SUFFIX
 from clipsys.retrieval.storage.items import Batch, NewItem
 from clipsys.retrieval.storage.manifest import Kind
 from clipsys.retrieval.upkeep import embedding

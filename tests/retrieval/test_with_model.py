@@ -10,7 +10,7 @@ import pytest
 
 import clipsys
 from clipsys.errors import CollectionError, DataError
-from clipsys.models import build_model, save_model
+from clipsys.models.open_clip_models import build_model, save_model
 from clipsys.retrieval import Collection
 from tests.conftest import TINY_MODEL, noise_image
 from tests.retrieval.colours import paint_folder

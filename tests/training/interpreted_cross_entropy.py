@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from clipsys.training.fused_cross_entropy import FusedCrossEntropy, row_statistics
+from clipsys.training.losses.fused import FusedCrossEntropy, row_statistics
 
 
 def main() -> None:

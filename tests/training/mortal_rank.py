@@ -15,7 +15,7 @@ from typing import Any
 def main(last: int, words: list[str], environment: dict[str, str]) -> None:
     """Runs ``clipsys WORDS`` as the rank of ``environment``, up to step ``last`` of this start."""
     from clipsys.cli import main as clipsys_main
-    from clipsys.training.engine import import_deepspeed
+    from clipsys.training.engine.deepspeed_engine import import_deepspeed
 
     os.environ |= {**environment, "LOCAL_RANK": environment["RANK"], "GLOO_SOCKET_IFNAME": "lo"}
     engine_class = import_deepspeed().runtime.engine.DeepSpeedEngine

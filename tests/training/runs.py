@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from clipsys.errors import ClipsysError
-from clipsys.training.launch import free_port
+from clipsys.training.distributed.launch import free_port
 from tests.conftest import TINY_MODEL
 from tests.ranks import CONTEXT, run_ranks
 from tests.training import mortal_rank

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from clipsys.models import build_model
-from clipsys.training.engine import Engine
-from clipsys.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from clipsys.models.open_clip_models import build_model
+from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from clipsys.training.model.initial import lock_tower
+from clipsys.training.model.towers import ContrastiveModel, TowerOptions, rest_frozen
 from clipsys.training.recipe import EngineConfig, ObjectiveConfig
-from clipsys.training.starting import lock_tower
 from clipsys.training.step import objective
-from clipsys.training.towers import ContrastiveModel, TowerOptions, rest_frozen
 from tests.ranks import run_ranks
-from tests.training.test_losses import naive_info_nce, naive_sigmoid_loss
+from tests.training.losses.test_contrastive import naive_info_nce, naive_sigmoid_loss
 
 _STEPS, _BATCH = 5, 24
 _MODEL: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clipsys.errors import ConfigError
-from clipsys.models import build_model
+from clipsys.models.open_clip_models import build_model
 from clipsys.training.plan import StepClock, duration, plan_run
 from clipsys.training.recipe import Recipe
 from tests.conftest import TINY_MODEL

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipsys.network import bind
+from clipsys.processes.ports import bind
 from clipsys.retrieval import Collection
 from clipsys.ui.server import serve_on
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint

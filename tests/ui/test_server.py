@@ -18,7 +18,7 @@ from gradio_client.exceptions import AppError
 
 from clipsys.cli import main
 from clipsys.errors import ServerError
-from clipsys.network import bind
+from clipsys.processes.ports import bind
 from clipsys.retrieval import Collection
 from clipsys.ui.server import create_server_app
 from tests.retrieval.colours import COLOURS

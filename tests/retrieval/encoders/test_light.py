@@ -15,7 +15,7 @@ import pytest
 
 import clipsys
 from clipsys.errors import ClipsysError
-from clipsys.models import WEIGHTS_NAME, build_model, save_model
+from clipsys.models.open_clip_models import WEIGHTS_NAME, build_model, save_model
 from clipsys.retrieval import Collection
 from clipsys.retrieval.encoders.light import FILE_NAME, MAX_TEXTS, open_light
 from tests.conftest import TINY_MODEL

@@ -11,7 +11,7 @@ from clipsys.errors import CollectionError
 from clipsys.retrieval.indexes import planning, tuning
 from clipsys.retrieval.indexes.building import build_index, build_planned, extend_index
 from clipsys.retrieval.indexes.clustering import nearest, spherical_kmeans
-from clipsys.retrieval.indexes.index import LoadedIndex, load_index
+from clipsys.retrieval.indexes.generation import LoadedIndex, load_index
 from clipsys.retrieval.indexes.planning import KINDS, plan_of_kind
 from clipsys.retrieval.indexes.tuning import TuningQueries, exact_neighbours
 from clipsys.retrieval.search.ranking import cover, rank, rank_batch

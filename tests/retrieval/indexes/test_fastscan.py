@@ -11,7 +11,7 @@ import pytest
 
 from clipsys.retrieval.indexes.building import build_index
 from clipsys.retrieval.indexes.fastscan import FastScan, balanced_rotation, num_planes
-from clipsys.retrieval.indexes.index import read_file, search_parameters
+from clipsys.retrieval.indexes.generation import read_file, search_parameters
 from clipsys.retrieval.indexes.planning import plan_of_kind
 from clipsys.retrieval.storage.segments import Floats
 from tests.retrieval.clustered import clustered, snapshot_of

@@ -22,11 +22,12 @@ from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import gpu
 from clipsys.retrieval.indexes.building import build_index
 from clipsys.retrieval.indexes.clustering import nearest
+from clipsys.retrieval.indexes.generation import LoadedIndex, load_index
 from clipsys.retrieval.indexes.gpu import GpuCopy, choose_placement, copy_to_gpus
-from clipsys.retrieval.indexes.index import IdSet, LoadedIndex, load_index
+from clipsys.retrieval.indexes.id_set import IdSet
 from clipsys.retrieval.indexes.planning import KINDS, plan_of_kind
 from clipsys.retrieval.search.ranking import rank, rank_batch
-from clipsys.retrieval.storage.manifest import Kind
+from clipsys.retrieval.storage.manifest import IndexGeneration, Kind
 from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import Snapshot
 from tests.retrieval.clustered import clustered, keep, snapshot_of
@@ -253,11 +254,11 @@ def test_device_that_fails_is_left_for_the_cpu_and_it_is_said_once(
 def test_index_stays_on_the_cpu_where_copying_it_fails(
     on_cpu: LoadedIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert copy_to_gpus(on_cpu, GIB) is None
+    assert copy_to_gpus(on_cpu.generation, on_cpu.faiss_index, GIB) is None
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)  # FAISS's own code finds none
     monkeypatch.setattr(gpu, "_free_bytes", lambda count: [8 * GIB] * count)
     with caplog.at_level(logging.INFO, "clipsys"):
-        assert copy_to_gpus(on_cpu, GIB) is None
+        assert copy_to_gpus(on_cpu.generation, on_cpu.faiss_index, GIB) is None
     assert "is searched on: 1 GPU (1.3 GB fit on each)" in caplog.text
     assert "searching on the CPU: Error in" in caplog.text
 
@@ -281,10 +282,10 @@ def test_collection_copies_each_generation_and_releases_the_one_before(
     devices: list[Device] = []
     copies: list[GpuCopy] = []
 
-    def copied(loaded: LoadedIndex, index_bytes: int) -> GpuCopy:
+    def copied(generation: IndexGeneration, faiss_index: Any, index_bytes: int) -> GpuCopy:
         assert index_bytes > 0
-        devices.append(Device(loaded.faiss_index))
-        copies.append(GpuCopy(devices[-1], loaded.generation.num_items))
+        devices.append(Device(faiss_index))
+        copies.append(GpuCopy(devices[-1], generation.num_items))
         return copies[-1]
 
     monkeypatch.setattr(gpu, "copy_to_gpus", copied)
@@ -354,7 +355,8 @@ class TestOnGpus:
             monkeypatch.setattr(gpu, "placement_of", lambda *_: placement)
             if kind not in gpu.GPU_KINDS:
                 pytest.skip("not on GPUs at all")
-        copy = copy_to_gpus(on_cpu, (tmp_path / on_cpu.generation.file).stat().st_size)
+        size_bytes = (tmp_path / on_cpu.generation.file).stat().st_size
+        copy = copy_to_gpus(on_cpu.generation, on_cpu.faiss_index, size_bytes)
         assert (copy is not None) == (kind in gpu.GPU_KINDS)
         index = replace(on_cpu, on_gpus=copy)
         queries = clustered(50, DIM, seed=9)

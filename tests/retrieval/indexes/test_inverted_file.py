@@ -19,7 +19,7 @@ from clipsys.retrieval.indexes import building
 from clipsys.retrieval.indexes.building import build_index, extend_index
 from clipsys.retrieval.indexes.clustering import nearest
 from clipsys.retrieval.indexes.fastscan import rotation_of
-from clipsys.retrieval.indexes.index import delete_stale, is_sound, load_index, read_file
+from clipsys.retrieval.indexes.generation import delete_stale, is_sound, load_index, read_file
 from clipsys.retrieval.indexes.inverted_file import InvertedFile, MappedLists
 from clipsys.retrieval.indexes.planning import KINDS, STREAMED_KINDS, plan_of_kind
 from clipsys.retrieval.storage.manifest import IndexGeneration, Kind

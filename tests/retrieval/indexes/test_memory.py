@@ -14,7 +14,7 @@ from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import memory
 from clipsys.retrieval.indexes.building import build_index, default_memory_bytes
 from clipsys.retrieval.indexes.fastscan import FastScan, copy_bytes
-from clipsys.retrieval.indexes.index import load_index
+from clipsys.retrieval.indexes.generation import load_index
 from clipsys.retrieval.indexes.planning import plan_of_kind
 from clipsys.retrieval.storage.items import Batch, NewItem
 from tests.retrieval.clustered import clustered, snapshot_of

@@ -10,7 +10,7 @@ import pytest
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.indexes.building import build_index
-from clipsys.retrieval.indexes.index import LoadedIndex, delete_stale, is_sound, load_index
+from clipsys.retrieval.indexes.generation import LoadedIndex, delete_stale, is_sound, load_index
 from clipsys.retrieval.search.ranking import rank, rank_batch, rescore
 from clipsys.retrieval.storage.segments import Floats, Ints, SegmentReader, write_segment
 from clipsys.retrieval.storage.snapshot import Snapshot

@@ -12,7 +12,7 @@ import pytest
 import clipsys
 from clipsys.cli import main
 from clipsys.errors import CollectionError, DataError
-from clipsys.interruption import Interruption, ending_in_order
+from clipsys.processes.interruption import Interruption, ending_in_order
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import building
 from clipsys.retrieval.upkeep import embedding

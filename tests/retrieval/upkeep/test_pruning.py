@@ -125,7 +125,7 @@ def test_file_that_cannot_be_listed_is_not_gone(
     collection: Collection, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "clipsys.sources._walk", lambda root: (root / f"{n:04d}.png" for n in range(5))
+        "clipsys.corpora.sources._walk", lambda root: (root / f"{n:04d}.png" for n in range(5))
     )
     collection.add(many, show_progress=False, prune_vanished=True)
     assert len(collection) == 20

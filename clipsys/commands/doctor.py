@@ -1,0 +1,143 @@
+"""`clipsys doctor`: what this machine has, and what would go wrong on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from typing import Literal
+
+Grade = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    grade: Grade
+    subject: str
+    text: str
+
+
+def examine() -> list[Finding]:
+    """Looks at devices, codecs, FAISS, DeepSpeed, threads and disk."""
+    return [
+        Finding("ok", "system", f"Python {platform.python_version()}, {platform.platform()}"),
+        *_devices(),
+        *_codecs(),
+        *_faiss(),
+        *_deepspeed(),
+        *_threads(),
+        *_disk(),
+    ]
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    findings = [Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
+    for index in range(cuda):
+        properties = torch.cuda.get_device_properties(index)
+        text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        findings.append(Finding("ok", f"cuda:{index}", text))
+    if not cuda and not torch.backends.mps.is_available():
+        amx = torch.cpu._is_amx_tile_supported()
+        vnni = torch.cpu._is_vnni_supported()
+        kind = (
+            "with AMX: in bf16" if amx
+            else "in fp32; images of vision transformers are indexed in int8" if vnni
+            else "without AMX and VNNI: in fp32"
+        )  # fmt: skip
+        findings.append(
+            Finding("note", "device", f"no GPU; training and encoding use the CPU, {kind}")
+        )
+    if shutil.which("nvidia-smi") and not cuda:
+        text = "an NVIDIA driver is here, but torch sees no GPU; install a CUDA build of torch"
+        findings.append(Finding("problem", "device", text))
+    return findings
+
+
+def _codecs() -> list[Finding]:
+    from PIL import features
+
+    from clipsys.images.decoding import known_formats
+
+    known = known_formats()
+    findings = [
+        Finding(
+            "ok",
+            "images",
+            f"Pillow {_version('pillow')}, {len(known)} formats, HEIC by pillow-heif, "
+            f"JPEG by simplejpeg {_version('simplejpeg')}",
+        )
+    ]
+    for codec, name in (("jpg", "JPEG"), ("zlib", "PNG"), ("webp", "WebP"), ("avif", "AVIF")):
+        if not features.check(codec):
+            grade: Grade = "problem" if codec in ("jpg", "zlib") else "note"
+            findings.append(Finding(grade, "images", f"this Pillow was built without {name}"))
+    return findings
+
+
+def _faiss() -> list[Finding]:
+    installed = [
+        name
+        for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
+        if _version(name)
+    ]
+    if len(installed) > 1:
+        names = " and ".join(installed)
+        text = f"{names} overwrite one another; uninstall all of them and install clipsys again"
+        return [Finding("problem", "faiss", text)]
+    try:
+        import faiss
+    except ImportError as error:
+        return [Finding("problem", "faiss", f"cannot be imported ({error}); install clipsys again")]
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    use = "flat, IVF-Flat and IVF-SQ8 indexes use them" if gpus else "indexes are on the CPU"
+    if gpus and os.environ.get("CLIPSYS_INDEX_DEVICE") == "cpu":
+        use = "CLIPSYS_INDEX_DEVICE=cpu keeps indexes off them"
+    text = f"{faiss.__version__} ({', '.join(installed)}), {gpus} GPUs; {use}"
+    return [Finding("ok", "faiss", text)]
+
+
+def _deepspeed() -> list[Finding]:
+    version = _version("deepspeed")
+    if version is None:
+        return [Finding("problem", "deepspeed", "not installed; training needs it")]
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler:
+        return [Finding("ok", "deepspeed", f"{version}, C++ compiler {compiler}")]
+    text = f"{version}, no C++ compiler: training works, DeepSpeed's compiled extras do not"
+    return [Finding("note", "deepspeed", text)]
+
+
+def _threads() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked and asked.isdigit() and cores and int(asked) > cores:
+        text = f"OMP_NUM_THREADS is {asked}, more than the {cores} cores; unset it"
+        return [Finding("note", "OpenMP", text)]
+    return [Finding("ok", "OpenMP", f"{cores} cores, OMP_NUM_THREADS {asked or 'not set'}")]
+
+
+def _disk() -> list[Finding]:
+    findings = []
+    for subject, folder in (("disk", "."), ("shared memory", "/dev/shm")):
+        if os.path.isdir(folder):  # noqa: PTH112
+            free = shutil.disk_usage(folder).free / 2**30
+            low = free < 1
+            text = f"{free:.1f} GiB free"
+            if low and subject == "shared memory":
+                text += "; decoding workers pass images through it: set data.workers=0 if they fail"
+            findings.append(Finding("note" if low else "ok", subject, text))
+    return findings
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

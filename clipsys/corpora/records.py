@@ -1,0 +1,85 @@
+"""One image of a corpus, wherever it lies, and what is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipsys.errors import DataError
+from clipsys.images.decoding import EXTENSIONS
+from clipsys.shards.reading import Sample
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a corpus and what is known of it.
+
+    Attributes:
+        uri: absolute path of the file, ``/abs/shard.tar#KEY`` or ``/abs/table.parquet#ROW``.
+        read: returns the encoded image; raises `DataError` if it is gone.
+        captions: all of them, the most important first.
+        label: class label; in a folder, the name of the subfolder.
+        metadata: other columns or fields, with JSON values.
+        size_bytes, mtime_ns: of the file, to recognise it unchanged without reading it; None where
+            the image is not a file of its own.
+    """
+
+    uri: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+    captions: tuple[str, ...] = ()
+    label: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    size_bytes: int | None = None
+    mtime_ns: int | None = None
+
+
+def file_record(
+    path: Path,
+    *,
+    captions: tuple[str, ...] = (),
+    label: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Record:
+    """The record of an image file; of one that is missing, ``read`` fails."""
+    size: int | None = None
+    mtime: int | None = None
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        size, mtime = status.st_size, status.st_mtime_ns
+    return Record(
+        uri=str(path),
+        read=lambda: read_file(path),
+        captions=captions,
+        label=label,
+        metadata=metadata or {},
+        size_bytes=size,
+        mtime_ns=mtime,
+    )
+
+
+def read_file(path: Path) -> bytes:
+    """Reads a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{path}: cannot be read ({reason})") from error
+
+
+def to_sample(record: Record, key: str) -> Sample:
+    """Reads a record's image and makes it a shard sample.
+
+    Raises:
+        DataError: the image cannot be read.
+    """
+    suffix = Path(record.uri.rpartition("#")[0] or record.uri).suffix.lower().lstrip(".")
+    if f".{suffix}" not in EXTENSIONS:
+        suffix = "jpg"  # a shard or table member: the ending only has to say "image"
+    return Sample(key, record.read(), suffix, record.captions, record.label, record.metadata)

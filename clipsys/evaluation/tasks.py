@@ -1,0 +1,139 @@
+"""`clipsys evaluate`: figures of a model on a corpus."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipsys.corpora.records import Record
+from clipsys.corpora.sources import iterate_source
+from clipsys.errors import DataError, ImageDecodeError
+from clipsys.evaluation.figures import (
+    Captions,
+    Floats,
+    probe_figures,
+    retrieval_figures,
+    retrieval_targets,
+    zeroshot_figures,
+)
+from clipsys.images.decoding import decode_image
+from clipsys.models.encoder import Encoder, load
+from clipsys.models.zeroshot import DEFAULT_TEMPLATES, ZeroShotClassifier
+from clipsys.progress import progress
+
+_logger = logging.getLogger(__name__)
+
+#: Share of the images that a linear probe is tested on.
+PROBE_TEST_SHARE = 0.3
+
+
+def measure(
+    model: str | Path | Encoder,
+    task: str,
+    data: str | Path,
+    *,
+    captions: Captions = "all",
+    match: str | None = None,
+    templates: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Measures a model.
+
+    Args:
+        model: what `clipsys.load` takes, or an encoder.
+        task: ``zeroshot`` or ``probe`` (labelled images) or ``retrieval`` (captioned images).
+        data: what `clipsys.corpora.sources.iterate_source` reads.
+        captions: retrieval: which captions are queries.
+        match: retrieval: metadata key; items with the same value are hits of each other.
+        templates: zero-shot: prompts with ``{}`` for the class.
+
+    Returns:
+        ``task``, ``model``, ``data`` and ``metrics``, as ``clipsys evaluate --json`` prints them.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        DataError: the data cannot be read, or have no captions or labels.
+    """
+    encoder = model if isinstance(model, Encoder) else load(model)
+    image_ND, records = encode_records(encoder, data)
+    if task == "retrieval":
+        targets = retrieval_targets(
+            ((record.captions, record.metadata) for record in records),
+            captions=captions,
+            match=match,
+        )
+        metrics = retrieval_figures(image_ND, encoder.encode_text(targets.texts), targets)
+    else:
+        labels = _labels(records, data)
+        if task == "zeroshot":
+            classes = sorted(set(labels))
+            classifier = ZeroShotClassifier(encoder, classes, templates or DEFAULT_TEMPLATES)
+            metrics = zeroshot_figures(image_ND, classifier.class_CD, classes, labels)
+        else:
+            metrics = _probe(image_ND, labels)
+    return {"task": task, "model": encoder.name, "data": str(data), "metrics": metrics}
+
+
+def encode_records(
+    encoder: Encoder, data: str | Path, *, batch_size: int = 64
+) -> tuple[Floats, list[Record]]:
+    """Encodes every usable image of a source: (N, D) unit vectors and their records, in order.
+
+    Raises:
+        DataError: the source cannot be read, or none of its images can be used.
+    """
+    records: list[Record] = []
+    vectors: list[Floats] = []
+    pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    skipped: Counter[str] = Counter()
+    with progress("Encoding images") as advance:
+        for record in iterate_source(data):
+            try:
+                image = decode_image(record.read(), uri=record.uri)
+            except DataError as error:
+                skipped[error.reason if isinstance(error, ImageDecodeError) else "unreadable"] += 1
+                continue
+            # Only what the figures need is kept: the image's bytes can go.
+            records.append(record)
+            pixels.append(encoder.preprocess(image))
+            if len(pixels) == batch_size:
+                vectors.append(encoder.encode_pixels(np.stack(pixels)))
+                advance(len(pixels))
+                pixels = []
+        if pixels:
+            vectors.append(encoder.encode_pixels(np.stack(pixels)))
+            advance(len(pixels))
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        _logger.warning("%d images cannot be used: %s", sum(skipped.values()), reasons)
+    if not records:
+        raise DataError(f"{data}: none of the images can be used")
+    return np.concatenate(vectors), records
+
+
+def _labels(records: Sequence[Record], data: str | Path) -> list[str]:
+    unlabelled = next((record.uri for record in records if record.label is None), None)
+    if unlabelled:
+        raise DataError(
+            f"{data}: {unlabelled} has no label; expected one folder per class, a label column or "
+            ".cls members"
+        )
+    return [str(record.label) for record in records]
+
+
+def _probe(image_ND: Floats, labels: Sequence[str]) -> dict[str, float]:
+    from sklearn.model_selection import train_test_split
+
+    names = np.asarray(labels)
+    if min(np.unique(names, return_counts=True)[1]) < 4:
+        raise DataError("a linear probe needs four images or more of each class")
+    train, test = train_test_split(
+        np.arange(len(names)), test_size=PROBE_TEST_SHARE, random_state=0, stratify=names
+    )
+    return probe_figures(
+        image_ND[train], names[train].tolist(), image_ND[test], names[test].tolist()
+    )

@@ -1,0 +1,5 @@
+"""From bytes to pixels.
+
+decoding            hostile files in, RGB images or an `ImageDecodeError` out
+preprocessing       resizing and cropping to a model's input, as open_clip does and faster
+"""

@@ -1,0 +1,411 @@
+"""open_clip models: made from a name or a configuration, kept as model folders, fingerprinted.
+
+A model folder is open_clip's own local format plus one file of ours::
+
+    open_clip_config.json          model_cfg and preprocess_cfg, as open_clip reads them
+    open_clip_model.safetensors    the weights
+    clipsys.json                   fingerprint and provenance
+    tokenizer files                only where the text tower uses a Hugging Face tokenizer
+
+Stock open_clip loads it: ``open_clip.create_model_from_pretrained("local-dir:PATH")``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipsys.errors import ModelError
+from clipsys.images.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.overrides import TorchFunctionMode
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CARD_NAME = "clipsys.json"
+
+#: texts -> int64 (N, context_length)
+Tokenizer = Callable[[list[str]], "torch.Tensor"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model with everything needed to use or to save it.
+
+    Attributes:
+        model: open_clip's CLIP or CustomTextCLIP.
+        tokenizer: texts to int64 (N, context_length).
+        config: open_clip's ``model_cfg``.
+        preprocessing: from a decoded image to what the image tower sees.
+        name: what messages call it.
+        spec: what `load_model` takes to load it again; empty for a model that was built.
+        loaded_fingerprint: what `fingerprint` gave when a folder was loaded; else empty. Hashing
+            half a gigabyte twice would be felt at each start.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    preprocessing: Preprocessing
+    name: str
+    spec: str = ""
+    loaded_fingerprint: str = ""
+
+
+def build_model(
+    architecture: str | Mapping[str, Any],
+    *,
+    preprocess: Mapping[str, Any] | None = None,
+    for_training: bool = False,
+) -> ModelParts:
+    """Makes a model with random weights.
+
+    Args:
+        architecture: a name that open_clip knows (``ViT-B-32``), or a ``model_cfg``.
+        preprocess: settings that differ from open_clip's default ``preprocess_cfg``.
+        for_training: makes ``logit_scale`` 1-D, since DeepSpeed cannot handle 0-D parameters.
+
+    Raises:
+        ModelError: the name is not known, or open_clip cannot build the configuration.
+    """
+    import open_clip
+
+    config = architecture_config(architecture)
+    name = architecture if isinstance(architecture, str) else "custom"
+    document = {"model_cfg": config, "preprocess_cfg": dict(preprocess or {})}
+    with tempfile.TemporaryDirectory(prefix="clipsys-model-") as folder:
+        Path(folder, CONFIG_NAME).write_text(json.dumps(document), encoding="utf-8")
+        arguments = {"nonscalar_logit_scale": True} if for_training else {}
+        with _quiet_open_clip():
+            try:
+                model = open_clip.create_model(
+                    f"local-dir:{folder}", load_weights=False, **arguments
+                )
+            except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+                raise ModelError(
+                    f"model {name}: open_clip cannot build this configuration ({error})"
+                ) from error
+        tokenizer = _tokenizer(name if name != "custom" else f"local-dir:{folder}", config)
+    preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
+    return ModelParts(model, tokenizer, config, preprocessing, name)
+
+
+def architecture_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's ``model_cfg`` of a name that it knows; a copy of what is one already.
+
+    Raises:
+        ModelError: the name is not known.
+    """
+    import open_clip
+
+    if not isinstance(architecture, str):
+        return deepcopy(dict(architecture))
+    config: dict[str, Any] | None = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ModelError(_unknown_name(architecture))
+    return deepcopy(config)
+
+
+def load_model(spec: str | Path) -> ModelParts:
+    """Loads a model with its weights.
+
+    Args:
+        spec: a model folder or a run folder; ``NAME/TAG`` or ``hf-hub:ORG/REPO`` of open_clip,
+            which are fetched from their hub at the first use.
+
+    Raises:
+        ModelError: there is no such model, or its files are damaged or altered.
+    """
+    text = str(spec).removeprefix("local-dir:")
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _load_folder(folder)
+    if text.startswith("hf-hub:"):
+        return _load_hub(text, pretrained=None)
+    name, _, tag = text.partition("/")
+    import open_clip
+
+    if name not in open_clip.list_models() or text.startswith(("/", ".", "~")):
+        if (
+            "/" in name
+            or text.startswith((".", "/", "~"))
+            or folder.suffix
+            or folder.parent.is_dir()
+        ):
+            hint = _unknown_name(name) if _looks_like_name(name) else ""
+            raise ModelError(
+                f"{text}: there is no such model folder" + (f", and {hint}" if hint else "")
+            )
+        raise ModelError(_unknown_name(name))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        known = ", ".join(f"{name}/{known}" for known in tags[:8]) or "none"
+        more = ", …" if len(tags) > 8 else ""
+        raise ModelError(f"model {text}: no pretrained weights of that name; known: {known}{more}")
+    return _load_hub(name, pretrained=tag)
+
+
+def _looks_like_name(name: str) -> bool:
+    return bool(name) and name[0].isalnum() and "/" not in name
+
+
+def _unknown_name(name: str) -> str:
+    import open_clip
+
+    near = get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{name!r} is not a model that open_clip knows{hint}"
+
+
+def _load_folder(folder: Path) -> ModelParts:
+    import open_clip
+
+    if not (folder / CONFIG_NAME).is_file() and (folder / "model" / CONFIG_NAME).is_file():
+        folder = folder / "model"  # a run folder
+    if not (folder / CONFIG_NAME).is_file():
+        raise ModelError(
+            f"{folder}: not a model folder (no {CONFIG_NAME}); `clipsys export RUN OUT` writes one"
+        )
+    weights = folder / WEIGHTS_NAME
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ModelError(f"{folder}: the model folder has no weights ({weights.name} is missing)")
+    try:
+        with _quiet_open_clip(), _without_random_values():
+            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
+        tokenizer = _tokenizer(f"local-dir:{folder}", config)
+    except Exception as error:
+        # open_clip, torch and safetensors raise anything here; all of it means: unusable folder.
+        raise ModelError(f"{folder}: the model cannot be loaded ({_one_line(error)})") from error
+    preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
+    # A run's own model folder is always called "model"; the run says more.
+    name = folder.parent.name if folder.name == "model" else folder.name
+    parts = ModelParts(model, tokenizer, config, preprocessing, name, str(folder.absolute()))
+    mark = fingerprint(parts)
+    _check_card(folder, mark)
+    return replace(parts, loaded_fingerprint=mark)
+
+
+def _check_card(folder: Path, actual: str) -> None:
+    card = read_card(folder)
+    if card is not None and card.fingerprint != actual:
+        raise ModelError(
+            f"{folder}: the weights are not those that were exported ({CARD_NAME} says "
+            f"{card.fingerprint[:12]}, the files are {actual[:12]}); export the run again, or "
+            f"delete {CARD_NAME} if the change was meant"
+        )
+
+
+def _load_hub(name: str, pretrained: str | None) -> ModelParts:
+    import open_clip
+
+    try:
+        with _quiet_open_clip(), _without_random_values():
+            model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        # Whatever the hub client raises (offline, not found, no rights), the user's next step is
+        # the same.
+        raise ModelError(
+            f"model {name}{'/' + pretrained if pretrained else ''}: the weights cannot be fetched "
+            f"({_one_line(error)}); check the name and the network, or name a model folder"
+        ) from error
+    config = open_clip.get_model_config(name) or {}
+    preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
+    label = f"{name}/{pretrained}" if pretrained else name
+    return ModelParts(model, tokenizer, config, preprocessing, label, label)
+
+
+def _tokenizer(source: str, config: Mapping[str, Any]) -> Tokenizer:
+    import open_clip
+
+    length = config.get("text_cfg", {}).get("context_length")
+    with _quiet_open_clip():
+        tokenizer: Tokenizer = open_clip.get_tokenizer(source, context_length=length)
+    return tokenizer
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    # open_clip logs its whole progress, and a warning about random weights, on the root logger.
+    root = logging.getLogger()
+
+    def drop(record: logging.LogRecord) -> bool:
+        return f"{os.sep}open_clip{os.sep}" not in record.pathname
+
+    filters = [(handler, drop) for handler in root.handlers]
+    had_handlers = bool(root.handlers)
+    if not had_handlers:  # logging.warning() would install a handler for good
+        root.addHandler(logging.NullHandler())
+    for handler, one in filters:
+        handler.addFilter(one)
+    try:
+        yield
+    finally:
+        for handler, one in filters:
+            handler.removeFilter(one)
+        if not had_handlers:
+            root.handlers.clear()
+
+
+def _without_random_values() -> TorchFunctionMode:
+    """While it holds, new layers are not filled with random numbers.
+
+    Where weights are loaded over all of them anyway: drawing 150 million numbers takes longer than
+    reading the file of a ViT-B/32.
+    """
+    from torch import Tensor
+    from torch.nn import init
+    from torch.overrides import TorchFunctionMode
+
+    drawing = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_}
+    drawing |= {init.kaiming_uniform_, init.kaiming_normal_}
+    drawing |= {init.xavier_uniform_, init.xavier_normal_}
+
+    class WithoutRandomValues(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in drawing:
+                return args[0] if args else kwargs["tensor"]  # torch.nn.init names it
+            return func(*args, **kwargs)
+
+    return WithoutRandomValues()
+
+
+def fingerprint(parts: ModelParts) -> str:
+    """SHA-256 over weights, architecture and preprocessing: equal if and only if embeddings are.
+
+    Independent of the file format, of the order of the tensors and of the shape ([] or [1]) that
+    ``logit_scale`` has in and out of training.
+    """
+    digest = hashlib.sha256()
+    identity = {
+        "text": {
+            key: parts.config.get("text_cfg", {}).get(key)
+            for key in ("context_length", "hf_tokenizer_name", "tokenizer_kwargs", "pool_type")
+        },
+        "quick_gelu": bool(parts.config.get("quick_gelu", False)),
+        "preprocessing": {**parts.preprocessing.to_open_clip(), "fill_color": None},
+    }
+    digest.update(json.dumps(identity, sort_keys=True).encode())
+    for name, tensor in sorted(parts.model.state_dict().items()):
+        if name == "attn_mask" or name.endswith("num_batches_tracked"):
+            continue
+        array = tensor.detach().cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(_bytes(array))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview | bytes:
+    import torch
+
+    if not tensor.numel():
+        return b""
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return raw.data
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What ``clipsys.json`` says of a model folder.
+
+    Attributes:
+        fingerprint: of weights, architecture and preprocessing.
+        provenance: the run, its step, configuration and measured results.
+    """
+
+    fingerprint: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def read_card(folder: str | Path) -> ModelCard | None:
+    """Reads ``clipsys.json``; None where a folder has none (it was made by open_clip).
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return ModelCard(document["fingerprint"], document.get("provenance", {}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: damaged ({_one_line(error)}); export the model again") from error
+
+
+def save_model(
+    parts: ModelParts,
+    out: str | Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Writes a model folder, complete or not at all. Returns the model's fingerprint.
+
+    Raises:
+        ModelError: ``out`` exists and is not an empty folder, and ``overwrite`` is not given.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(out)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
+        raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = fingerprint(parts)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(parts.model)}
+        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        document = {"model_cfg": parts.config, "preprocess_cfg": parts.preprocessing.to_open_clip()}
+        (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        card = {
+            "format": "clipsys-model/1",
+            "fingerprint": mark,
+            "provenance": dict(provenance or {}),
+        }
+        (folder / CARD_NAME).write_text(
+            json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        if hasattr(parts.tokenizer, "save_pretrained"):  # Hugging Face tokenizers only
+            parts.tokenizer.save_pretrained(str(folder))
+        folder.chmod(0o755)  # mkdtemp made it private
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return mark
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in model.state_dict().items():
+        # Stock open_clip expects the 0-D scale; DeepSpeed needed 1-D.
+        yield name, tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

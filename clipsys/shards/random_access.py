@@ -1,0 +1,353 @@
+"""Random access to the samples of tar shards, without extracting or streaming them.
+
+    index_shard    one pass over the headers of a tar: where each sample begins and ends
+    ShardReader    reads sample N of a shard: one read of its bytes, a parse of its headers
+
+A shard streams well from its beginning, but an order of samples that is a function of the seed
+alone needs any sample at any time, and so do a resume inside an epoch and workers that read just
+their own rows. Members of a sample lie side by side in a tar, so one byte range per sample (8 bytes
+in memory) is all the index there is; what lies in the range is itself a tar, which webdataset's
+grouping reads as it reads a whole shard. What counts as a sample is webdataset's decision, here and
+in `clipsys.shards.reading.iterate_raw`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from clipsys.errors import DataError
+from clipsys.shards.reading import BREAK, raw_samples, shard_failure
+from clipsys.shards.remote import ShardCache
+
+_BLOCK = tarfile.BLOCKSIZE
+#: Extended attributes that leave a regular file one, with its content where it is.
+_HARMLESS = frozenset(
+    {b"path", b"size", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
+)
+#: Members that webdataset passes over (`skip_meta` of its `tar_file_iterator`).
+_META = re.compile(r"__[^/]*__($|/)")
+#: Shards that a reader keeps open.
+MAX_OPEN = 128
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of one local tar lie.
+
+    Attributes:
+        bounds: sample i is the bytes ``bounds[2 * i]`` to ``bounds[2 * i + 1]``.
+        fault: why the shard ends early, or None; the sample that broke off is not in the index.
+        broken_key: the key of that sample, where it is known.
+    """
+
+    bounds: array[int]
+    fault: str | None = None
+    broken_key: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.bounds) // 2
+
+
+def index_shard(
+    shard: str,
+    cache: ShardCache | None = None,
+    *,
+    on_block: Callable[[int], None] | None = None,
+) -> ShardIndex:
+    """Reads the headers of a tar.
+
+    Args:
+        shard: a path; a url too where there is a cache to read it from.
+        cache: for the copies of remote shards.
+        on_block: called with the bytes that have come of a remote one while it is fetched.
+
+    Raises:
+        DataError: it is not a tar file at all, or holds no whole sample.
+    """
+    bounds: array[int] = array("q")
+    fault: str | None = None
+    last: str | None = None
+    try:
+        opened = cache.open(shard, on_block=on_block) if cache else io.FileIO(shard)
+        with io.BufferedReader(opened) as file:
+            try:
+                for key, start, end in _members(file):
+                    if key == last:
+                        bounds[-1] = end
+                    else:
+                        bounds.extend((start, end))
+                        last = key
+            except tarfile.TarError as error:
+                fault = shard_failure(shard, error)
+                del bounds[-2:]  # more of this sample may have come
+    except OSError as error:
+        raise DataError(shard_failure(shard, error)) from error
+    if not bounds:
+        raise DataError(fault or f"{shard}: the shard has no samples")
+    return ShardIndex(bounds, fault, last if fault else None)
+
+
+def _members(file: io.BufferedReader[io.FileIO]) -> Iterator[tuple[str, int, int]]:
+    """The key, start and end of each member that belongs to a sample.
+
+    Raises:
+        tarfile.ReadError: the tar breaks off.
+    """
+    size = os.fstat(file.fileno()).st_size
+
+    def read(offset: int, length: int) -> bytes:
+        file.seek(offset)
+        return file.read(length)
+
+    offset = 0
+    while (member := _plain_member(read, offset)) is not None:
+        start, offset = offset, member.end
+        if (key := _sample_key(member.name)) is not None:
+            yield key, start, offset
+        if offset > size:
+            raise tarfile.ReadError(BREAK)
+    header = read(offset, _BLOCK)
+    # Every writer closes a tar with blocks of zeros. Without them it broke off between two members.
+    if header == bytes(_BLOCK):
+        return
+    if offset and len(header) < _BLOCK:
+        raise tarfile.ReadError(BREAK)
+    file.seek(offset)
+    yield from _other_members(file, beginning=offset == 0)
+
+
+def _other_members(
+    file: io.BufferedReader[io.FileIO], *, beginning: bool
+) -> Iterator[tuple[str, int, int]]:
+    """`_members` from where long names or extended headers begin, by tarfile: ten times slower."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+                if member.isreg() and (key := _sample_key(member.name)) is not None:
+                    yield key, member.offset, member.offset_data - -member.size // _BLOCK * _BLOCK
+            # tarfile takes anything that is not a header for the end.
+            file.seek(tar.offset)
+            if file.read(_BLOCK) != bytes(_BLOCK):
+                raise tarfile.ReadError(BREAK)
+    except tarfile.ReadError as error:
+        if beginning:
+            raise
+        raise tarfile.ReadError(BREAK) from error
+
+
+def _sample_key(name: str) -> str | None:
+    from webdataset.tariterators import base_plus_ext
+
+    key: str | None = base_plus_ext(name)[0]
+    return None if _META.match(name) else key
+
+
+class _Member(NamedTuple):
+    name: str
+    start: int  # of its content
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size + -self.size % _BLOCK
+
+
+def _plain_member(read: Callable[[int, int], bytes], offset: int) -> _Member | None:
+    """The regular file whose header, or extended header and header, lies at an offset.
+
+    Reads just the fields that matter, much faster than tarfile. None for what is less usual: links,
+    GNU's long names, sparse files, damage.
+
+    Args:
+        read: gives so many bytes from an offset.
+        offset: of the header.
+    """
+    header = read(offset, _BLOCK)
+    extended: dict[bytes, bytes] = {}
+    if header[156:157] == tarfile.XHDTYPE:  # webdataset's own writer has one for each member
+        length = _checked_size(header)
+        records = None if length is None else _extended(read(offset + _BLOCK, length))
+        if length is None or records is None:
+            return None
+        extended = records
+        offset += _BLOCK + length + -length % _BLOCK
+        header = read(offset, _BLOCK)
+    size = _checked_size(header)
+    if size is None or header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return None
+    name = _text(header[:100])
+    if header[257:263] == b"ustar\0" and header[345] != 0:
+        name = f"{_text(header[345:500])}/{name}"
+    if b"path" in extended:
+        name = extended[b"path"].decode("utf-8", "surrogateescape")
+    return _Member(name, offset + _BLOCK, int(extended.get(b"size", size)))
+
+
+def _checked_size(header: bytes) -> int | None:
+    """The size that a whole header states; None where it or the checksum is not as usual."""
+    if len(header) < _BLOCK:
+        return None
+    fields = [header[at].strip(b" \0") for at in (slice(124, 136), slice(148, 156))]
+    if not all(field.isdigit() for field in fields):
+        return None
+    size, checksum = (int(field, 8) for field in fields)
+    return size if checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ") else None
+
+
+def _extended(data: bytes) -> dict[bytes, bytes] | None:
+    """The records of a POSIX extended header; None if one of them changes what a member is."""
+    records = {}
+    while data and data[:1] != b"\0":
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data):
+            return None
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        if key not in _HARMLESS or (key == b"size" and not value.isdigit()):
+            return None
+        records[key] = value
+        data = data[int(length) :]
+    return records
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape")
+
+
+class ShardReader:
+    """Reads single samples of local shards; indexes them when they are first needed.
+
+    Not for several threads at once. A pickled reader begins with nothing open.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        counts: Sequence[int],
+        *,
+        cache: ShardCache | None = None,
+        max_open: int = MAX_OPEN,
+    ) -> None:
+        """
+        Args:
+            shards: paths; urls too where there is a cache.
+            counts: how many samples each is said to have.
+            cache: for the copies of remote shards.
+            max_open: files that stay open.
+        """
+        self._shards, self._counts = tuple(shards), tuple(counts)
+        self._cache, self._max_open = cache, max_open
+        self._indexes: dict[int, ShardIndex | DataError] = {}
+        self._files: OrderedDict[int, io.FileIO] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_indexes": {}, "_files": OrderedDict()}
+
+    def read(self, shard: int, sample: int) -> dict[str, Any]:
+        """One raw sample, as webdataset gives it: ``__key__``, ``__url__`` and members' bytes.
+
+        Args:
+            shard: number of the shard.
+            sample: number of the sample within it.
+
+        Raises:
+            DataError: the shard cannot be read, or has changed since it was counted.
+        """
+        name = self._shards[shard]
+        try:
+            file = self._open(shard)
+            index = self._index(shard)
+            start, end = index.bounds[2 * sample], index.bounds[2 * sample + 1]
+            data = os.pread(file.fileno(), end - start, start)
+        except OSError as error:
+            raise DataError(shard_failure(name, error)) from error
+        if len(data) < end - start:
+            raise DataError(f"{name}: the shard became shorter while it was read")
+        return parse_range(data, name)
+
+    def _open(self, shard: int) -> io.FileIO:
+        file = self._files.get(shard)
+        if file is None:
+            name = self._shards[shard]
+            file = self._cache.open(name) if self._cache else io.FileIO(name)
+            self._files[shard] = file
+            if len(self._files) > self._max_open:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(shard)
+        return file
+
+    def _index(self, shard: int) -> ShardIndex:
+        found = self._indexes.get(shard)
+        if found is None:
+            try:
+                found = index_shard(self._shards[shard], self._cache)
+                if len(found) != self._counts[shard]:
+                    found = DataError(
+                        f"{self._shards[shard]}: holds {len(found)} samples, not the "
+                        f"{self._counts[shard]} that its folder's shards.json states; "
+                        "delete that file"
+                    )
+            except DataError as error:
+                found = error
+            self._indexes[shard] = found
+        if isinstance(found, DataError):  # kept, so that a bad shard is not read for each sample
+            raise found
+        return found
+
+    def close(self) -> None:
+        """Closes all files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def parse_range(data: bytes, url: str) -> dict[str, Any]:
+    """The one sample whose tar members are ``data``.
+
+    Raises:
+        DataError: two of its members have the same name, or there are none.
+    """
+    plain = _plain_members(data, url)
+    failures: list[Exception] = []
+
+    def stop(error: Exception) -> bool:
+        failures.append(error)
+        return False
+
+    if plain is None:  # long names, extended headers: left to tarfile, ten times slower
+        found = list(raw_samples(url, io.BytesIO(data), stop))
+    else:
+        from webdataset.tariterators import group_by_keys
+
+        found = list(group_by_keys(plain, handler=stop))
+    if failures:
+        raise DataError(shard_failure(url, failures[0])) from failures[0]
+    if len(found) != 1:
+        raise DataError(f"{url}: the shard has changed since it was indexed; start again")
+    sample: dict[str, Any] = found[0]
+    return sample
+
+
+def _plain_members(data: bytes, url: str) -> list[dict[str, Any]] | None:
+    """The members of a tar range, or None where one is not of the plain kind."""
+    members = []
+    offset = 0
+    while offset < len(data):
+        member = _plain_member(lambda at, length: data[at : at + length], offset)
+        if member is None:
+            return None
+        if not _META.match(member.name):
+            content = data[member.start : member.start + member.size]
+            members.append({"fname": member.name, "data": content, "__url__": url})
+        offset = member.end
+    return members

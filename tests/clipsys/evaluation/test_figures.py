@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipsys.errors import DataError
+from clipsys.evaluation.figures import (
+    probe_figures,
+    retrieval_figures,
+    retrieval_targets,
+    zeroshot_figures,
+)
+from clipsys.evaluation.tasks import measure
+from tests.conftest import noise_image, write_training_shards
+
+_ITEMS = [
+    (("red", "a red one"), {"family": "r"}),
+    (("blue",), {"family": "b"}),
+    (("scarlet", "ruby"), {"family": "r"}),
+]
+
+
+def test_every_caption_or_the_first_is_a_query() -> None:
+    assert retrieval_targets(_ITEMS).texts == ["red", "a red one", "blue", "scarlet", "ruby"]
+    first = retrieval_targets(_ITEMS, captions="first")
+    assert (first.texts, first.text_groups.tolist()) == (["red", "blue", "scarlet"], [0, 1, 2])
+
+
+def test_match_makes_items_of_one_value_hits_of_each_other() -> None:
+    targets = retrieval_targets(_ITEMS, match="family")
+    assert targets.image_groups.tolist() == [0, 1, 0]
+    assert targets.text_groups.tolist() == [0, 0, 1, 0, 0]
+    with pytest.raises(DataError, match="item 0 has no metadata key 'colour'; it has family"):
+        retrieval_targets(_ITEMS, match="colour")
+
+
+def test_captions_are_needed() -> None:
+    with pytest.raises(DataError, match="no item has a caption"):
+        retrieval_targets([((), {})])
+
+
+def test_a_perfect_encoder_has_recall_one_both_ways() -> None:
+    targets = retrieval_targets(_ITEMS)
+    image_ND = np.eye(3, dtype=np.float32)
+    figures = retrieval_figures(image_ND, image_ND[targets.text_groups], targets)
+    assert figures["text_to_image/recall@1"] == figures["image_to_text/recall@1"] == 1.0
+    assert (figures["text_to_image/candidates"], figures["image_to_text/candidates"]) == (3, 5)
+    assert figures["text_to_image/chance_recall@1"] == pytest.approx(1 / 3)
+
+
+def test_an_unknown_label_is_named() -> None:
+    eye = np.eye(2, dtype=np.float32)
+    assert zeroshot_figures(eye, eye, ["a", "b"], ["a", "b"])["accuracy@1"] == 1.0
+    with pytest.raises(DataError, match="label 'c' is not among the classes"):
+        zeroshot_figures(eye, eye, ["a", "b"], ["a", "c"])
+
+
+def test_a_probe_finds_what_is_linearly_there_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    labels = [str(n % 2) for n in range(80)]
+    signal = np.array([[float(label), 0.0] for label in labels]) + rng.normal(0, 0.1, (80, 2))
+    noise = rng.normal(size=(80, 2))
+    found = probe_figures(signal[:60], labels[:60], signal[60:], labels[60:])
+    nothing = probe_figures(noise[:60], labels[:60], noise[60:], labels[60:])
+    assert found["accuracy@1"] == 1.0
+    assert nothing["accuracy@1"] < 0.8
+
+
+def test_measure_gives_the_documented_document(model_folder: Path, tmp_path: Path) -> None:
+    shards = write_training_shards(tmp_path / "s", 24)
+    result = measure(model_folder, "retrieval", shards, match="family")
+    assert set(result) == {"task", "model", "data", "metrics"}
+    assert result["metrics"]["text_to_image/queries"] == 48
+    zeroshot = measure(model_folder, "zeroshot", shards)["metrics"]
+    assert (zeroshot["classes"], zeroshot["chance_accuracy@1"]) == (4, 0.25)
+    assert 0 <= measure(model_folder, "probe", shards)["metrics"]["accuracy@1"] <= 1
+
+
+def test_images_that_cannot_be_used_are_counted_not_fatal(
+    model_folder: Path, image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (image_folder / "cats" / "bad.png").write_bytes(b"nothing")
+    result = measure(model_folder, "zeroshot", image_folder)
+    assert result["metrics"]["images"] == 6
+    assert "1 images cannot be used: 1 not an image" in caplog.text
+
+
+def test_unlabelled_images_cannot_be_classified(model_folder: Path, tmp_path: Path) -> None:
+    noise_image(0).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="has no label; expected one folder per class"):
+        measure(model_folder, "zeroshot", tmp_path)
+    with pytest.raises(DataError, match="four images or more of each class"):
+        (tmp_path / "x").mkdir()
+        noise_image(0).save(tmp_path / "x" / "a.png")
+        (tmp_path / "a.png").unlink()
+        measure(model_folder, "probe", tmp_path)

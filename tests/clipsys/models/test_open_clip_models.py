@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import clipsys
+from clipsys.errors import ModelError
+from clipsys.models.open_clip_models import (
+    build_model,
+    fingerprint,
+    load_model,
+    read_card,
+    save_model,
+)
+from tests.conftest import TINY_MODEL, noise_image
+
+
+def test_stock_open_clip_loads_an_export_with_the_same_embeddings(model_folder: Path) -> None:
+    import open_clip
+
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{model_folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder}")
+    images = [noise_image(seed) for seed in range(4)]
+    texts = ["a dog", "two cats on a very long wall " * 5, ""]
+    with torch.no_grad():
+        image_ND = model.encode_image(torch.stack([transform(i) for i in images]), normalize=True)
+        text_ND = model.encode_text(tokenizer(texts), normalize=True)
+    encoder = clipsys.load(model_folder)
+    np.testing.assert_allclose(encoder.encode_image(images), image_ND.numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_text(texts), text_ND.numpy(), atol=1e-5)
+
+
+def test_the_scale_is_0d_on_disk_and_1d_in_training(model_folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert load_file(model_folder / "open_clip_model.safetensors")["logit_scale"].shape == ()
+    assert build_model(TINY_MODEL, for_training=True).model.logit_scale.shape == (1,)
+
+
+def test_layers_whose_weights_are_loaded_are_not_filled_with_random_numbers() -> None:
+    from clipsys.models.open_clip_models import _without_random_values
+
+    before = torch.random.get_rng_state()
+    with _without_random_values():
+        torch.nn.MultiheadAttention(8, 2)
+        torch.nn.Embedding(4, 4)
+        torch.nn.Conv2d(3, 8, 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert float(torch.nn.Linear(8, 8).weight.detach().std()) > 0  # only while it holds
+
+
+def test_every_weight_is_the_one_in_the_file(model_folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(model_folder / "open_clip_model.safetensors")
+    loaded = load_model(model_folder).model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in loaded.items())
+
+
+def test_the_fingerprint_follows_the_weights_and_the_preprocessing(model_folder: Path) -> None:
+    parts = load_model(model_folder)
+    original = fingerprint(parts)
+    card = read_card(model_folder)
+    assert card is not None and card.fingerprint == original
+    with torch.no_grad():
+        parts.model.visual.proj[0, 0] += 1e-3
+    assert fingerprint(parts) != original
+    other = build_model(TINY_MODEL, preprocess={"mean": [0.5, 0.5, 0.5]})
+    other.model.load_state_dict(load_model(model_folder).model.state_dict())
+    assert fingerprint(other) != original
+
+
+def test_altered_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    card = json.loads((copy / "clipsys.json").read_text())
+    card["fingerprint"] = "0" * 64
+    (copy / "clipsys.json").write_text(json.dumps(card))
+    with pytest.raises(ModelError, match="not those that were exported"):
+        load_model(copy)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_model(build_model(TINY_MODEL), tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    save_model(load_model(model_folder), out)
+    with pytest.raises(ModelError, match="already exists"):
+        save_model(load_model(model_folder), out)
+    save_model(load_model(model_folder), out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("/nowhere/model", "there is no such model folder"),
+        ("ViT-B-33/openai", "did you mean ViT-B-32"),
+        ("ViT-B-32", "no pretrained weights of that name; known: ViT-B-32/openai"),
+        ("ViT-B-32/nonsense", "no pretrained weights of that name"),
+    ],
+)
+def test_a_missing_model_says_what_there_is(spec: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "open_clip_config.json").unlink(), "not a model folder"),
+        (lambda f: (f / "open_clip_model.safetensors").unlink(), "has no weights"),
+        (lambda f: (f / "open_clip_model.safetensors").write_bytes(b"x"), "cannot be loaded"),
+        (lambda f: (f / "open_clip_config.json").write_text("{"), "cannot be loaded"),
+        (lambda f: (f / "clipsys.json").write_text("[]"), r"clipsys\.json: damaged"),
+    ],
+)
+def test_a_damaged_folder_is_named(
+    model_folder: Path, tmp_path: Path, damage: object, message: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    damage(copy)  # type: ignore[operator]
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_impossible_architecture_is_a_model_error() -> None:
+    with pytest.raises(ModelError, match="cannot build this configuration"):
+        build_model({**TINY_MODEL, "vision_cfg": {"nonsense": 1}})
+
+
+def test_making_a_model_leaves_logging_alone() -> None:
+    before = list(logging.getLogger().handlers)
+    build_model(TINY_MODEL)
+    assert logging.getLogger().handlers == before

@@ -1,0 +1,147 @@
+"""Saving and loading, precisions and averages. That gradients are exact: test_exactness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipsys.models.open_clip_models import build_model
+from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.engine.ema import WeightAverage
+from clipsys.training.engine.optimizers import OptimizerConfig
+from clipsys.training.losses import info_nce
+from clipsys.training.model.towers import ContrastiveModel, TowerOptions
+from clipsys.training.recipe import EngineConfig
+from tests.conftest import TINY_MODEL
+from tests.ranks import run_ranks
+
+_BATCH = 12
+#: With CLIP's vocabulary nearly all of the weights would be those of words.
+_MODEL = {**TINY_MODEL, "text_cfg": {**TINY_MODEL["text_cfg"], "vocab_size": 1000}}
+
+
+def _engine(world_size: int, *, precision: str = "fp32", **config: Any) -> Engine:
+    torch.manual_seed(0)
+    model = ContrastiveModel(build_model(_MODEL, for_training=True), TowerOptions(precision))
+    return Engine(
+        model,
+        config=EngineConfig(**config),
+        optimizer=OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1),
+        local_batch_size=_BATCH // world_size,
+        device=torch.device("cpu"),
+    )
+
+
+def _batch(step: int, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    image = torch.randn(_BATCH, 3, 32, 32, generator=generator)
+    tokens = torch.randint(1, 999, (_BATCH, 16), generator=generator)
+    tokens[:, 6] = 999
+    tokens[:, 7:] = 0
+    rows = slice(rank * _BATCH // world_size, (rank + 1) * _BATCH // world_size)
+    return image[rows], tokens[rows]
+
+
+def _advance(engine: Engine, steps: range, rank: int, world_size: int) -> list[float]:
+    scales = []
+    for step in steps:
+        batch = _batch(step, rank, world_size)
+        _, scale = engine.accumulate(
+            [lambda batch=batch: batch],
+            lambda f: info_nce(f.image_BD, f.text_BD, f.logit_scale),
+        )
+        engine.update(1.0)
+        scales.append(scale)
+    return scales
+
+
+def _save_and_load(
+    rank: int, world_size: int, folder: str, precision: str, config: dict[str, Any]
+) -> bool:
+    first = _engine(world_size, precision=precision, **config)
+    _advance(first, range(3), rank, world_size)
+    first.save(Path(folder), "tag", {"step": 3})
+    _advance(first, range(3, 5), rank, world_size)
+    second = _engine(world_size, precision=precision, **config)
+    assert second.load(Path(folder), "tag")["step"] == 3
+    _advance(second, range(3, 5), rank, world_size)
+    one, two = first.state_dict(), second.state_dict()
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("precision", "config"),
+    [
+        ("fp32", {"zero_stage": 1}),
+        ("fp32", {"zero_stage": 1, "ema_decay": 0.9}),
+        ("bf16_params", {"zero_stage": 2}),
+    ],
+)
+def test_a_loaded_engine_goes_on_bit_for_bit(
+    tmp_path: Path, precision: str, config: dict[str, Any]
+) -> None:
+    assert run_ranks(_save_and_load, 2, str(tmp_path), precision, config) == [True, True]
+
+
+_MANY_STEPS = 16
+
+
+def _scales(
+    rank: int, world_size: int, splits: list[tuple[str, int]]
+) -> list[tuple[list[float], dict[str, Any]]]:
+    found = []
+    for precision, stage in splits:
+        engine = _engine(world_size, precision=precision, zero_stage=stage)
+        scales = _advance(engine, range(_MANY_STEPS), rank, world_size)
+        state = {name: value.numpy() for name, value in engine.state_dict().items()}
+        found.append((scales, state))
+    return found
+
+
+def test_weights_of_16_bits_train_with_an_exact_temperature() -> None:
+    splits = [("fp32", 1), *(("bf16_params", stage) for stage in (1, 2, 3))]
+    (exact, expected), *others = run_ranks(_scales, 2, splits)[0]
+    for scales, state in others:
+        # AdamW moves the log-scale by about lr = 0.001 a step; bf16 knows it in steps of 0.016,
+        # and would not move at all.
+        assert scales == pytest.approx(exact, rel=1e-3)
+        assert len(set(scales)) == _MANY_STEPS
+        for name, value in expected.items():
+            # AdamW moved each weight by up to 16 · 0.001; rounded gradients stray little from it.
+            assert abs(state[name] - value).mean() < 2e-3, name
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="the processor has no fp16"
+)
+def test_fp16_finds_a_loss_scale_and_then_trains() -> None:
+    splits = [("fp16", stage) for stage in (1, 2, 3)]
+    for scales, state in run_ranks(_scales, 2, splits)[1]:
+        # The first loss scale of 2^16 overflows here, and is halved until a step succeeds.
+        assert scales[0] == pytest.approx(1 / 0.07, rel=1e-6)
+        assert scales[-1] < scales[0] * 0.999
+        assert all(abs(value).max() < 10 for value in state.values())
+
+
+def test_the_average_follows_weights_and_running_statistics() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model.register_buffer("mask", torch.tensor(float("-inf")))
+    average = WeightAverage(model, 0.5)
+    weight = model[0].weight.detach().clone()
+    expected, statistic = weight.clone(), torch.zeros(2)
+    for step in range(3):
+        with torch.no_grad():
+            model[0].weight += 1.0
+            model[1].running_mean += 1.0
+        average.update(model)
+        decay = min(0.5, (2 + step) / (11 + step))  # the naive recurrence
+        expected = decay * expected + (1 - decay) * (weight + step + 1)
+        statistic = decay * statistic + (1 - decay) * (step + 1)
+    with average.swapped(model):
+        torch.testing.assert_close(model[0].weight.detach(), expected)
+        torch.testing.assert_close(model[1].running_mean, statistic)
+    torch.testing.assert_close(model[0].weight.detach(), weight + 3)
+    assert float(model.mask) == float("-inf")

@@ -1,0 +1,10 @@
+"""The input pipeline: from shards to the same micro-batches every time.
+
+order               which sample stands at which position of an epoch
+samples             decoding one sample into a row of a batch
+pixel_cache         decoded images kept for later epochs
+batches             positions into micro-batches
+loader              worker processes that decode them ahead
+skips               the ledger of samples that could not be used
+augmentation        views of a batch, on the device
+"""

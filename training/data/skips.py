@@ -1,0 +1,79 @@
+"""The ledger of samples that could not be used: RUN/skipped.jsonl, counts by reason, the limit."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipsys.errors import TrainingError
+from clipsys.training.data.samples import Skipped
+
+SKIPPED_NAME = "skipped.jsonl"
+
+
+class SkipLedger:
+    """Counts on every rank alike; writes on the one that is told to."""
+
+    def __init__(self, run: Path, *, max_share: float, epoch_samples: int, writes: bool) -> None:
+        """
+        Args:
+            run: the run folder.
+            max_share: of the samples seen, or of one epoch's while fewer were seen.
+            epoch_samples: samples of an epoch.
+            writes: whether this rank writes the list.
+        """
+        self._path = run / SKIPPED_NAME
+        self._max_share, self._epoch_samples = max_share, epoch_samples
+        self._writes = writes
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, skipped: Sequence[Skipped], *, step: int, seen: int) -> None:
+        """Lists and counts samples that were skipped in a step.
+
+        Args:
+            skipped: of all ranks.
+            step: the number of steps done, this one included.
+            seen: samples seen so far, by all ranks.
+
+        Raises:
+            TrainingError: more than the allowed share of samples could not be used.
+        """
+        self.note(skipped, step=step)
+        if self.reasons.total() > max(1.0, self._max_share * max(seen, self._epoch_samples)):
+            last = skipped[-1]
+            raise TrainingError(
+                f"{self.reasons.total()} samples could not be used, more than data.max_bad_share = "
+                f"{self._max_share:.1%}; the last: {last.shard}#{last.key}: {last.reason}; "
+                f"all are in {self._path}"
+            )
+
+    def note(self, skipped: Sequence[Skipped], *, step: int) -> None:
+        """Lists and counts, without looking at the limit."""
+        self.reasons.update(one.reason for one in skipped)
+        if self._writes and skipped:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                for one in skipped:
+                    file.write(json.dumps({"step": step, **vars(one)}, ensure_ascii=False) + "\n")
+
+    def resume(self, step: int, reasons: dict[str, int]) -> None:
+        """Goes back to what a checkpoint knew: later lines belong to steps that are done again."""
+        self.reasons = Counter(reasons)
+        if self._writes and self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A line without an end was being written when the run was killed.
+            kept = [one for one in lines if one.endswith("\n") and json.loads(one)["step"] <= step]
+            partial = self._path.with_suffix(".jsonl.partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self._path)
+
+    def summary(self) -> str | None:
+        """What was skipped and why, in one line; None if nothing was."""
+        if not self.reasons:
+            return None
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        count = self.reasons.total()
+        noun = "sample" if count == 1 else "samples"
+        return f"{count} {noun} could not be used; see {self._path} ({reasons})"

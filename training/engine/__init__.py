@@ -1,0 +1,8 @@
+"""DeepSpeed around a model: gradients of the whole batch, steps and checkpoints.
+
+schedule            the learning rate's course
+optimizers          optimizers by name, and the parameter groups they work on
+ema                 an average of the weights
+repartition         ZeRO's state for another number of ranks
+deepspeed_engine    `Engine`
+"""

@@ -1,0 +1,361 @@
+"""The DeepSpeed engine around a contrastive model: exact gradients in any number of micro-batches.
+
+One micro-batch is a plain forward and backward. With more, the loss still contrasts the whole batch
+(GradCache; Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Setup")::
+
+    pass 1   features of every micro-batch, without gradients
+    loss     of all features of all ranks, and its gradient towards this rank's features
+    pass 2   every micro-batch again, with the same dropout; what is propagated back through it is
+             Σ feature · its gradient, so that the parameters' gradients add up to the whole
+             batch's. They are exchanged between ranks once, after the last.
+
+DeepSpeed's own gradient accumulation would contrast each micro-batch on its own: another objective.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch.nn import functional as F  # noqa: N812
+
+from clipsys.config import Settings
+from clipsys.errors import ConfigError
+from clipsys.training.distributed.collectives import rank, world_size
+from clipsys.training.distributed.process_group import import_deepspeed
+from clipsys.training.engine.ema import WeightAverage
+from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from clipsys.training.engine.repartition import load_parts, parts_to_divide
+from clipsys.training.model.towers import ContrastiveModel, Features
+
+_logger = logging.getLogger(__name__)
+
+#: Gives the images and tokens of a micro-batch, the same ones at each call.
+Inputs = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+#: From this rank's features to its share of the loss.
+Loss = Callable[[Features], torch.Tensor]
+
+
+class EngineConfig(Settings):
+    """How the run is carried out."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    precision: Literal["auto", "fp32", "bf16", "bf16_params", "fp16"] = Field(
+        "auto",
+        description="bf16 is autocast over fp32 parameters; bf16_params and fp16 (with loss "
+        "scaling) have parameters of 16 bits and fp32 masters in the optimizer",
+    )
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global norm; 0 clips nothing")
+    channels_last: bool = Field(
+        False,
+        description="feed images in the layout that convolutions prefer; the weights keep "
+        "theirs, since DeepSpeed flattens them",
+    )
+    grad_checkpointing: bool = Field(
+        False, description="compute the activations of transformer blocks twice to save memory"
+    )
+    compile: bool = Field(False, description="torch.compile both towers; needs a C++ compiler")
+    cache_on_host: bool = Field(
+        False, description="keep the features of micro-batches in the host's memory"
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="average of the weights that is evaluated and exported; 0: none",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+
+
+class Engine:
+    """Trains a `ContrastiveModel` through DeepSpeed: gradients, steps, checkpoints."""
+
+    def __init__(
+        self,
+        model: ContrastiveModel,
+        *,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        local_batch_size: int,
+        device: torch.device,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self.config = config
+        self.device = device
+        self._peak_lr = optimizer.lr
+        # Weights of 16 bits have masters of 32: the temperature is read from those.
+        self._has_masters = model.precision in ("bf16_params", "fp16")
+        model = model.to(device)
+        exact = _exact_values(model) if self._has_masters else {}
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(parameter_groups(model, optimizer), optimizer),
+            config=self._deepspeed_config(local_batch_size, model.precision),
+            dist_init_required=False,
+        )
+        self._set_masters(exact)
+        self._average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self._refresh_scale()
+
+    def _deepspeed_config(self, local_batch_size: int, precision: str) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": local_batch_size,
+            "gradient_accumulation_steps": 1,
+            # DeepSpeed clips at 1.0 unless a value is said.
+            "gradient_clipping": self.config.gradient_clipping,
+            "zero_optimization": {"stage": self.config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": precision == "bf16_params"},
+            "fp16": {"enabled": precision == "fp16"},
+            "steps_per_print": 1_000_000_000,
+        }
+
+    @property
+    def module(self) -> ContrastiveModel:
+        """The model inside."""
+        module: ContrastiveModel = self._engine.module
+        return module
+
+    def accumulate(self, inputs: Sequence[Inputs], loss: Loss) -> tuple[torch.Tensor, float]:
+        """Leaves the gradients of the whole batch, for `update`.
+
+        Args:
+            inputs: this rank's micro-batches, of equal size; the same number on every rank.
+            loss: of the features of all of them, in order.
+
+        Returns:
+            This rank's share of the loss, without gradient, and the scale that it was taken at.
+        """
+        if len(inputs) == 1:
+            features = self._forward(inputs[0])
+            value = loss(features)
+            self._engine.backward(value)
+            return value.detach(), float(features.logit_scale.detach())
+        return self._accumulate_cached(inputs, loss)
+
+    def _forward(self, make: Inputs) -> Features:
+        image_BCHW, tokens_BL = make()
+        if self.config.channels_last:
+            image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
+        features: Features = self._engine(image_BCHW, tokens_BL)
+        return features
+
+    def _accumulate_cached(
+        self, inputs: Sequence[Inputs], loss: Loss
+    ) -> tuple[torch.Tensor, float]:
+        with torch.no_grad(), _kept_statistics(self.module):
+            states, parts = [], []
+            for make in inputs:
+                states.append(_random_state(self.device))
+                parts.append(self._cached(self._forward(make)))
+        leaves = Features.stack(parts, self.device)
+        value = loss(leaves)
+        value.backward()  # type: ignore[no-untyped-call]
+        gradients = [self._cached(part) for part in leaves.gradients().split(len(inputs))]
+        with self._one_reduction() as announce:
+            for number, (make, state, gradient) in enumerate(
+                zip(inputs, states, gradients, strict=True)
+            ):
+                announce(number == len(inputs) - 1)
+                _set_random_state(state, self.device)
+                surrogate = self._forward(make).dot(gradient.to(self.device))
+                # The surrogates are parts of one sum: nothing is to be divided by their number.
+                self._engine.backward(surrogate, scale_wrt_gas=False)
+        return value.detach(), float(leaves.logit_scale.detach())
+
+    def _cached(self, features: Features) -> Features:
+        return features.to(torch.device("cpu")) if self.config.cache_on_host else features
+
+    @contextmanager
+    def _one_reduction(self) -> Iterator[Callable[[bool], None]]:
+        """One exchange of gradients for all backward passes inside; told which one is the last."""
+        if self.config.zero_stage == 0:
+            yield self._engine.set_gradient_accumulation_boundary
+            return
+        with self._engine.coalesce_grad_reduction():
+            yield lambda last: None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients by parameter, between `accumulate` and `update`; on every rank."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {
+            name: gradient.detach().clone()
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and (gradient := safe_get_full_grad(parameter)) is not None
+        }
+
+    def update(self, lr_factor: float) -> float:
+        """Clips and steps. Returns the global gradient norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._peak_lr * lr_factor * group["lr_factor"]
+        norm = self._stage_0_norm() if self.config.zero_stage == 0 else None
+        self._engine.step()
+        if self._average:
+            self._average.update(self.module)
+        self._refresh_scale()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def _stage_0_norm(self) -> torch.Tensor:
+        # Without ZeRO, DeepSpeed reports no norm; gradients are whole on every rank.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _set_masters(self, values: dict[str, torch.Tensor]) -> None:
+        """Gives masters the weights as they were: DeepSpeed makes them from those of 16 bits."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            if name not in values:
+                continue
+            value = values.pop(name).to(self.device)
+            if self.config.zero_stage == 3:
+                # The call for whole values fails where they do not divide among the ranks (0.19.8).
+                padded = F.pad(value.flatten(), (0, -value.numel() % world_size()))
+                safe_set_local_fp32_param(parameter, padded.chunk(world_size())[rank()])
+            else:
+                safe_set_full_fp32_param(parameter, value)
+
+    def _refresh_scale(self) -> None:
+        if self._has_masters:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            self.module.keep_exact(
+                {
+                    name: safe_get_full_fp32_param(parameter)
+                    for name, parameter in self.module.temperature()
+                }
+            )
+
+    def train(self) -> None:
+        """Training mode."""
+        self._engine.train()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[ContrastiveModel]:
+        """Evaluation mode, without gradients, with averaged weights where they are kept."""
+        self._share_buffers()
+        self._engine.eval()
+        try:
+            with torch.no_grad(), self._averaged():
+                yield self.module
+        finally:
+            self._engine.train()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        with self._average.swapped(self.module) if self._average else nullcontext():
+            yield
+
+    def _share_buffers(self) -> None:
+        """Averages running statistics (batch norm) over ranks: each saw its part of the data."""
+        if world_size() == 1:
+            return
+        for name, buffer in self.module.named_buffers():
+            if "running_" in name:
+                dist.all_reduce(buffer)
+                buffer.div_(world_size())
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Writes ``folder/tag``, from every rank together."""
+        if self._average:
+            state = {**state, "average": self._average.state()}
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Reads what `save` wrote, on every rank together, and returns the state given then.
+
+        Raises:
+            ConfigError: it was written with another ZeRO stage, or at stage 3 by another number of
+                ranks.
+        """
+        parts = parts_to_divide(folder / tag, zero_stage=self.config.zero_stage)
+        try:
+            path, state = self._engine.load_checkpoint(
+                str(folder), tag=tag, load_optimizer_states=not parts
+            )
+            if parts:
+                load_parts(self._optimizer, parts)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"{folder / tag}: the checkpoint does not fit this run ({first}); resume with the "
+                "same model, ZeRO stage and number of processes"
+            ) from error
+        if path is None:
+            raise ConfigError(f"{folder / tag}: DeepSpeed cannot load this checkpoint")
+        average = state.pop("average", None)
+        if self._average and average is not None:
+            self._average.load(average)
+        self._refresh_scale()
+        return dict(state)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Whole float32 weights of the open_clip model, averaged ones where they are kept.
+
+        Every rank must call it: ZeRO gathers its partitions.
+        """
+        deepspeed = import_deepspeed()
+        self._share_buffers()
+        parameters = list(self.module.parameters()) if self.config.zero_stage == 3 else []
+        gathered = deepspeed.zero.GatheredParameters(parameters) if parameters else nullcontext()
+        with gathered, self._averaged():
+            state = _copy(self.module.clip.state_dict())
+        if self._has_masters:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for name, parameter in self.module.clip.named_parameters():
+                master = safe_get_full_fp32_param(parameter)
+                if parameter.requires_grad and master is not None:
+                    state[name] = master.detach().cpu().reshape(state[name].shape).clone()
+        return state
+
+
+def _exact_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.detach().float().cpu().clone().contiguous()
+        if tensor.is_floating_point()
+        else tensor.detach().cpu().clone()
+        for name, tensor in state.items()
+    }
+
+
+@contextmanager
+def _kept_statistics(module: torch.nn.Module) -> Iterator[None]:
+    """Undoes what forward passes inside do to running statistics: pass 2 is to count, alone."""
+    kept = [
+        (buffer, buffer.clone())
+        for name, buffer in module.named_buffers()
+        if "running_" in name or "num_batches_tracked" in name
+    ]
+    yield
+    for buffer, value in kept:
+        buffer.copy_(value)
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device
+
+
+def _set_random_state(
+    state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
+) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,156 @@
+"""Optimizers by name, and the parameter groups they work on.
+
+A group's learning rate is ``peak × schedule × lr_factor``. The factor is 1 for everything unless
+layer-wise decay is asked for, which makes it fall from the top of each tower to its bottom, or the
+temperature gets a factor of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import Field, PositiveFloat, model_validator
+from torch import nn
+
+from clipsys.config import Settings
+from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
+
+
+class OptimizerConfig(Settings):
+    """What turns gradients into steps; no decay for norms, biases, positions and temperature.
+
+    AdamW: Loshchilov & Hutter 2019. LAMB: You et al. 2020, for batches of many thousands; only
+    with ``engine.zero_stage`` 0. SGD: with momentum, its decay added to the gradient.
+    """
+
+    name: Literal["adamw", "lamb", "sgd"] = Field("adamw", description="which optimizer")
+    lr: PositiveFloat = Field(5e-4, description="peak learning rate")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.98), description="decay of the two moments; adamw and lamb"
+    )
+    eps: PositiveFloat = Field(
+        1e-6, description="added to the root of the second moment; adamw and lamb"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of the gradient; sgd")
+    weight_decay: float = Field(0.2, ge=0, description="of matrices and kernels only")
+    logit_scale_lr_factor: PositiveFloat = Field(
+        1.0, description="learning rate of temperature and bias, relative to lr"
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="learning rate of each layer of a tower, relative to the layer above it "
+        "(Clark et al. 2020); null: the same for all",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        idle = ("betas", "eps") if self.name == "sgd" else ("momentum",)
+        for field in idle:
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} does nothing for {self.name}; leave it out")
+        return self
+
+    @property
+    def needs_whole_tensors(self) -> bool:
+        """Whether a step depends on norms of whole parameters.
+
+        LAMB scales each parameter's step by the ratio of its norm to its update's. ZeRO 1 to 3,
+        and the fp32 masters of half-precision parameters, hand the optimizer one flat tensor of a
+        whole group, or a piece of one: one ratio for all, and another one on each rank.
+        """
+        return self.name == "lamb"
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Makes the optimizer of ``config.name`` over what `parameter_groups` returned."""
+    groups = [{**group, "lr": config.lr * group["lr_factor"]} for group in groups]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+    from timm.optim import Lamb
+
+    # timm's takes a weight decay of 0 for "not a matrix, no trust ratio"; a recipe without decay
+    # would silently be Adam. Its own clipping is the engine's business.
+    groups = [{**group, "always_adapt": group["decays"]} for group in groups]
+    optimizer: torch.optim.Optimizer = Lamb(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None
+    )
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Splits what is trained by learning-rate factor and by whether it decays.
+
+    Decay is for matrices and kernels. Norms, biases, embeddings of position and class tokens are
+    left alone; so are ``logit_scale`` and ``logit_bias``, which have a group of their own: decaying
+    the scale would cool the temperature for no reason. Frozen parameters are in no group.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP, or a module that has it as ``clip``.
+        config: what to decay, and by how much.
+
+    Returns:
+        Groups for a torch optimizer, each with ``params``, ``weight_decay``, ``lr_factor`` and
+        ``decays``.
+
+    Raises:
+        ConfigError: ``layer_decay`` is set, and the layers of a tower are not known.
+    """
+    inner = getattr(model, "clip", None)
+    clip = inner if isinstance(inner, nn.Module) else model
+    depth_of: dict[str, int] = {}
+    if config.layer_decay is not None:
+        for tower in get_args(Tower):
+            depth_of |= tower_depths(clip, tower, setting="optimizer.layer_decay")
+    spared = _spared_names(clip)
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
+    for name, parameter in clip.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_scale = name in TEMPERATURE_NAMES
+        factor = (
+            config.logit_scale_lr_factor
+            if is_scale
+            else (config.layer_decay or 1.0) ** depth_of.get(name, 0)
+        )
+        decays = parameter.ndim >= 2 and name not in spared
+        group = groups.setdefault(
+            (is_scale, factor, decays),
+            {
+                "params": [],
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr_factor": factor,
+                "decays": decays,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+#: Last parts of names of what is an embedding of position or of a token without a word.
+_EMBEDDINGS = (
+    "positional_embedding", "position_embeddings.weight", "pos_embed", "class_embedding",
+    "cls_emb", "cls_token", "reg_token", "relative_position_bias_table",
+)  # fmt: skip
+
+
+def _spared_names(clip: nn.Module) -> set[str]:
+    """Names that do not decay whatever their shape."""
+    names = {name for name, _ in clip.named_parameters()}
+    spared = {
+        name
+        for name in names
+        if name.endswith(_EMBEDDINGS) or name.rpartition(".")[2].startswith("bias")
+    }
+    # What the authors of a tower left out, in open_clip and timm alike.
+    for prefix, module in clip.named_modules():
+        listed = getattr(module, "no_weight_decay", None)
+        if callable(listed):
+            spared |= {f"{prefix}.{name}".removeprefix(".") for name in listed()}
+    return spared & names
