@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("demo", "__main__"),
     ),
     "training": (
-        ("distributed", "data", "model", "journal"),
+        ("distributed", "data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),
         ("step", "validation", "checkpoints"),

@@ -196,11 +196,12 @@ class _Trainer:
             _logger.info("the last %d samples of each epoch's order are dropped", dropped)
 
     def resume(self) -> None:
-        latest = self.checkpoints.latest()
+        latest: str | None = on_first_rank(self.checkpoints.latest)
         if latest is None:
             _logger.info("%s: no checkpoint yet, starting at the first step", self.run)
             return
-        state = self.checkpoints.load(self.engine, latest)
+        saved = self.checkpoints.check(latest)
+        state = self.checkpoints.load(self.engine, latest, saved)
         expected = self._state()
         for name in ("seed", "batch_size", "steps_per_epoch"):
             was, now = getattr(state, name), getattr(expected, name)

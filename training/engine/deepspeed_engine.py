@@ -32,7 +32,7 @@ from clipsys.training.distributed.collectives import rank, world_size
 from clipsys.training.distributed.process_group import import_deepspeed
 from clipsys.training.engine.ema import WeightAverage
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
-from clipsys.training.engine.repartition import load_parts, parts_to_divide
+from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
 from clipsys.training.model.towers import ContrastiveModel, Features
 
 _logger = logging.getLogger(__name__)
@@ -269,14 +269,14 @@ class Engine:
             state = {**state, "average": self._average.state()}
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+    def load(self, folder: Path, tag: str, saved: SavedBy) -> dict[str, Any]:
         """Reads what `save` wrote, on every rank together, and returns the state given then.
 
         Raises:
             ConfigError: it was written with another ZeRO stage, or at stage 3 by another number of
                 ranks.
         """
-        parts = parts_to_divide(folder / tag, zero_stage=self.config.zero_stage)
+        parts = parts_to_divide(folder / tag, saved)
         try:
             path, state = self._engine.load_checkpoint(
                 str(folder), tag=tag, load_optimizer_states=not parts
