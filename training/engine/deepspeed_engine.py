@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.config import Settings
 from clipsys.errors import ConfigError
-from clipsys.training.distributed.collectives import rank, world_size
+from clipsys.training.distributed.collectives import average_over_ranks, rank, world_size
 from clipsys.training.distributed.process_group import import_deepspeed
-from clipsys.training.engine.ema import WeightAverage
+from clipsys.training.engine.ema import WeightAverage, running_statistics
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
 from clipsys.training.model.towers import ContrastiveModel, Features
@@ -108,7 +107,7 @@ class Engine:
         return {
             "train_micro_batch_size_per_gpu": local_batch_size,
             "gradient_accumulation_steps": 1,
-            # DeepSpeed clips at 1.0 unless a value is said.
+            # DeepSpeed clips at 1.0 unless one is set.
             "gradient_clipping": self.config.gradient_clipping,
             "zero_optimization": {"stage": self.config.zero_stage},
             "zero_allow_untested_optimizer": True,
@@ -256,15 +255,14 @@ class Engine:
 
     def _share_buffers(self) -> None:
         """Averages running statistics (batch norm) over ranks: each saw its part of the data."""
-        if world_size() == 1:
-            return
-        for name, buffer in self.module.named_buffers():
-            if "running_" in name:
-                dist.all_reduce(buffer)
-                buffer.div_(world_size())
+        average_over_ranks(running_statistics(self.module))
+        if self._average:
+            average_over_ranks(self._average.statistics(self.module))
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Writes ``folder/tag``, from every rank together."""
+        # Rank 0's are saved for all: a resumed run must begin with what this one goes on with.
+        self._share_buffers()
         if self._average:
             state = {**state, "average": self._average.state()}
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)

@@ -25,9 +25,15 @@ _BATCH = 12
 _MODEL = {**TINY_MODEL, "text_cfg": {**TINY_MODEL["text_cfg"], "vocab_size": 1000}}
 
 
-def _engine(world_size: int, *, precision: str = "fp32", **config: Any) -> Engine:
+_RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+
+
+def _engine(
+    world_size: int, *, precision: str = "fp32", resnet: bool = False, **config: Any
+) -> Engine:
     torch.manual_seed(0)
-    model = ContrastiveModel(build_model(_MODEL, for_training=True), TowerOptions(precision))
+    architecture = {**_MODEL, "vision_cfg": _RESNET} if resnet else _MODEL
+    model = ContrastiveModel(build_model(architecture, for_training=True), TowerOptions(precision))
     return Engine(
         model,
         config=EngineConfig(**config),
@@ -64,10 +70,12 @@ def _save_and_load(
     rank: int, world_size: int, folder: str, precision: str, config: dict[str, Any]
 ) -> bool:
     first = _engine(world_size, precision=precision, **config)
+    first.train()
     _advance(first, range(3), rank, world_size)
     first.save(Path(folder), "tag", {"step": 3})
     _advance(first, range(3, 5), rank, world_size)
     second = _engine(world_size, precision=precision, **config)
+    second.train()
     saved = SavedBy(world_size, config["zero_stage"])
     assert second.load(Path(folder), "tag", saved)["step"] == 3
     _advance(second, range(3, 5), rank, world_size)
@@ -126,6 +134,25 @@ def test_another_number_of_ranks_goes_on_with_the_same_masters(
                 np.testing.assert_array_equal(state[name], value, err_msg=name)
             # The temperature that the next loss is taken at comes from the master too.
             assert scale == pytest.approx(np.exp(saved["logit_scale"]).item(), rel=1e-7)
+
+
+def test_running_statistics_of_all_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    # Three ranks: the sum of three equal float32 values, divided by three, is not always the value.
+    config = {"zero_stage": 1, "resnet": True, "ema_decay": 0.9}
+    assert run_ranks(_save_and_load, 3, str(tmp_path), "fp32", config) == [True] * 3
+
+
+def _shared_statistics(rank: int, world_size: int) -> list[float]:
+    engine = _engine(world_size, resnet=True, zero_stage=0, ema_decay=0.9)
+    engine.train()
+    _advance(engine, range(2), rank, world_size)
+    with engine.evaluating() as model:
+        return [float(value.sum()) for name, value in model.named_buffers() if "running_" in name]
+
+
+def test_ranks_evaluate_with_the_same_average_of_running_statistics() -> None:
+    first, *others = run_ranks(_shared_statistics, 2)
+    assert others == [first]
 
 
 _MANY_STEPS = 16
