@@ -76,10 +76,14 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
+
+    Attributes:
+        folder: the folder that they are in.
+    """
 
     def __init__(self, run: Path, *, keep: int) -> None:
-        self._folder = run / FOLDER
+        self.folder = run / FOLDER
         self._keep = keep
 
     def save(
@@ -92,15 +96,14 @@ class Checkpoints:
         """Writes a checkpoint, from every rank together. It counts only when it is complete."""
         name = f"step-{state.step:08d}"
         partial = f"{name}.partial"
-        on_first_rank(lambda: shutil.rmtree(self._folder / partial, ignore_errors=True))
-        engine.save(self._folder, partial, asdict(state))
+        on_first_rank(lambda: shutil.rmtree(self.folder / partial, ignore_errors=True))
+        engine.save(self.folder, partial, asdict(state))
         weights = engine.state_dict()
-        files = self._describe_own(self._folder / partial)
+        files = self._describe_own(self.folder / partial)
 
         def publish() -> None:
-            written = self._folder / partial
-            parts.model.load_state_dict(weights)
-            save_model(parts, written / "model", provenance=provenance)
+            written = self.folder / partial
+            save_model(parts, written / "model", weights=weights, provenance=provenance)
             rest = set(list_files(written)) - files.keys()
             Manifest(
                 step=state.step,
@@ -109,16 +112,16 @@ class Checkpoints:
                 precision=engine.module.precision,
                 files=dict(sorted({**files, **describe_files(written, rest)}.items())),
             ).write(written)
-            final = self._folder / name
+            final = self.folder / name
             shutil.rmtree(final, ignore_errors=True)
             written.rename(final)
             self._point_to(name)
             self._forget_old(name)
-            for script in self._folder.glob("zero_to_*.py"):
+            for script in self.folder.glob("zero_to_*.py"):
                 script.unlink()  # DeepSpeed's recovery scripts; model/ makes them needless
 
         on_first_rank(publish)
-        return self._folder / name
+        return self.folder / name
 
     def _describe_own(self, written: Path) -> dict[str, FileRecord]:
         """Size and checksum of what all ranks have written; each looks at its own files."""
@@ -128,18 +131,18 @@ class Checkpoints:
         return {name: record for records in gathered for name, record in records.items()}
 
     def _point_to(self, name: str) -> None:
-        pointer = self._folder / f"{_LATEST}.partial"
+        pointer = self.folder / f"{_LATEST}.partial"
         pointer.write_text(name + "\n", encoding="utf-8")
-        pointer.replace(self._folder / _LATEST)
+        pointer.replace(self.folder / _LATEST)
 
     def _forget_old(self, newest: str) -> None:
         # Later ones may be there, if the run was resumed from an earlier one: they are left alone.
         complete = [name for name in self._names() if name <= newest]
         for old in complete[: -self._keep]:
-            shutil.rmtree(self._folder / old)
+            shutil.rmtree(self.folder / old)
 
     def _names(self) -> list[str]:
-        return sorted(path.name for path in self._folder.glob(_NAME))
+        return sorted(path.name for path in self.folder.glob(_NAME))
 
     def latest(self) -> str | None:
         """The name of the newest complete checkpoint.
@@ -147,14 +150,14 @@ class Checkpoints:
         Raises:
             TrainingError: the file that names it is damaged, or names none that is there.
         """
-        pointer = self._folder / _LATEST
+        pointer = self.folder / _LATEST
         if not pointer.is_file():
             return None
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if name not in self._names():
             there = ", ".join(self._names()) or "none"
             raise TrainingError(
-                f"{pointer}: names {name!r}, which is no checkpoint of {self._folder} (there are: "
+                f"{pointer}: names {name!r}, which is no checkpoint of {self.folder} (there are: "
                 f"{there}); write the name of one into it, or delete it to start anew"
             )
         return name
@@ -172,32 +175,33 @@ class Checkpoints:
         saved, files, faults = on_first_rank(lambda: self._look(name))
         if not faults:
             own = {file: record for file, record in files.items() if _reader(file) == rank()}
-            faults = [fault for found in gather_objects(altered(self._folder / name, own))
+            faults = [fault for found in gather_objects(altered(self.folder / name, own))
                       for fault in found]  # fmt: skip
-        if faults:
+        if faults or saved is None:
             raise on_first_rank(lambda: self._refusal(name, faults))
-        return SavedBy(*saved)
+        return saved
 
-    def _look(self, name: str) -> tuple[tuple[int, ...], dict[str, FileRecord], list[str]]:
-        folder = self._folder / name
+    def _look(self, name: str) -> tuple[SavedBy | None, dict[str, FileRecord], list[str]]:
+        folder = self.folder / name
         try:
             manifest = read_manifest(folder)
             if manifest is None:
-                return tuple(read_saved_by(folder)), {}, []
+                return read_saved_by(folder), {}, []
         except TrainingError as error:
-            return (), {}, [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")]
+            return None, {}, [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")]
         faults = missing_or_resized(folder, manifest.files)
-        return (manifest.world_size, manifest.zero_stage), manifest.files, faults
+        saved = SavedBy(manifest.world_size, manifest.zero_stage, manifest.precision)
+        return saved, manifest.files, faults
 
     def _refusal(self, name: str, faults: list[str]) -> TrainingError:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        text = f"{self._folder / name}: the checkpoint is not whole: {', '.join(faults[:3])}{more}"
+        text = f"{self.folder / name}: the checkpoint is not whole: {', '.join(faults[:3])}{more}"
         before = next((one for one in reversed(self._names()) if self._is_whole(one, name)), None)
         if before is None:
             return TrainingError(f"{text}; no checkpoint before it is whole, start a new run")
         return TrainingError(
             f"{text}; the one before it, {before}, is whole: to go on from there, write its name "
-            f"into {self._folder / _LATEST} (echo {before} > {self._folder / _LATEST}) and "
+            f"into {self.folder / _LATEST} (echo {before} > {self.folder / _LATEST}) and "
             "resume again"
         )
 
@@ -205,7 +209,7 @@ class Checkpoints:
         if name >= before:
             return False
         _, files, faults = self._look(name)
-        return not faults and not altered(self._folder / name, files)
+        return not faults and not altered(self.folder / name, files)
 
     def load(self, engine: Engine, name: str, saved: SavedBy) -> TrainState:
         """Puts a checkpoint into the engine, on every rank together.
@@ -218,7 +222,7 @@ class Checkpoints:
         Raises:
             ConfigError: it does not fit the model, the ZeRO stage or the number of ranks.
         """
-        state = engine.load(self._folder, name, saved)
+        state = engine.load(self.folder, name, saved)
         known = TrainState.__dataclass_fields__.keys() & state.keys()
         return TrainState(**{name: state[name] for name in known})
 
@@ -248,9 +252,7 @@ def latest_model(run: Path, step: int | None = None) -> Path:
     if step is not None:
         found = folder / f"step-{step:08d}" / "model"
         if not found.is_dir():
-            there = ", ".join(
-                str(int(path.name[5:])) for path in sorted(folder.glob(_NAME))
-            )
+            there = ", ".join(str(int(path.name[5:])) for path in sorted(folder.glob(_NAME)))
             raise TrainingError(f"{run}: no checkpoint at step {step}; there are {there or 'none'}")
         return found
     if (run / "model").is_dir():

@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named_and_so_is_the_checkpoint_before(newest: Path, d
 
 def test_a_checkpoint_that_is_whole_says_who_saved_it(newest: Path) -> None:
     (newest / ".nfs0001").write_bytes(b"")  # a file system's own
-    assert Checkpoints(newest.parents[1], keep=2).check(newest.name) == SavedBy(2, 1)
+    assert Checkpoints(newest.parents[1], keep=2).check(newest.name) == SavedBy(2, 1, "fp32")
 
 
 def test_where_no_checkpoint_is_whole_none_is_offered(newest: Path) -> None:

@@ -18,8 +18,14 @@ class WeightAverage:
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self._decay = decay
-        self._updates = 0
-        self._shadow = [tensor.detach().clone() for tensor in _averaged(model)]
+        state = self.beginning(model)
+        self._updates: int = state["updates"]
+        self._shadow: list[torch.Tensor] = state["shadow"]
+
+    @staticmethod
+    def beginning(model: torch.nn.Module) -> dict[str, Any]:
+        """The state of an average that begins with a model as it is."""
+        return {"updates": 0, "shadow": [tensor.clone() for tensor in _averaged(model)]}
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:

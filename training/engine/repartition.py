@@ -18,12 +18,16 @@ from clipsys.training.distributed.collectives import rank, world_size
 
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
+#: Sections of DeepSpeed's configuration, and the precision that enables them.
+_SIXTEEN_BITS = (("bf16", "bf16_params"), ("fp16", "fp16"))
+
 
 class SavedBy(NamedTuple):
-    """Who saved a checkpoint: the number of ranks and the ZeRO stage."""
+    """Who saved a checkpoint: the number of ranks, the ZeRO stage and the precision."""
 
     world_size: int
     zero_stage: int
+    precision: str
 
 
 def read_saved_by(checkpoint: Path) -> SavedBy:
@@ -39,8 +43,14 @@ def read_saved_by(checkpoint: Path) -> SavedBy:
         raise TrainingError(f"{checkpoint}: {_MODEL_FILES[0]} is missing")
     try:
         state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        stage = int(state["ds_config"]["zero_optimization"]["stage"])
-        saved = SavedBy(int(state["world_size"]), stage)
+        config = state["ds_config"]
+        saved = SavedBy(
+            int(state["world_size"]),
+            int(config["zero_optimization"]["stage"]),
+            next(
+                (precision for name, precision in _SIXTEEN_BITS if config[name]["enabled"]), "fp32"
+            ),
+        )
     except Exception as error:  # pickle and zip raise nearly anything on damaged bytes
         raise TrainingError(f"{path}: cannot be read ({type(error).__name__})") from error
     if saved.zero_stage:

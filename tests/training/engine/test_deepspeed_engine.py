@@ -76,7 +76,7 @@ def _save_and_load(
     _advance(first, range(3, 5), rank, world_size)
     second = _engine(world_size, precision=precision, **config)
     second.train()
-    saved = SavedBy(world_size, config["zero_stage"])
+    saved = SavedBy(world_size, config["zero_stage"], precision)
     assert second.load(Path(folder), "tag", saved)["step"] == 3
     _advance(second, range(3, 5), rank, world_size)
     one, two = first.state_dict(), second.state_dict()
@@ -115,7 +115,7 @@ def _load_masters(
     found = []
     for precision, stage in splits:
         engine = _engine(world_size, precision=precision, zero_stage=stage)
-        engine.load(Path(folder), f"{precision}-{stage}", SavedBy(2, stage))
+        engine.load(Path(folder), f"{precision}-{stage}", SavedBy(2, stage, precision))
         state = {name: value.numpy() for name, value in engine.state_dict().items()}
         (scale,) = _advance(engine, range(3, 4), rank, world_size)
         found.append((state, scale))
