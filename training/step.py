@@ -18,6 +18,7 @@ from clipsys.training.data.augmentation import AugmentationConfig, augment, norm
 from clipsys.training.data.samples import Batch, Positives
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Inputs
+from clipsys.training.engine.gradient_check import NonFiniteGradientError
 from clipsys.training.losses import info_nce, sigmoid_loss
 from clipsys.training.model.towers import Features
 
@@ -85,7 +86,8 @@ class TrainingStep:
         """Trains on the micro-batches of a step (0-based). Every rank calls it.
 
         Raises:
-            TrainingError: the loss is not finite; weights and checkpoints are as they were.
+            TrainingError: the loss or a gradient is not finite; weights and checkpoints are as
+                they were.
         """
         # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
         seed = (self._seed * 1_000_003 + step) * 4096 + rank()
@@ -98,7 +100,13 @@ class TrainingStep:
         loss = objective(self._objective, groups_B, self._tile_size)
         share, logit_scale = self._engine.accumulate(inputs, loss)
         value, num_skipped = self._over_ranks(share, batches, step)
-        norm = self._engine.update(lr_factor)
+        try:
+            norm = self._engine.update(lr_factor)
+        except NonFiniteGradientError as error:
+            raise TrainingError(
+                f"step {step}: {error}, while the loss is; lower optimizer.lr or use "
+                "engine.precision fp32; the last checkpoint is kept"
+            ) from error
         return StepFigures(value, logit_scale, norm, num_skipped)
 
     def _inputs(self, batch: Batch, seed: int) -> Inputs:

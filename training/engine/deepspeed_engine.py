@@ -31,6 +31,12 @@ from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import average_over_ranks, rank, world_size
 from clipsys.training.distributed.process_group import import_deepspeed
 from clipsys.training.engine.ema import WeightAverage, running_statistics
+from clipsys.training.engine.gradient_check import (
+    NonFiniteGradientError,
+    describe,
+    refuse_unless_finite,
+    watch_norm,
+)
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
 from clipsys.training.model.towers import ContrastiveModel, Features
@@ -100,6 +106,8 @@ class Engine:
             config=self._deepspeed_config(local_batch_size, model.precision),
             dist_init_required=False,
         )
+        if config.zero_stage and model.precision != "fp16":
+            watch_norm(self._optimizer, model, zero_stage=config.zero_stage)
         self._set_masters(exact)
         self._average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self._refresh_scale()
@@ -193,15 +201,43 @@ class Engine:
         }
 
     def update(self, lr_factor: float) -> float:
-        """Clips and steps. Returns the global gradient norm before clipping."""
+        """Clips and steps. Returns the global gradient norm before clipping; infinite for a step
+        that fp16 leaves out.
+
+        Raises:
+            NonFiniteGradientError: on every rank, before weights and optimizer are touched.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak_lr * lr_factor * group["lr_factor"]
         norm = self._stage_0_norm() if self.config.zero_stage == 0 else None
-        self._engine.step()
+        if norm is not None:
+            refuse_unless_finite(norm, self.module)
+        try:
+            self._engine.step()
+        except Exception as error:
+            # A plain Exception (deepspeed/runtime/fp16/loss_scaler.py, 0.19.8), on every rank.
+            if "loss scale already at minimum" not in str(error):
+                raise
+            cause = describe(self.module)
+            raise NonFiniteGradientError(f"{cause} at any loss scale of fp16") from None
         if self._average:
             self._average.update(self.module)
         self._refresh_scale()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def scaling_figures(self) -> dict[str, float]:
+        """The loss scale of fp16 and how many steps it has left out so far; else nothing."""
+        if self.module.precision != "fp16":
+            return {}
+        return {
+            "loss_scale": float(self._optimizer.loss_scale),
+            "skipped_steps": int(self._engine.skipped_steps),
+        }
+
+    @property
+    def num_applied_steps(self) -> int:
+        """Steps that have changed the weights, those before a resume included."""
+        return int(self._engine.global_steps - self._engine.skipped_steps)
 
     def _stage_0_norm(self) -> torch.Tensor:
         # Without ZeRO, DeepSpeed reports no norm; gradients are whole on every rank.
