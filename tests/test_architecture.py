@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("distributed", "data", "model", "journal"),
         ("losses",),
         ("engine",),
+        ("objectives",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
         ("plan",),

@@ -74,12 +74,12 @@ class Checkpoints:
         partial = f"{name}.partial"
         on_first_rank(lambda: shutil.rmtree(self._folder / partial, ignore_errors=True))
         engine.save(self._folder, partial, asdict(state))
-        weights = engine.state_dict()
+        weights, heads = engine.state_dict(), engine.heads_state_dict()
         _wait_for_all()
 
         def publish() -> None:
             target = self._folder / partial / "model"
-            save_model(parts, target, weights=weights, provenance=provenance)
+            save_model(parts, target, weights=weights, heads=heads, provenance=provenance)
             final = self._folder / name
             shutil.rmtree(final, ignore_errors=True)
             (self._folder / partial).rename(final)

@@ -210,7 +210,7 @@ class TrainingLoop:
             "epoch": round(self.step / self.run.steps_per_epoch, 4),
             "loss": window.loss / window.steps,
             "lr": self.recipe.optimizer.lr * factor,
-            "logit_scale": figures.logit_scale,
+            **figures.scalars,
             "gradient_norm": figures.gradient_norm,
             "samples_per_s": window.steps * self.recipe.data.batch_size / elapsed,
             "data_wait_share": window.waited_s / elapsed,
@@ -232,7 +232,12 @@ class TrainingLoop:
             self._journal.write(
                 self.step, {f"val/{name}": value for name, value in figures.items()}
             )
-            shown = ("text_to_image/recall@10", "image_to_text/recall@10", "zeroshot/accuracy@1")
+            shown = (
+                "text_to_image/recall@10",
+                "image_to_text/recall@10",
+                "zeroshot/accuracy@1",
+                "knn/accuracy@1",
+            )
             texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
             epoch = self.step / self.run.steps_per_epoch
             _logger.info("epoch %.3g: %s", epoch, ", ".join(texts))

@@ -5,6 +5,7 @@ A model folder is open_clip's own local format plus one file of ours::
     open_clip_config.json          model_cfg and preprocess_cfg, as open_clip reads them
     open_clip_model.safetensors    the weights
     clipsys.json                   fingerprint and provenance
+    heads.safetensors              only where asked for: what an objective trained beside the model
     tokenizer files                only where the text tower uses a Hugging Face tokenizer
 
 Stock open_clip loads it: ``open_clip.create_model_from_pretrained("local-dir:PATH")``.
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CARD_NAME = "clipsys.json"
+HEADS_NAME = "heads.safetensors"
 
 #: texts -> int64 (N, context_length)
 Tokenizer = Callable[[list[str]], "torch.Tensor"]
@@ -365,6 +367,7 @@ def save_model(
     out: str | Path,
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
+    heads: Mapping[str, torch.Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
@@ -374,6 +377,8 @@ def save_model(
         parts: the model.
         out: the folder.
         weights: its whole state dict where the module does not hold it, as while ZeRO trains it.
+        heads: weights that an objective trained beside the model, written beside it. open_clip and
+            `load_model` do not read them.
         provenance: what ``clipsys.json`` says of the model's origin.
         overwrite: replaces ``out`` where it exists.
 
@@ -392,6 +397,9 @@ def save_model(
     try:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(weights)}
         save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        if heads:
+            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}
+            save_file(kept, folder / HEADS_NAME, metadata={"format": "pt"})
         document = {"model_cfg": parts.config, "preprocess_cfg": parts.preprocessing.to_open_clip()}
         (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         card = {
@@ -399,6 +407,9 @@ def save_model(
             "fingerprint": mark,
             "provenance": dict(provenance or {}),
         }
+        if heads:
+            shapes = {name: list(tensor.shape) for name, tensor in heads.items()}
+            card["heads"] = {"file": HEADS_NAME, "parameters": shapes}
         (folder / CARD_NAME).write_text(
             json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

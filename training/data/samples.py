@@ -37,15 +37,17 @@ class Batch:
     Attributes:
         keys: (B,) sample keys.
         image_BCHW: uint8, not yet augmented or normalised.
-        tokens_BL: int64, padded to the model's context length.
+        tokens_BL: int64, padded to the model's context length; None where no text is trained.
         groups_B: int64; equal ids are positives of each other.
+        samples_B: int64; the number of each sample among all samples of the shards.
         skipped: samples of this batch that were replaced by a neighbour.
     """
 
     keys: tuple[str, ...]
     image_BCHW: torch.Tensor
-    tokens_BL: torch.Tensor
+    tokens_BL: torch.Tensor | None
     groups_B: torch.Tensor
+    samples_B: torch.Tensor
     skipped: tuple[Skipped, ...] = ()
 
     def pin_memory(self) -> Batch:
@@ -53,8 +55,9 @@ class Batch:
         return replace(
             self,
             image_BCHW=self.image_BCHW.pin_memory(),
-            tokens_BL=self.tokens_BL.pin_memory(),
+            tokens_BL=None if self.tokens_BL is None else self.tokens_BL.pin_memory(),
             groups_B=self.groups_B.pin_memory(),
+            samples_B=self.samples_B.pin_memory(),
         )
 
 
@@ -83,12 +86,21 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as it is used once: its key, decoded image, chosen caption and group id."""
+    """One sample as it is used once.
+
+    Attributes:
+        key: of the sample.
+        image: decoded.
+        caption: the chosen one; empty where none is needed.
+        group: equal ids are positives of each other.
+        number: of the sample among all samples of the shards.
+    """
 
     key: str
     image: DecodedImage
     caption: str
     group: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -103,9 +115,16 @@ class Decoder:
     max_image_pixels: int
     seed: int
     decode: Literal["fast", "exact"] = "fast"
+    needs_caption: bool = True
 
     def row(
-        self, raw: dict[str, Any], epoch: int, position: int, image: DecodedImage | None = None
+        self,
+        raw: dict[str, Any],
+        epoch: int,
+        position: int,
+        image: DecodedImage | None = None,
+        *,
+        number: int = 0,
     ) -> Row:
         """Decodes the sample at a position of an epoch's order.
 
@@ -114,20 +133,21 @@ class Decoder:
             epoch: counted from 0.
             position: within the epoch.
             image: its image, where it has been decoded already.
+            number: of the sample among all samples of the shards.
 
         Raises:
             DataError: no usable image or caption.
         """
         sample = parse_sample(raw)
-        if not sample.captions:
+        if self.needs_caption and not sample.captions:
             raise DataError(f"{raw.get('__url__')}#{sample.key}: the sample has no caption")
         if image is None:
             image = self._image(sample.image, f"{raw.get('__url__')}#{sample.key}")
-        caption = sample.captions[0]
+        caption = sample.captions[0] if sample.captions else ""
         if self.captions == "random" and len(sample.captions) > 1:
             choice = group_id(f"{self.seed}/{epoch}/{position}") % len(sample.captions)
             caption = sample.captions[choice]
-        return Row(sample.key, image, caption, self._group(sample, caption, image))
+        return Row(sample.key, image, caption, self._group(sample, caption, image), number)
 
     def _image(self, data: bytes, place: str) -> DecodedImage:
         group = 0
@@ -168,7 +188,8 @@ class Decoder:
         return Batch(
             keys=tuple(row.key for row in rows),
             image_BCHW=torch.from_numpy(np.stack([row.image.pixels for row in rows])),
-            tokens_BL=self.tokenizer([row.caption for row in rows]),
+            tokens_BL=self.tokenizer([r.caption for r in rows]) if self.needs_caption else None,
             groups_B=torch.tensor([row.group for row in rows], dtype=torch.int64),
+            samples_B=torch.tensor([row.number for row in rows], dtype=torch.int64),
             skipped=tuple(skipped),
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from clipsys.training.model.trained import MOMENTUM_PREFIX
+
 
 class WeightAverage:
     """Exponential moving average of weights and running statistics (Polyak & Juditsky 1992).
@@ -57,6 +59,15 @@ class WeightAverage:
 
 
 def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
-    parameters = [parameter.detach() for parameter in model.parameters()]
+    """What is trained; momentum towers are an average themselves."""
+    parameters = [
+        parameter.detach()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(MOMENTUM_PREFIX)
+    ]
     # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
-    return parameters + [buffer for name, buffer in model.named_buffers() if "running_" in name]
+    return parameters + [
+        buffer
+        for name, buffer in model.named_buffers()
+        if "running_" in name and not name.startswith(MOMENTUM_PREFIX)
+    ]

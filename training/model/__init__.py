@@ -2,5 +2,7 @@
 
 layers              the layers of a tower, from its top to its bottom
 initial             the model that a run begins with
-towers              both towers and the temperature in one forward
+outputs             what passes between data, model and loss
+towers              towers, heads and temperature
+trained             the module that DeepSpeed trains
 """

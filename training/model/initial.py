@@ -12,7 +12,7 @@ from torch import nn
 from clipsys.config import Settings
 from clipsys.errors import ConfigError, TrainingError
 from clipsys.models.open_clip_models import ModelParts, architecture_config, build_model, load_model
-from clipsys.training.model.layers import Tower, tower_depths
+from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 
 #: Where Zhai et al. 2023 (section 3.2) start the sigmoid loss: a bias of -10, since nearly all
 #: pairs are negatives, and a scale of 10.
@@ -50,19 +50,19 @@ class ModelConfig(Settings):
     )
 
 
-def initial_model(settings: ModelConfig, *, loss: str = "infonce") -> ModelParts:
+def initial_model(settings: ModelConfig, *, with_bias: bool = False) -> ModelParts:
     """Makes the model, with random weights or pretrained ones.
 
     Args:
         settings: the recipe's section.
-        loss: the objective; ``sigmoid`` needs a model with a bias.
+        with_bias: whether the objective needs a model with a ``logit_bias``.
 
     Raises:
         ModelError: the architecture or the weights are not known or do not load.
         TrainingError: the weights are of another architecture.
         ConfigError: a tower to be locked has no blocks that could stay unlocked.
     """
-    config = _configuration(settings, with_bias=loss == "sigmoid")
+    config = _configuration(settings, with_bias=with_bias)
     parts = build_model(config, preprocess=settings.preprocess, for_training=True)
     if settings.pretrained:
         _load_weights(parts.model, settings.pretrained)
@@ -138,3 +138,20 @@ def lock_tower(model: nn.Module, tower: Tower, unlocked_blocks: int) -> None:
     for name, parameter in model.named_parameters():
         if name in depths:
             parameter.requires_grad = unlocked_blocks > 0 and depths[name] <= unlocked_blocks
+
+
+def freeze_unused(model: nn.Module, *, image: bool, text: bool, temperature: bool) -> None:
+    """Freezes what an objective does not train: it gets no gradient, and must not decay.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP.
+        image: whether the image tower is trained.
+        text: whether the text tower is trained.
+        temperature: whether ``logit_scale`` and ``logit_bias`` are trained.
+    """
+    for name, parameter in model.named_parameters():
+        used = image if name.startswith("visual.") else text
+        if name in TEMPERATURE_NAMES:
+            used = temperature
+        if not used:
+            parameter.requires_grad = False

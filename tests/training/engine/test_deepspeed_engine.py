@@ -12,8 +12,11 @@ from clipsys.models.open_clip_models import build_model
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.ema import WeightAverage
 from clipsys.training.engine.optimizers import OptimizerConfig
-from clipsys.training.losses import info_nce
-from clipsys.training.model.towers import ContrastiveModel, TowerOptions
+from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.towers import TowerOptions
+from clipsys.training.model.trained import TrainedModel
+from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
+from clipsys.training.objectives.protocol import Labels
 from clipsys.training.recipe import EngineConfig
 from tests.conftest import TINY_MODEL
 from tests.ranks import run_ranks
@@ -23,9 +26,13 @@ _BATCH = 12
 _MODEL = {**TINY_MODEL, "text_cfg": {**TINY_MODEL["text_cfg"], "vocab_size": 1000}}
 
 
+_OBJECTIVE = InfoNCE(InfoNCEConfig(positives="pair"))
+
+
 def _engine(world_size: int, *, precision: str = "fp32", **config: Any) -> Engine:
     torch.manual_seed(0)
-    model = ContrastiveModel(build_model(_MODEL, for_training=True), TowerOptions(precision))
+    clip = build_model(_MODEL, for_training=True).model
+    model = TrainedModel(clip, _OBJECTIVE, TowerOptions(precision), width=32)
     return Engine(
         model,
         config=EngineConfig(**config),
@@ -35,26 +42,29 @@ def _engine(world_size: int, *, precision: str = "fp32", **config: Any) -> Engin
     )
 
 
-def _batch(step: int, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(step: int, rank: int, world_size: int) -> tuple[Inputs, Labels]:
     generator = torch.Generator().manual_seed(step)
     image = torch.randn(_BATCH, 3, 32, 32, generator=generator)
     tokens = torch.randint(1, 999, (_BATCH, 16), generator=generator)
     tokens[:, 6] = 999
     tokens[:, 7:] = 0
     rows = slice(rank * _BATCH // world_size, (rank + 1) * _BATCH // world_size)
-    return image[rows], tokens[rows]
+    numbers = torch.arange(_BATCH)[rows]
+    return Inputs((image[rows],), (tokens[rows],)), Labels(numbers, numbers)
 
 
 def _advance(engine: Engine, steps: range, rank: int, world_size: int) -> list[float]:
     scales = []
     for step in steps:
-        batch = _batch(step, rank, world_size)
-        _, scale = engine.accumulate(
-            [lambda batch=batch: batch],
-            lambda f: info_nce(f.image_BD, f.text_BD, f.logit_scale),
+        inputs, labels = _batch(step, rank, world_size)
+        _, shared = engine.accumulate(
+            [lambda inputs=inputs: inputs],
+            lambda outputs, targets, state, labels=labels: _OBJECTIVE.loss(
+                outputs, targets, labels, state
+            ),
         )
         engine.update(1.0)
-        scales.append(scale)
+        scales.append(float(shared["logit_scale"]))
     return scales
 
 
