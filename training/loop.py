@@ -117,6 +117,7 @@ class _Trainer:
             recipe.data.validation,
             self.parts.preprocessing,
             self.parts.tokenizer,
+            caption_key=recipe.data.caption_key,
         )
         precision = choose_training_precision(recipe.engine.precision, device)
         options = TowerOptions(precision, recipe.engine.grad_checkpointing, recipe.engine.compile)
@@ -291,6 +292,7 @@ class _Trainer:
                 max_image_pixels=data.max_image_pixels,
                 seed=self.recipe.seed,
                 decode=data.decode,
+                caption_key=data.caption_key,
             ),
             cache=data.shard_cache,
             pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
