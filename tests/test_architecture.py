@@ -23,6 +23,7 @@ ALLOWED = {
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
         ("errors", "progress"),
+        ("paths",),
         ("config", "images", "inference", "processes"),
         ("shards",),
         ("models", "corpora"),

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import nn
 
-from clipsys.config import Settings
+from clipsys.config import PathText, Settings
 from clipsys.errors import ConfigError, TrainingError
 from clipsys.models.open_clip_models import ModelParts, architecture_config, build_model, load_model
 from clipsys.training.model.layers import Tower, tower_depths
@@ -25,7 +25,7 @@ class ModelConfig(Settings):
     architecture: str | dict[str, Any] = Field(
         "ViT-B-32", description="a name that open_clip knows, or a model_cfg of its own"
     )
-    pretrained: str | None = Field(
+    pretrained: PathText | None = Field(
         None, description="start from these weights: NAME/TAG, hf-hub:ORG/REPO or a model folder"
     )
     preprocess: dict[str, Any] = Field(
