@@ -21,7 +21,7 @@ from clipsys.evaluation.figures import (
 from clipsys.evaluation.metrics import Floats
 from clipsys.images.decoding import decode_image
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.open_clip_models import Tokenizer
+from clipsys.models.tokenization import Tokenizer
 from clipsys.models.zeroshot import class_vectors
 from clipsys.shards.reading import Sample, expand_shards, iterate_samples
 from clipsys.training.data.augmentation import normalisation, to_input
