@@ -361,11 +361,15 @@ def _without_random_values() -> TorchFunctionMode:
     return WithoutRandomValues()
 
 
-def fingerprint(parts: ModelParts) -> str:
+def fingerprint(parts: ModelParts, weights: Mapping[str, torch.Tensor] | None = None) -> str:
     """SHA-256 over weights, architecture and preprocessing: equal if and only if embeddings are.
 
     Independent of the file format, of the order of the tensors and of the shape ([] or [1]) that
     ``logit_scale`` has in and out of training.
+
+    Args:
+        parts: the model.
+        weights: its state dict where the module does not hold it; None takes the module's own.
     """
     digest = hashlib.sha256()
     identity = {
@@ -377,7 +381,8 @@ def fingerprint(parts: ModelParts) -> str:
         "preprocessing": {**parts.preprocessing.to_open_clip(), "fill_color": None},
     }
     digest.update(json.dumps(identity, sort_keys=True).encode())
-    for name, tensor in sorted(parts.model.state_dict().items()):
+    state = parts.model.state_dict() if weights is None else weights
+    for name, tensor in sorted(state.items()):
         if name == "attn_mask" or name.endswith("num_batches_tracked"):
             continue
         array = tensor.detach().cpu().contiguous()
@@ -428,10 +433,18 @@ def save_model(
     parts: ModelParts,
     out: str | Path,
     *,
+    weights: Mapping[str, torch.Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Writes a model folder, complete or not at all. Returns the model's fingerprint.
+
+    Args:
+        parts: the model.
+        out: the folder.
+        weights: its whole state dict where the module does not hold it, as while ZeRO trains it.
+        provenance: what ``clipsys.json`` says of the model's origin.
+        overwrite: replaces ``out`` where it exists.
 
     Raises:
         ModelError: ``out`` exists and is not an empty folder, and ``overwrite`` is not given.
@@ -442,12 +455,13 @@ def save_model(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
         raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(parts)
+    weights = parts.model.state_dict() if weights is None else weights
+    mark = fingerprint(parts, weights)
     # Not by tempfile, whose folders are private: who may read a model is decided by the umask.
     folder = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     folder.mkdir()
     try:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(parts.model)}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(weights)}
         document = {
             "model_cfg": _config_in(target, parts.config),
             "preprocess_cfg": parts.preprocessing.to_open_clip(),
@@ -490,8 +504,8 @@ def _config_in(target: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "text_cfg": {**text, "hf_model_name": str(target.absolute())}}
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in model.state_dict().items():
+def _stored(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights.items():
         # Stock open_clip expects the 0-D scale; DeepSpeed needed 1-D.
         yield name, tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor
 
