@@ -25,7 +25,7 @@ from clipsys.evaluation.figures import (
 from clipsys.evaluation.metrics import Floats
 from clipsys.images.decoding import decode_image
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.open_clip_models import Tokenizer
+from clipsys.models.tokenization import Tokenizer
 from clipsys.models.zeroshot import class_vectors
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure

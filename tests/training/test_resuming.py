@@ -28,6 +28,8 @@ from tests.training.runs import (
     Outcome,
     have_same_weights,
     train_in_group,
+)
+from tests.training.runs import (
     write_recipe as write_test_recipe,
 )
 
