@@ -86,6 +86,12 @@ class Encoder:
         """What similarities are multiplied with before a softmax, as trained (no logarithm)."""
         return float(self._model.logit_scale.detach().exp())
 
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to scaled similarities before a sigmoid; None of a softmax model."""
+        bias = getattr(self._model, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
+
     @cached_property
     def _encode_pixels(self) -> EncodeImage:
         # When first needed: a search by text must not wait for it.
