@@ -38,6 +38,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
         ("plan",),
+        ("run",),
         ("loop",),
         ("commands",),
     ),

@@ -78,8 +78,8 @@ class Checkpoints:
         _wait_for_all()
 
         def publish() -> None:
-            parts.model.load_state_dict(weights)
-            save_model(parts, self._folder / partial / "model", provenance=provenance)
+            target = self._folder / partial / "model"
+            save_model(parts, target, weights=weights, provenance=provenance)
             final = self._folder / name
             shutil.rmtree(final, ignore_errors=True)
             (self._folder / partial).rename(final)

@@ -18,7 +18,7 @@ from clipsys.training.data.augmentation import AugmentationConfig, augment, norm
 from clipsys.training.data.samples import Batch, Positives
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Inputs
-from clipsys.training.losses import auto_tile_size, info_nce, sigmoid_loss
+from clipsys.training.losses import info_nce, sigmoid_loss
 from clipsys.training.model.towers import Features
 
 
@@ -70,7 +70,7 @@ class TrainingStep:
         *,
         objective: ObjectiveConfig,
         augmentation: AugmentationConfig,
-        batch_size: int,
+        tile_size: int,
         seed: int,
     ) -> None:
         self._engine = engine
@@ -79,7 +79,7 @@ class TrainingStep:
         self._seed = seed
         self._size = preprocessing.size
         self._mean, self._std = normalisation(preprocessing, engine.device)
-        self.tile_size = objective.tile_size or auto_tile_size(batch_size, engine.device)
+        self._tile_size = tile_size
 
     def __call__(self, batches: Sequence[Batch], step: int, lr_factor: float) -> StepFigures:
         """Trains on the micro-batches of a step (0-based). Every rank calls it.
@@ -95,7 +95,7 @@ class TrainingStep:
             for number, batch in enumerate(batches)
         ]
         groups_B = torch.cat([batch.groups_B for batch in batches]).to(self._engine.device)
-        loss = objective(self._objective, groups_B, self.tile_size)
+        loss = objective(self._objective, groups_B, self._tile_size)
         share, logit_scale = self._engine.accumulate(inputs, loss)
         value, num_skipped = self._over_ranks(share, batches, step)
         norm = self._engine.update(lr_factor)

@@ -137,8 +137,8 @@ class Validation:
         local = torch.cat(parts).numpy()[: len(range(rank(), total, ranks))]
         gathered = gather_objects(local)
         result = np.empty((total, local.shape[1]), np.float32)
-        for number, rows in enumerate(gathered):
-            result[number::ranks] = rows
+        for number, part in enumerate(gathered):
+            result[number::ranks] = part
         return result
 
 

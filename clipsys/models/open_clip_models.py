@@ -292,11 +292,15 @@ def _without_random_values() -> TorchFunctionMode:
     return WithoutRandomValues()
 
 
-def fingerprint(parts: ModelParts) -> str:
+def fingerprint(parts: ModelParts, weights: Mapping[str, torch.Tensor] | None = None) -> str:
     """SHA-256 over weights, architecture and preprocessing: equal if and only if embeddings are.
 
     Independent of the file format, of the order of the tensors and of the shape ([] or [1]) that
     ``logit_scale`` has in and out of training.
+
+    Args:
+        parts: the model.
+        weights: its state dict where the module does not hold it; None takes the module's own.
     """
     digest = hashlib.sha256()
     identity = {
@@ -308,7 +312,8 @@ def fingerprint(parts: ModelParts) -> str:
         "preprocessing": {**parts.preprocessing.to_open_clip(), "fill_color": None},
     }
     digest.update(json.dumps(identity, sort_keys=True).encode())
-    for name, tensor in sorted(parts.model.state_dict().items()):
+    state = parts.model.state_dict() if weights is None else weights
+    for name, tensor in sorted(state.items()):
         if name == "attn_mask" or name.endswith("num_batches_tracked"):
             continue
         array = tensor.detach().cpu().contiguous()
@@ -359,10 +364,18 @@ def save_model(
     parts: ModelParts,
     out: str | Path,
     *,
+    weights: Mapping[str, torch.Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Writes a model folder, complete or not at all. Returns the model's fingerprint.
+
+    Args:
+        parts: the model.
+        out: the folder.
+        weights: its whole state dict where the module does not hold it, as while ZeRO trains it.
+        provenance: what ``clipsys.json`` says of the model's origin.
+        overwrite: replaces ``out`` where it exists.
 
     Raises:
         ModelError: ``out`` exists and is not an empty folder, and ``overwrite`` is not given.
@@ -373,10 +386,11 @@ def save_model(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
         raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(parts)
+    weights = parts.model.state_dict() if weights is None else weights
+    mark = fingerprint(parts, weights)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(parts.model)}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(weights)}
         save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         document = {"model_cfg": parts.config, "preprocess_cfg": parts.preprocessing.to_open_clip()}
         (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -400,8 +414,8 @@ def save_model(
     return mark
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in model.state_dict().items():
+def _stored(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights.items():
         # Stock open_clip expects the 0-D scale; DeepSpeed needed 1-D.
         yield name, tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -65,7 +68,7 @@ class _GatherRows(torch.autograd.Function):
         return total_NX[start : start + ctx.num_rows], None
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """Every rank's picklable value, in rank order, on all ranks."""
     if world_size() == 1:
         return [value]
@@ -74,7 +77,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: T) -> T:
     """Rank 0's picklable value, on all ranks."""
     if world_size() == 1:
         return value
@@ -83,21 +86,22 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def on_first_rank(action: Any) -> Any:
+def on_first_rank(action: Callable[[], T]) -> T:
     """Runs ``action()`` on rank 0 and gives its result, or raises its exception, on all ranks.
 
     Without this an exception on rank 0 leaves the others waiting in their next collective.
     """
-    outcome: tuple[bool, Any] = (True, None)
+    result: T | None = None
+    failure: Exception | None = None
     if rank() == 0:
         try:
-            outcome = (True, action())
+            result = action()
         except Exception as error:
-            outcome = (False, _picklable(error))
-    succeeded, result = broadcast_object(outcome)
-    if not succeeded:
-        raise result
-    return result
+            failure = _picklable(error)
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return cast("T", result)
 
 
 def _picklable(error: Exception) -> Exception:
