@@ -117,6 +117,7 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         model.preprocessing,
         model.tokenizer,
         has_text=objective.num_texts > 0,
+        caption_key=data.caption_key,
     )
     precision = choose_training_precision(recipe.engine.precision, device)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
@@ -227,6 +228,7 @@ def _decoder(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> De
         seed=recipe.seed,
         decode=data.decode,
         needs_caption=objective.num_texts > 0,
+        caption_key=data.caption_key,
     )
 
 

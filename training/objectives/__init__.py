@@ -20,6 +20,7 @@ from clipsys.training.objectives.registry import (
     make_objective,
     objective_class,
     objective_names,
+    with_current_names,
 )
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "make_objective",
     "objective_class",
     "objective_names",
+    "with_current_names",
 ]

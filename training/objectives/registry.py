@@ -81,7 +81,7 @@ def settings_of(document: object) -> type[Settings] | None:
     if not isinstance(document, Mapping):
         return None
     try:
-        return objective_class(str(_renamed(document).get("name", DEFAULT))).config
+        return objective_class(str(with_current_names(document).get("name", DEFAULT))).config
     except ConfigError:
         return None
 
@@ -90,7 +90,7 @@ def _parse(value: object) -> object:
     """A section of a recipe as the settings of the objective that it names."""
     if not isinstance(value, Mapping):
         return value
-    document = _renamed(value)
+    document = with_current_names(value)
     name = document.setdefault("name", DEFAULT)
     try:
         return objective_class(str(name)).config.model_validate(document)
@@ -100,8 +100,8 @@ def _parse(value: object) -> object:
         raise ValidationError.from_exception_data("objective", [detail]) from None
 
 
-def _renamed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipes and runs of 0.1 say ``loss`` for ``name``."""
+def with_current_names(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as it is written now; recipes and runs of 0.1 say ``loss`` for ``name``."""
     renamed = dict(document)
     if "loss" in renamed and renamed.get("name", renamed["loss"]) == renamed["loss"]:
         renamed["name"] = renamed.pop("loss")

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from clipsys.models.open_clip_models import build_model
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.model.initial import freeze_unused
 from clipsys.training.model.outputs import Inputs
 from clipsys.training.model.towers import TowerOptions
@@ -306,7 +307,8 @@ def _save_and_load(rank: int, world_size: int, folder: str, cases: list[Case]) -
         first.save(place, "tag", {"step": 2})
         _advance(objective, first, case, range(2, 4), rank, world_size)
         objective, second = _engine(case, world_size, **options)
-        assert second.load(place, "tag")["step"] == 2
+        saved = SavedBy(world_size, case.stage, case.precision)
+        assert second.load(place, "tag", saved)["step"] == 2
         _advance(objective, second, case, range(2, 4), rank, world_size)
         one, two = _state_of(first), _state_of(second)
         same = all(np.array_equal(one[name], two[name]) for name in one)

@@ -15,7 +15,7 @@ from clipsys.errors import CollectionError, DataError
 from clipsys.processes.interruption import Interruption, ending_in_order
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import building
-from clipsys.retrieval.upkeep import embedding
+from clipsys.retrieval.ingest import embedding
 from tests.retrieval.colours import ColourEncoder, paint_folder
 
 
@@ -97,7 +97,7 @@ def test_ending_while_the_index_is_made_keeps_the_items_and_no_half_of_it(
 ) -> None:
     monkeypatch.setattr("clipsys.retrieval.indexes.planning.EXACT_ITEMS", 12)
     monkeypatch.setattr(clipsys, "load", lambda _, **__: ColourEncoder())
-    owner = "upkeep.writing" if stage == "write_manifest" else "indexes.building"
+    owner = "writing.writer" if stage == "write_manifest" else "indexes.building"
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -123,7 +123,7 @@ def test_full_disk_is_said_without_trying_to_make_an_index(
 ) -> None:
     with Collection.create(tmp_path / "c", ColourEncoder()) as photos:
         monkeypatch.setattr(
-            "clipsys.retrieval.upkeep.writing.write_segment",
+            "clipsys.retrieval.writing.writer.write_segment",
             lambda *_: (_ for _ in ()).throw(CollectionError("no room")),
         )
         monkeypatch.setattr(building, "build_planned", pytest.fail)
@@ -134,7 +134,7 @@ def test_full_disk_is_said_without_trying_to_make_an_index(
 def test_what_a_source_gave_before_it_broke_off_is_indexed(
     tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clipsys.retrieval.upkeep import corpora, keeping
+    from clipsys.retrieval.ingest import adding, sources
 
     def breaks_off(source, **named):  # type: ignore[no-untyped-def]
         for number, record in enumerate(corpora_iterate(source, **named)):
@@ -143,9 +143,9 @@ def test_what_a_source_gave_before_it_broke_off_is_indexed(
             yield record
 
     with Collection.create(tmp_path / "c", ColourEncoder()) as photos:
-        corpora_iterate = corpora.iterate_source
-        monkeypatch.setattr(keeping, "count_records", lambda _, **named: None)
-        monkeypatch.setattr(corpora, "iterate_source", breaks_off)
+        corpora_iterate = sources.iterate_source
+        monkeypatch.setattr(adding, "count_records", lambda _, **named: None)
+        monkeypatch.setattr(sources, "iterate_source", breaks_off)
         with pytest.raises(DataError, match="breaks off"):
             photos.add(many, show_progress=False)
         assert photos.index is not None

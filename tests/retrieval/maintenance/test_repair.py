@@ -11,9 +11,9 @@ import pytest
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
-from clipsys.retrieval.upkeep import embedding
+from clipsys.retrieval.ingest import embedding
 from tests.retrieval.colours import COLOURS, ColourEncoder
-from tests.retrieval.upkeep.test_verification import cut, flip_a_bit, only_file, run_sql
+from tests.retrieval.maintenance.test_verification import cut, flip_a_bit, only_file, run_sql
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 import clipsys
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
-from clipsys.retrieval.upkeep import embedding
-from clipsys.retrieval.upkeep.migration import MigrationOptions
+from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.maintenance.migration import MigrationOptions
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint, paint_folder
 from tests.retrieval.commands.test_index import run
 
@@ -131,7 +131,7 @@ def test_old_edition_is_deleted_after_its_grace(
     kept = {path.name for path in indexed.path.iterdir()}
     assert {"items.sqlite", "segments", "indexes", "edition-1"} <= kept
     indexed.close()
-    monkeypatch.setattr("clipsys.retrieval.upkeep.writing.GRACE_S", 0.0)
+    monkeypatch.setattr("clipsys.retrieval.writing.writer.GRACE_S", 0.0)
     with Collection.open(indexed.path, new) as opened:
         opened.add(photos, show_progress=False)
         left = sorted(path.name for path in indexed.path.iterdir())
@@ -207,7 +207,7 @@ def test_another_target_starts_anew(
 ) -> None:
     folder = paint_folder(tmp_path / "many", num_images=6)
     collection.add(folder, show_progress=False)
-    monkeypatch.setattr("clipsys.retrieval.upkeep.migration._swap", lambda *_: None)
+    monkeypatch.setattr("clipsys.retrieval.maintenance.migration._swap", lambda *_: None)
     collection.migrate(ColourEncoder(seed=7), show_progress=False)
     monkeypatch.undo()
     other = ColourEncoder(dim=12, seed=8)
@@ -220,10 +220,10 @@ def test_another_target_starts_anew(
 _SCRIPT = """
 import sys
 from clipsys.retrieval import Collection
-from clipsys.retrieval.upkeep import embedding
+from clipsys.retrieval.ingest import embedding
 from tests.retrieval.colours import ColourEncoder
 embedding.COMMIT_INTERVAL_S = 0.0
-from clipsys.retrieval.upkeep.migration import MigrationOptions
+from clipsys.retrieval.maintenance.migration import MigrationOptions
 class Telling(ColourEncoder):
     def encode_pixels(self, pixels):
         print("batch", flush=True)

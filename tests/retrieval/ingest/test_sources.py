@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clipsys.errors import DataError
-from clipsys.retrieval.upkeep.corpora import count_records
+from clipsys.retrieval.ingest.sources import count_records
 from tests.conftest import write_training_shards
 from tests.retrieval.colours import paint_folder
 

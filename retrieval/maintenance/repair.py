@@ -18,13 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from clipsys.errors import CollectionError
-from clipsys.retrieval.storage import metadata_index, words
-from clipsys.retrieval.storage.creation import SEGMENTS
-from clipsys.retrieval.storage.items import Batch, Failure
-from clipsys.retrieval.storage.manifest import Manifest
-from clipsys.retrieval.storage.store import Changes, Store
-from clipsys.retrieval.upkeep.compaction import compact
-from clipsys.retrieval.upkeep.verification import (
+from clipsys.retrieval.maintenance.verification import (
     Bools,
     counter_faults,
     index_faults,
@@ -32,8 +26,16 @@ from clipsys.retrieval.upkeep.verification import (
     rows_without_vector,
     segment_problem,
     unused_rows,
+    verify,
     word_faults,
 )
+from clipsys.retrieval.storage import metadata_index, words
+from clipsys.retrieval.storage.creation import SEGMENTS
+from clipsys.retrieval.storage.items import Batch, Failure
+from clipsys.retrieval.storage.manifest import Manifest
+from clipsys.retrieval.storage.store import Changes, Store
+from clipsys.retrieval.writing.compaction import compact
+from clipsys.retrieval.writing.writer import Writer
 
 #: The ledger's reason for an image that has to be encoded again.
 VECTOR_LOST = "vector lost"
@@ -70,8 +72,23 @@ class RepairReport:
         return asdict(self)
 
 
-def repair_data(folder: Path, manifest: Manifest, store: Store) -> RepairReport:
-    """Mends database and segments; call with the writer lock held.
+def repair(folder: Path, store: Store, writer: Writer) -> RepairReport:
+    """Mends a collection as far as it can be mended without a backup, and checks it again.
+
+    Raises:
+        CollectionError: the database itself is damaged, or the disk is full.
+    """
+    report = _repair_data(folder, writer.manifest, store)
+    manifest = writer.manifest
+    if manifest.index is None or index_faults(folder, manifest, store):
+        writer.publish_index()
+        report.index_rebuilt = True
+    report.remaining = [str(fault) for fault in verify(folder)]
+    return report
+
+
+def _repair_data(folder: Path, manifest: Manifest, store: Store) -> RepairReport:
+    """Mends database and segments.
 
     Raises:
         CollectionError: the database itself is damaged, or the disk is full.
@@ -103,11 +120,6 @@ def repair_data(folder: Path, manifest: Manifest, store: Store) -> RepairReport:
     if unused_rows(store.changes_since(-1)):
         report.vectors_dropped = compact(segments, store, dim).vectors_dropped
     return report
-
-
-def index_is_unsound(folder: Path, manifest: Manifest, store: Store) -> bool:
-    """Whether the index has to be built again."""
-    return manifest.index is None or bool(index_faults(folder, manifest, store))
 
 
 def _repair_database(store: Store, report: RepairReport) -> None:

@@ -24,6 +24,9 @@ from clipsys.corpora.sources import read_uri
 from clipsys.errors import CollectionError
 from clipsys.retrieval.encoders import light
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
+from clipsys.retrieval.ingest.embedding import Embedder, EmbeddingOptions
+from clipsys.retrieval.ingest.report import AddReport
+from clipsys.retrieval.ingest.sources import Entry
 from clipsys.retrieval.storage import durable
 from clipsys.retrieval.storage.creation import INDEXES, LOCK_NAME, SEGMENTS
 from clipsys.retrieval.storage.items import Batch, ItemUpdate
@@ -33,11 +36,8 @@ from clipsys.retrieval.storage.snapshot import empty_snapshot, follow
 from clipsys.retrieval.storage.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.storage.upgrading import upgrade_database
-from clipsys.retrieval.upkeep.compaction import compact
-from clipsys.retrieval.upkeep.corpora import Entry
-from clipsys.retrieval.upkeep.embedding import Embedder
-from clipsys.retrieval.upkeep.report import AddReport
-from clipsys.retrieval.upkeep.writing import clear_leftovers, clear_superseded
+from clipsys.retrieval.writing.compaction import compact
+from clipsys.retrieval.writing.writer import clear_leftovers, clear_superseded
 
 #: The share of the images that may be gone or unreadable without being told twice.
 LOSS_LIMIT = 0.1
@@ -183,10 +183,8 @@ def _encode(
         new,
         encoder,
         commit,
-        dim=pin.dim,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        retry_failures=True,
+        pin.dim,
+        EmbeddingOptions(options.batch_size, options.num_workers, retry_failures=True),
     )
     embedder.run(_entries(old, new, advance), advance)
     return embedder.report

@@ -30,6 +30,8 @@ from clipsys.corpora.records import Record
 from clipsys.corpora.sources import read_uri
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
+from clipsys.retrieval.ingest.report import AddReport
+from clipsys.retrieval.ingest.sources import Entry
 from clipsys.retrieval.storage.items import (
     Batch,
     Failure,
@@ -42,8 +44,6 @@ from clipsys.retrieval.storage.items import (
 )
 from clipsys.retrieval.storage.segments import Floats
 from clipsys.retrieval.storage.store import Store
-from clipsys.retrieval.upkeep.corpora import Entry
-from clipsys.retrieval.upkeep.report import AddReport
 
 #: A batch of the encoder is committed at once if the last commit is this many seconds ago. On a
 #: CPU, where a batch takes longer than that, a kill loses the batch in flight; on a fast GPU it
@@ -70,6 +70,21 @@ class _Job:
     future: Future[_Loaded]
 
 
+@dataclass(frozen=True)
+class EmbeddingOptions:
+    """How records are encoded.
+
+    Attributes:
+        batch_size: images encoded at once.
+        num_workers: decoding threads; None: one a processor, at most 16.
+        retry_failures: try files again that failed before and have not changed.
+    """
+
+    batch_size: int = 64
+    num_workers: int | None = None
+    retry_failures: bool = False
+
+
 class Embedder:
     """Turns records into committed batches.
 
@@ -78,9 +93,7 @@ class Embedder:
         encoder: makes the vectors; not touched when there is nothing to encode.
         commit: takes a batch and the vectors (N, D) of its new items that have no location.
         dim: embedding width D.
-        batch_size: images encoded at once.
-        num_workers: decoding threads; None: one a processor, at most 16.
-        retry_failures: try files again that failed before and have not changed.
+        options: how to encode.
     """
 
     def __init__(
@@ -88,20 +101,17 @@ class Embedder:
         store: Store,
         encoder: ImageTextEncoder,
         commit: Callable[[Batch, Floats], None],
-        *,
         dim: int,
-        batch_size: int,
-        num_workers: int | None,
-        retry_failures: bool = False,
+        options: EmbeddingOptions = EmbeddingOptions(),
     ) -> None:
         self.report = AddReport()
         self._store = store
         self._encoder = encoder
         self._commit = commit
         self._dim = dim
-        self._batch_size = batch_size
-        self._num_workers = num_workers or min(16, os.cpu_count() or 1)
-        self._retry_failures = retry_failures
+        self._batch_size = options.batch_size
+        self._num_workers = options.num_workers or min(16, os.cpu_count() or 1)
+        self._retry_failures = options.retry_failures
         self._batch = Batch()
         #: New items with their vectors, which enter in one step: an interrupt may fall between any
         #: two.

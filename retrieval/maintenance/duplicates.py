@@ -28,6 +28,7 @@ from clipsys.errors import QueryError
 from clipsys.retrieval.storage.items import Item
 from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import BLOCK_ROWS, Snapshot, unit_rows
+from clipsys.retrieval.storage.store import Store
 
 #: Queries of one range search: at worst each matches a whole block, 1,024 x 16,384 x 12 bytes.
 _QUERY_ROWS = 1_024
@@ -56,6 +57,27 @@ class DuplicateGroup:
                 for item, score in members
             ]
         }
+
+
+def list_groups(
+    snapshot: Snapshot,
+    store: Store,
+    threshold: float,
+    *,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[DuplicateGroup]:
+    """Groups of near-duplicates with their items and cosines; see `find_groups`.
+
+    Raises:
+        QueryError: the threshold is no cosine above 0.
+    """
+    listed = []
+    for group in find_groups(snapshot, threshold, advance=advance):
+        ids = snapshot.ids_N[group].tolist()
+        items = store.items(ids)
+        scores = scores_with_first(snapshot, group)
+        listed.append(DuplicateGroup(tuple(items[number] for number in ids), tuple(scores)))
+    return listed
 
 
 def find_groups(

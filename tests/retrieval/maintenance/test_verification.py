@@ -13,9 +13,9 @@ import pytest
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
+from clipsys.retrieval.maintenance.verification import verify
 from clipsys.retrieval.storage import durable
 from clipsys.retrieval.storage.manifest import read_manifest, write_manifest
-from clipsys.retrieval.upkeep.verification import verify
 from tests.retrieval.colours import ColourEncoder, paint
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from clipsys.errors import QueryError
 from clipsys.retrieval import Collection
+from clipsys.retrieval.maintenance.duplicates import find_groups
 from clipsys.retrieval.storage.segments import Floats, SegmentReader, write_segment
 from clipsys.retrieval.storage.snapshot import Snapshot
-from clipsys.retrieval.upkeep.duplicates import find_groups
 from tests.retrieval.colours import paint
 from tests.retrieval.commands.test_index import run
 

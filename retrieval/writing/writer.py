@@ -28,7 +28,7 @@ from clipsys.retrieval.storage.manifest import (
 )
 from clipsys.retrieval.storage.segments import Floats, delete_orphans, write_segment
 from clipsys.retrieval.storage.store import Store
-from clipsys.retrieval.upkeep.compaction import (
+from clipsys.retrieval.writing.compaction import (
     GRACE_S,
     SEGMENTS_PER_TIER,
     CompactionReport,

@@ -14,9 +14,10 @@ from PIL import Image
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
+from clipsys.retrieval.ingest import embedding
 from clipsys.retrieval.storage.items import Location
 from clipsys.retrieval.storage.store import Store
-from clipsys.retrieval.upkeep import compaction, embedding, writing
+from clipsys.retrieval.writing import compaction, writer
 from tests.retrieval.colours import ColourEncoder, paint, paint_folder
 
 
@@ -24,7 +25,7 @@ from tests.retrieval.colours import ColourEncoder, paint, paint_folder
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Replaced files may go at once."""
     monkeypatch.setattr(compaction, "GRACE_S", 0.0)
-    monkeypatch.setattr("clipsys.retrieval.upkeep.writing.GRACE_S", 0.0)
+    monkeypatch.setattr("clipsys.retrieval.writing.writer.GRACE_S", 0.0)
     yield
 
 
@@ -175,7 +176,7 @@ def test_copies_find_their_vector_where_joining_has_put_it_meanwhile(
     tmp_path: Path, encoder: ColourEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Workers look ahead: what they know of a vector's place may be older than the last joining.
-    for module in (compaction, writing):
+    for module in (compaction, writer):
         monkeypatch.setattr(module, "SEGMENTS_PER_TIER", 2)
     monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
     folder = paint_folder(tmp_path / "many", num_images=24)
