@@ -135,7 +135,6 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         image_size=_loading_size(recipe, model.preprocessing),
         tile_size=tile_size,
     )
-    generator = torch.Generator().manual_seed(recipe.seed)
     engine = Engine(
         trained,
         config=recipe.engine,
@@ -143,7 +142,11 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         local_batch_size=data.batch_size // world_size(),
         device=device,
         momentum=objective.momentum,
-        state=objective.initial_state(width, generator),
+        state=objective.initial_state(
+            width=width,
+            num_samples=shard_set.num_samples,
+            generator=torch.Generator().manual_seed(recipe.seed),
+        ),
     )
     step = TrainingStep(
         engine,

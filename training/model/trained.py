@@ -69,10 +69,16 @@ class TrainedModel(Towers):
 
     def forward(self, inputs: Inputs, *, wants_targets: bool = False) -> Outputs | Rows:
         """The outputs that the loss is taken of, or the targets of the momentum towers."""
-        if not wants_targets:
-            return self._objective.forward(self, inputs)
-        assert self.momentum is not None
-        return self._objective.targets(self.momentum, inputs)
+        if wants_targets:
+            assert self.momentum is not None
+            return self._objective.targets(self.momentum, inputs)
+        rows, shared = self._objective.forward(self, inputs)
+        # ZeRO-3 empties a parameter when its module is done: what is returned must be a copy.
+        copied = {
+            name: tensor.clone() if isinstance(tensor, nn.Parameter) else tensor
+            for name, tensor in shared.items()
+        }
+        return Outputs(rows, copied)
 
 
 class _ImageOnly(nn.Module):

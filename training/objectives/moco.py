@@ -82,7 +82,7 @@ class MoCo(Objective[MoCoConfig]):
         """The projection, and the temperature if it is learned."""
         return projection_heads(self.settings, width)
 
-    def initial_state(self, width: int, generator: torch.Generator) -> State:
+    def initial_state(self, *, width: int, num_samples: int, generator: torch.Generator) -> State:
         """A queue of random unit vectors, as in the paper's code."""
         shape = (self.settings.queue_size, self.settings.projected_width(width))
         queue_KD = torch.randn(shape, generator=generator)

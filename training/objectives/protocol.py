@@ -126,8 +126,14 @@ class Objective(Generic[ConfigT]):
         """
         return nn.ModuleDict()
 
-    def initial_state(self, width: int, generator: torch.Generator) -> State:
-        """What is remembered before the first step, on the CPU; ``width`` is the towers'."""
+    def initial_state(self, *, width: int, num_samples: int, generator: torch.Generator) -> State:
+        """What is remembered before the first step, on the CPU.
+
+        Args:
+            width: of the towers' features.
+            num_samples: of the training data, which `Labels.samples_B` numbers.
+            generator: of what is random; seeded alike on every rank.
+        """
         return {}
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:

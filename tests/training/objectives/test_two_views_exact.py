@@ -87,7 +87,12 @@ def _views(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _initial_queue(objective: Any) -> torch.Tensor | None:
-    return objective.initial_state(_WIDTH, torch.Generator().manual_seed(3)).get("queue")
+    return _initial_state(objective).get("queue")
+
+
+def _initial_state(objective: Any) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    return objective.initial_state(width=_WIDTH, num_samples=100, generator=generator)
 
 
 def _optimizer(case: Case) -> OptimizerConfig:
@@ -189,7 +194,7 @@ def _engine(case: Case, world_size: int, **config: Any) -> tuple[Any, Engine]:
         local_batch_size=_BATCH // world_size,
         device=torch.device("cpu"),
         momentum=objective.momentum,
-        state=objective.initial_state(_WIDTH, torch.Generator().manual_seed(3)),
+        state=_initial_state(objective),
     )
     engine.train()
     return objective, engine
