@@ -17,6 +17,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Processes, not threads, use the other cores: those of pytest-xdist, and ranks. One number of
 # threads for all also makes runs comparable bit for bit, since it decides the order of sums.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What `auto` is must not depend on the machine that runs the tests; nor may they touch the user's
+# stored measurements. Tests of the probe measure on purpose, into a folder of their own.
+os.environ["CLIPSYS_PROBE"] = "off"
 _SHARED = "PYTEST_XDIST_WORKER" in os.environ
 #: The files that take longest, about a minute each.
 _LONGEST = (

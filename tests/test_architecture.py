@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
         ("errors", "progress"),
         ("config", "images", "inference", "processes"),
-        ("shards",),
+        ("shards", "probe"),
         ("models", "corpora"),
         ("evaluation",),
         ("commands",),
@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("engine",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
-        ("plan",),
+        ("plan", "precision"),
         ("run",),
         ("loop",),
         ("commands",),
