@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.devices import choose_training_precision
 from clipsys.models.open_clip_models import ModelParts
 from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import ShardSet, TrainingBatches, open_shards, sample_order
@@ -24,6 +23,7 @@ from clipsys.training.losses import auto_tile_size
 from clipsys.training.model.initial import initial_model
 from clipsys.training.model.towers import ContrastiveModel, TowerOptions
 from clipsys.training.plan import Plan, plan_run
+from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
 from clipsys.training.step import TrainingStep
 from clipsys.training.validation import Validation
@@ -36,7 +36,7 @@ class Run:
     """The parts of a run on this rank.
 
     Attributes:
-        recipe: what they were made from.
+        recipe: what they were made from, with the precision that was chosen.
         folder: the run folder.
         model: what is trained, with its tokenizer and preprocessing. Its weights belong to the
             engine: ask `Engine.state_dict` for them.
@@ -48,6 +48,7 @@ class Run:
         validation: what is measured on the way.
         checkpoints: what ``--resume`` goes on from.
         skips: samples that could not be used.
+        checks_precision: whether the first loss is compared with that in fp32.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class Run:
     validation: Validation
     checkpoints: Checkpoints
     skips: SkipLedger
+    checks_precision: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,7 +112,9 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         model.tokenizer,
         caption_key=data.caption_key,
     )
-    precision = choose_training_precision(recipe.engine.precision, device)
+    asked = recipe.engine.precision
+    recipe = choose_training_precision(recipe, model, device)
+    precision = recipe.engine.precision
     tile_size = recipe.objective.tile_size or auto_tile_size(data.batch_size, device)
     # Before the engine partitions the model.
     plan = _plan(recipe, model, order, precision, tile_size)
@@ -148,6 +152,7 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         validation=validation,
         checkpoints=Checkpoints(folder, keep=recipe.checkpoint.keep),
         skips=skips,
+        checks_precision=asked == "auto" and precision == "bf16",
     )
     if rank() == 0:
         _announce(run, device, precision, min(tile_size, data.batch_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -12,7 +13,12 @@ from pathlib import Path
 #: The launcher of ranks sets it beside the OMP_NUM_THREADS that it chose itself.
 SHARED_CORES = "CLIPSYS_SHARED_CORES"
 #: Settings that limit which instructions the libraries use.
-_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+_LIMITS = (
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -46,6 +52,18 @@ def _quota_cores(root: Path) -> float | None:
 def threads_are_set() -> bool:
     """Whether the user said how many threads there are, in which case no other number is tried."""
     return "OMP_NUM_THREADS" in os.environ and SHARED_CORES not in os.environ
+
+
+def waiting_s() -> float:
+    """Seconds that this process's threads were ready to run while others had the cores.
+
+    Linux tells; elsewhere it is 0.
+    """
+    waited_ns = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that has ended
+            waited_ns += int(path.read_text(encoding="ascii").split()[1])
+    return waited_ns / 1e9
 
 
 @cache
