@@ -125,7 +125,7 @@ def _drawn() -> Iterator[Any]:
     import numpy as np
     from PIL import Image
 
-    from clipsys.shards.reading import Sample
+    from clipsys.shards.samples import Sample
 
     rng = np.random.default_rng(0)
     for number in range(sys.maxsize):

@@ -23,6 +23,7 @@ ALLOWED = {
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
         ("errors", "progress"),
+        ("paths",),
         ("config", "images", "inference", "processes"),
         ("shards",),
         ("models", "corpora"),
@@ -32,12 +33,12 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("demo", "__main__"),
     ),
     "training": (
-        ("distributed", "data", "model", "journal"),
+        ("distributed", "data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
-        ("plan",),
+        ("plan", "resuming"),
         ("run",),
         ("loop",),
         ("commands",),

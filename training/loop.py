@@ -1,6 +1,6 @@
 """The training loop: from a recipe to a run folder.
 
-RUN/config.yaml       the resolved recipe
+RUN/config.yaml       the resolved recipe, below what was changed by a resumed run
 RUN/metrics.jsonl     loss, rate, temperature, validation figures
 RUN/skipped.jsonl     samples that could not be used, with the reason
 RUN/checkpoints/      what --resume goes on from
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from clipsys import __version__
-from clipsys.config import dump_settings
 from clipsys.errors import TrainingError
 from clipsys.progress import Advance, progress
 from clipsys.training.checkpoints import TrainState
@@ -34,6 +33,7 @@ from clipsys.training.engine.schedule import lr_factor
 from clipsys.training.journal import Journal, plot_curves
 from clipsys.training.plan import StepClock
 from clipsys.training.recipe import Recipe
+from clipsys.training.resuming import Resumption, find_resumption, write_recipe
 from clipsys.training.run import Run, build_run
 from clipsys.training.step import StepFigures
 
@@ -55,11 +55,14 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     recipe.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     device = start_processes(recipe.engine.device)
     on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
+    resumption = find_resumption(recipe.run_folder, recipe) if resume else None
     loop = TrainingLoop(build_run(recipe, device))
-    if resume:
-        loop.resume()
+    if resumption:
+        loop.resume(resumption)
+    elif resume:
+        _logger.info("%s: no checkpoint yet, starting at the first step", recipe.run_folder)
     # Only now, when data and model are known to be usable, something is written.
-    on_first_rank(lambda: _write_recipe(recipe))
+    on_first_rank(lambda: write_recipe(recipe.run_folder, recipe, resumption))
     loop.train()
     return recipe.run_folder
 
@@ -74,11 +77,6 @@ def _check_folder(run: Path, *, resume: bool) -> None:
             f"{run}: the run folder is not empty; go on with --resume, choose another folder "
             "(output=…) or remove it"
         )
-
-
-def _write_recipe(recipe: Recipe) -> None:
-    recipe.run_folder.mkdir(parents=True, exist_ok=True)
-    (recipe.run_folder / "config.yaml").write_text(dump_settings(recipe), encoding="utf-8")
 
 
 @dataclass
@@ -102,19 +100,19 @@ class TrainingLoop:
         self._window = _Window()
         self._journal: Journal | None = None
 
-    def resume(self) -> None:
-        """Goes back to the newest checkpoint.
+    def resume(self, resumption: Resumption) -> None:
+        """Goes back to a checkpoint.
 
         Raises:
-            TrainingError: it belongs to another run.
+            TrainingError: it has seen other samples.
         """
-        folder = self.run.folder
-        latest = self.run.checkpoints.latest()
-        if latest is None:
-            _logger.info("%s: no checkpoint yet, starting at the first step", folder)
-            return
-        state = self.run.checkpoints.load(self.run.engine, latest)
-        _check_same_run(folder, state, self._state())
+        state = self.run.checkpoints.load(self.run.engine, resumption.name, resumption.saved)
+        _check_same_run(self.run.folder, state, self._state())
+        if state.step > self.run.total_steps:
+            raise TrainingError(
+                f"{self.run.folder}: step {state.step} is done, and schedule.epochs "
+                f"{self.recipe.schedule.epochs} ends at step {self.run.total_steps}; raise it"
+            )
         self.step = state.step
         self.run.skips.resume(state.step, state.skipped)
         _logger.info("resuming after step %d of %d", self.step, self.run.total_steps)
@@ -270,14 +268,13 @@ class TrainingLoop:
 
 
 def _check_same_run(run: Path, saved: TrainState, now: TrainState) -> None:
-    """Refuses to go on with another seed, batch size or order of samples."""
-    for name in ("seed", "batch_size", "steps_per_epoch"):
-        if getattr(saved, name) != getattr(now, name):
-            raise TrainingError(
-                f"{run}: the run was started with {name} {getattr(saved, name)}, now it is "
-                f"{getattr(now, name)}; resume it as it was, or start a new run from its model "
-                "(model.pretrained)"
-            )
+    """Refuses to go on with another number or order of samples."""
+    if saved.steps_per_epoch != now.steps_per_epoch:
+        raise TrainingError(
+            f"{run}: an epoch had {saved.steps_per_epoch} steps, now it has "
+            f"{now.steps_per_epoch}: the shards of data.train hold another number of samples; "
+            "resume it as it was, or start a new run from its model (model.pretrained)"
+        )
     if saved.order not in ("", now.order):
         raise TrainingError(
             f"{run}: the samples or their order have changed since the run was started "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from clipsys.config import Settings
+from clipsys.config import MAX_SEED, PathText, Settings
 from clipsys.errors import ConfigError
 from clipsys.training.checkpoints import CheckpointConfig
 from clipsys.training.data.augmentation import AugmentationConfig
@@ -23,8 +23,10 @@ from clipsys.training.validation import EvaluationConfig
 class Recipe(Settings):
     """A training run."""
 
-    output: str = Field("runs/clipsys", description="run folder")
-    seed: NonNegativeInt = Field(0, description="of weights, order, captions and augmentation")
+    output: PathText = Field("runs/clipsys", description="run folder")
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="of weights, order, captions and augmentation"
+    )
     nproc: PositiveInt | None = Field(
         None, description="processes on this machine; default one per GPU, or one on a CPU"
     )
@@ -126,5 +128,5 @@ class Recipe(Settings):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run is kept."""
-        return Path(self.output).expanduser()
+        """Where the run is stored."""
+        return Path(self.output)

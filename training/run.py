@@ -104,7 +104,11 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     order = sample_order(data, shard_set, recipe.seed)
     order.steps_per_epoch(data.batch_size)  # raises where there is not one
     validation = Validation(
-        recipe.evaluation, data.validation, model.preprocessing, model.tokenizer
+        recipe.evaluation,
+        data.validation,
+        model.preprocessing,
+        model.tokenizer,
+        caption_key=data.caption_key,
     )
     precision = choose_training_precision(recipe.engine.precision, device)
     tile_size = recipe.objective.tile_size or auto_tile_size(data.batch_size, device)
@@ -167,6 +171,7 @@ def _decoder(recipe: Recipe, model: ModelParts) -> Decoder:
         max_image_pixels=data.max_image_pixels,
         seed=recipe.seed,
         decode=data.decode,
+        caption_key=data.caption_key,
     )
 
 

@@ -131,7 +131,7 @@ class TrainingStep:
         if not math.isfinite(value):
             finite = gather_objects(math.isfinite(float(share)))
             culprit = finite.index(False) if False in finite else 0
-            keys = gather_objects([key for batch in batches for key in batch.keys])[culprit]
+            keys = gather_objects([one for batch in batches for one in batch.places])[culprit]
             raise TrainingError(
                 f"step {step}: the loss is not finite on rank {culprit} "
                 f"(samples {', '.join(keys[:4])}, …); lower optimizer.lr or use engine.precision "

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from clipsys.config import Settings
-from clipsys.errors import DataError, ImageDecodeError
+from clipsys.config import PathText, Settings
+from clipsys.errors import DataError, SampleError
+from clipsys.evaluation.class_names import class_names
 from clipsys.evaluation.figures import (
     RetrievalTargets,
     retrieval_figures,
@@ -21,9 +25,12 @@ from clipsys.evaluation.figures import (
 from clipsys.evaluation.metrics import Floats
 from clipsys.images.decoding import decode_image
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.open_clip_models import Tokenizer
+from clipsys.models.tokenization import Tokenizer
 from clipsys.models.zeroshot import class_vectors
-from clipsys.shards.reading import Sample, expand_shards, iterate_samples
+from clipsys.shards.random_access import repeated_keys
+from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
+from clipsys.shards.remote import is_remote
+from clipsys.shards.samples import REPEATED, Sample, parse_sample, place_of, require_captions
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
@@ -39,8 +46,13 @@ class EvaluationConfig(Settings):
     match: str | None = Field(
         None, description="metadata key: an image with the query's value is a hit"
     )
-    zeroshot: str | list[str] | None = Field(
+    zeroshot: PathText | list[PathText] | None = Field(
         None, description="labelled shards (.cls) for zero-shot classification"
+    )
+    classnames: PathText | None = Field(
+        None,
+        description="where labels are numbers: file with one class name a line, the first for "
+        "class 0; default classnames.txt beside the shards",
     )
     templates: list[str] = Field(
         ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
@@ -49,7 +61,10 @@ class EvaluationConfig(Settings):
 
 
 class Validation:
-    """The held-out data of a run, decoded once and kept as uint8."""
+    """The held-out data of a run, decoded once and stored as uint8.
+
+    A sample that cannot be used is left out and counted, as in training.
+    """
 
     def __init__(
         self,
@@ -57,13 +72,17 @@ class Validation:
         validation: str | list[str] | None,
         preprocessing: Preprocessing,
         tokenizer: Tokenizer,
+        *,
+        caption_key: str | None = None,
     ) -> None:
         self._config = config
         self._preprocessing = preprocessing
         self._tokenizer = tokenizer
         self._targets: RetrievalTargets | None = None
         if validation is not None:
-            samples = _usable(validation, self._preprocessing)
+            samples = _usable(
+                "data.validation", validation, preprocessing, require_captions, caption_key
+            )
             self._targets = retrieval_targets(
                 ((sample.captions, sample.metadata) for sample, _ in samples),
                 captions=config.captions,
@@ -73,13 +92,14 @@ class Validation:
             self._num_images = len(samples)
         self._labels: list[str] = []
         if config.zeroshot is not None:
-            samples = _usable(config.zeroshot, self._preprocessing)
-            unlabelled = [sample.key for sample, _ in samples if sample.label is None]
-            if unlabelled:
-                raise DataError(
-                    f"evaluation.zeroshot: sample {unlabelled[0]!r} has no label (.cls member)"
-                )
+            samples = _usable("evaluation.zeroshot", config.zeroshot, preprocessing, _require_label)
             self._labels = [str(sample.label) for sample, _ in samples]
+            self._classes = class_names(
+                self._labels,
+                _folders(config.zeroshot),
+                file=config.classnames,
+                setting="evaluation.classnames",
+            )
             self._zeroshot_pixels = _stack_share(samples)
 
     def __bool__(self) -> bool:
@@ -111,9 +131,10 @@ class Validation:
                 figures |= retrieval_figures(image_ND, text_MD, self._targets)
             if self._labels:
                 image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
-                classes = sorted(set(self._labels))
+                classes = sorted(self._classes)
                 templates = self._config.templates
-                prompts = encode_text([t.format(name) for name in classes for t in templates])
+                names = [self._classes[label] for label in classes]
+                prompts = encode_text([t.format(name) for name in names for t in templates])
                 class_CD = class_vectors(prompts, len(templates))
                 accuracy = zeroshot_figures(image_ND, class_CD, classes, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
@@ -142,23 +163,90 @@ class Validation:
         return result
 
 
-def _usable(spec: str | list[str], preprocessing: Preprocessing) -> list[tuple[Sample, np.ndarray]]:
-    """Samples that decode, with their pixels; every rank must come to the same list."""
-    usable = []
-    skipped: list[str] = []
-    for sample in iterate_samples(expand_shards(spec)):
+def _usable(
+    setting: str,
+    spec: str | list[str],
+    preprocessing: Preprocessing,
+    require: Callable[[Sample, dict[str, Any]], None],
+    caption_key: str | None = None,
+) -> list[tuple[Sample, np.ndarray]]:
+    """Samples that can be used, with their pixels, the same ones on every rank.
+
+    Args:
+        setting: that names the shards, for messages.
+        spec: the shards.
+        preprocessing: of the model.
+        require: raises `SampleError` if a sample lacks what the measurement needs.
+        caption_key: as `parse_sample` takes it.
+    """
+    usable: list[tuple[Sample, np.ndarray]] = []
+    reasons: Counter[str] = Counter()
+    first = ""
+    places = hashlib.sha256()
+    for item in _raws(spec):
         try:
+            if isinstance(item, DataError):
+                raise item
+            sample = parse_sample(item, caption_key=caption_key)
+            require(sample, item)
             # At full scale, as `clipsys evaluate` decodes it: the figures must agree.
-            image = decode_image(sample.image, uri=sample.key)
-        except ImageDecodeError as error:
-            skipped.append(str(error))
+            image = decode_image(sample.image, uri=place_of(item))
+        except DataError as error:
+            reasons[getattr(error, "reason", "truncated shard")] += 1
+            first = first or str(error)
             continue
+        places.update(place_of(item).encode("utf-8", "backslashreplace") + b"\n")
         usable.append((sample, preprocessing.pixels(image)))
-    if skipped:
-        _logger.warning("%d validation images cannot be used; first: %s", len(skipped), skipped[0])
+    if reasons and rank() == 0:
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        _logger.warning(
+            "%s: %d samples cannot be used (%s); the first: %s",
+            *(setting, reasons.total(), listed, first),
+        )
     if not usable:
-        raise DataError(f"{spec}: no usable validation image")
+        raise DataError(f"{setting}: {spec}: no sample can be used; the first: {first}")
+    if len(set(gather_objects(places.hexdigest()))) > 1:
+        raise DataError(
+            f"{setting}: {spec}: the ranks can read different samples; give all of them the same "
+            "shards"
+        )
     return usable
+
+
+def _raws(spec: str | list[str]) -> Iterator[dict[str, Any] | DataError]:
+    """Raw samples, and what is wrong with a shard where it breaks off.
+
+    Raises:
+        DataError: a shard gives no sample at all.
+    """
+    for shard in expand_shards(spec):
+        repeated = frozenset() if is_remote(shard) else repeated_keys(shard)
+        failures: list[DataError] = []
+
+        def note(name: str, error: Exception, failures: list[DataError] = failures) -> None:
+            failures.append(DataError(shard_failure(name, error)))
+
+        num_samples = 0
+        for raw in iterate_raw([shard], on_error=note):
+            num_samples += 1
+            if raw["__key__"] in repeated:
+                raw[REPEATED] = True
+            yield raw
+        if failures and not num_samples:
+            raise failures[0]
+        yield from failures
+
+
+def _require_label(sample: Sample, raw: dict[str, Any]) -> None:
+    if sample.label is None:
+        raise SampleError(
+            f"{place_of(raw)}: the sample has no label (.cls member)", reason="no label"
+        )
+
+
+def _folders(spec: str | list[str]) -> list[Path]:
+    shards = [Path(shard).absolute() for shard in expand_shards(spec) if not is_remote(shard)]
+    return list(dict.fromkeys(shard.parent for shard in shards))
 
 
 def _stack_share(samples: Sequence[tuple[Sample, np.ndarray]]) -> torch.Tensor:

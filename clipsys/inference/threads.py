@@ -42,7 +42,7 @@ def in_chunks(encode: EncodeImage, chunk: int) -> EncodeImage:
         if num_threads == 1:
             return torch.cat([encode(part) for part in parts])
         if pool is None:
-            pool = _single_threads(num_threads)
+            pool = single_threads(num_threads)
         autocast = torch.is_autocast_enabled("cpu")
 
         def encode_part(part: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def in_chunks(encode: EncodeImage, chunk: int) -> EncodeImage:
     return encode_in_chunks
 
 
-def _single_threads(count: int) -> ThreadPoolExecutor:
+def single_threads(count: int) -> ThreadPoolExecutor:
     """Threads in each of which torch's operations use that thread alone."""
     all_started = threading.Barrier(count + 1)
 

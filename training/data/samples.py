@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipsys.errors import DataError
+from clipsys.errors import SampleError
 from clipsys.images.decoding import decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.open_clip_models import Tokenizer
-from clipsys.shards.reading import Sample, parse_sample
+from clipsys.models.tokenization import Tokenizer
+from clipsys.shards.samples import NUMBER, Sample, parse_sample, place_of, require_captions
 
 Pixels = npt.NDArray[np.uint8]
 Positives = Literal["pair", "image", "caption", "label"]
@@ -35,11 +35,12 @@ class Batch:
     """One rank's part of a batch, or one micro-batch of it.
 
     Attributes:
-        keys: (B,) sample keys.
+        keys: (B,) sample keys; only shard and key together name a sample.
         image_BCHW: uint8, not yet augmented or normalised.
         tokens_BL: int64, padded to the model's context length.
         groups_B: int64; equal ids are positives of each other.
         skipped: samples of this batch that were replaced by a neighbour.
+        shards: (B,) the shard of each sample.
     """
 
     keys: tuple[str, ...]
@@ -47,6 +48,12 @@ class Batch:
     tokens_BL: torch.Tensor
     groups_B: torch.Tensor
     skipped: tuple[Skipped, ...] = ()
+    shards: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """``SHARD#KEY`` of each sample, for messages."""
+        return tuple(f"{shard}#{key}" for shard, key in zip(self.shards, self.keys, strict=True))
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader, for fast copies to a GPU."""
@@ -70,11 +77,11 @@ def normalise_caption(caption: str) -> str:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """What is made of a sample's image file, the same in each epoch.
+    """What a sample's image file becomes, the same in each epoch.
 
     Attributes:
         pixels: uint8 (3, H, W).
-        group: equal for equal files; 0 where nobody asks (``objective.positives``).
+        group: equal for equal files; 0 unless ``objective.positives`` is ``image``.
     """
 
     pixels: Pixels
@@ -83,8 +90,9 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as it is used once: its key, decoded image, chosen caption and group id."""
+    """One sample as it is used once: its place, decoded image, chosen caption and group id."""
 
+    shard: str
     key: str
     image: DecodedImage
     caption: str
@@ -103,6 +111,7 @@ class Decoder:
     max_image_pixels: int
     seed: int
     decode: Literal["fast", "exact"] = "fast"
+    caption_key: str | None = None
 
     def row(
         self, raw: dict[str, Any], epoch: int, position: int, image: DecodedImage | None = None
@@ -116,18 +125,21 @@ class Decoder:
             image: its image, where it has been decoded already.
 
         Raises:
-            DataError: no usable image or caption.
+            DataError: no usable image, caption or label.
         """
-        sample = parse_sample(raw)
-        if not sample.captions:
-            raise DataError(f"{raw.get('__url__')}#{sample.key}: the sample has no caption")
+        sample = parse_sample(raw, caption_key=self.caption_key)
+        require_captions(sample, raw)
         if image is None:
-            image = self._image(sample.image, f"{raw.get('__url__')}#{sample.key}")
+            image = self._image(sample.image, place_of(raw))
         caption = sample.captions[0]
         if self.captions == "random" and len(sample.captions) > 1:
             choice = group_id(f"{self.seed}/{epoch}/{position}") % len(sample.captions)
             caption = sample.captions[choice]
-        return Row(sample.key, image, caption, self._group(sample, caption, image))
+        # A sample is its shard and its number there: keys occur in several shards.
+        shard = str(raw.get("__url__"))
+        identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
+        group = self._group(sample, caption, image, identity)
+        return Row(shard, sample.key, image, caption, group)
 
     def _image(self, data: bytes, place: str) -> DecodedImage:
         group = 0
@@ -148,7 +160,7 @@ class Decoder:
         )
         return self.preprocessing.fast_pixels(stored)
 
-    def _group(self, sample: Sample, caption: str, image: DecodedImage) -> int:
+    def _group(self, sample: Sample, caption: str, image: DecodedImage, identity: str) -> int:
         if self.positives == "image":
             return image.group
         if self.positives == "caption":
@@ -156,12 +168,13 @@ class Decoder:
         if self.positives == "label":
             label = sample.metadata.get(self.label_key) if self.label_key else sample.label
             if label is None:
-                place = f"metadata key {self.label_key!r}" if self.label_key else "label (.cls)"
-                raise DataError(
-                    f"{sample.key}: objective.positives is label, but there is no {place}"
+                what = f"metadata key {self.label_key!r}" if self.label_key else "label (.cls)"
+                raise SampleError(
+                    f"{identity}: objective.positives is label, but there is no {what}",
+                    reason="no label",
                 )
             return group_id(str(label))
-        return group_id(sample.key)
+        return group_id(identity)
 
     def batch(self, rows: Sequence[Row], skipped: Sequence[Skipped]) -> Batch:
         """Stacks rows."""
@@ -171,4 +184,5 @@ class Decoder:
             tokens_BL=self.tokenizer([row.caption for row in rows]),
             groups_B=torch.tensor([row.group for row in rows], dtype=torch.int64),
             skipped=tuple(skipped),
+            shards=tuple(row.shard for row in rows),
         )

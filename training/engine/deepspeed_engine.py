@@ -19,20 +19,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.config import Settings
 from clipsys.errors import ConfigError
-from clipsys.training.distributed.collectives import rank, world_size
+from clipsys.training.distributed.collectives import average_over_ranks, rank, world_size
 from clipsys.training.distributed.process_group import import_deepspeed
-from clipsys.training.engine.ema import WeightAverage
+from clipsys.training.engine.ema import WeightAverage, running_statistics
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
-from clipsys.training.engine.repartition import load_parts, parts_to_divide
+from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
 from clipsys.training.model.towers import ContrastiveModel, Features
 
 _logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Engine:
         return {
             "train_micro_batch_size_per_gpu": local_batch_size,
             "gradient_accumulation_steps": 1,
-            # DeepSpeed clips at 1.0 unless a value is said.
+            # DeepSpeed clips at 1.0 unless one is set.
             "gradient_clipping": self.config.gradient_clipping,
             "zero_optimization": {"stage": self.config.zero_stage},
             "zero_allow_untested_optimizer": True,
@@ -256,34 +256,36 @@ class Engine:
 
     def _share_buffers(self) -> None:
         """Averages running statistics (batch norm) over ranks: each saw its part of the data."""
-        if world_size() == 1:
-            return
-        for name, buffer in self.module.named_buffers():
-            if "running_" in name:
-                dist.all_reduce(buffer)
-                buffer.div_(world_size())
+        average_over_ranks(running_statistics(self.module))
+        if self._average:
+            average_over_ranks(self._average.statistics(self.module))
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Writes ``folder/tag``, from every rank together."""
+        # Rank 0's are saved for all: a resumed run must begin with what this one goes on with.
+        self._share_buffers()
         if self._average:
             state = {**state, "average": self._average.state()}
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+    def load(self, folder: Path, tag: str, saved: SavedBy) -> dict[str, Any]:
         """Reads what `save` wrote, on every rank together, and returns the state given then.
 
         Raises:
             ConfigError: it was written with another ZeRO stage, or at stage 3 by another number of
                 ranks.
         """
-        parts = parts_to_divide(folder / tag, zero_stage=self.config.zero_stage)
+        self._check_layout(folder / tag, saved)
+        parts = parts_to_divide(folder / tag, saved)
+        settings = [_settings_of(group) for group in self._optimizer.param_groups]
         try:
             path, state = self._engine.load_checkpoint(
                 str(folder), tag=tag, load_optimizer_states=not parts
             )
             if parts:
                 load_parts(self._optimizer, parts)
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+        except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError,
+                UnpicklingError) as error:  # fmt: skip
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
                 f"{folder / tag}: the checkpoint does not fit this run ({first}); resume with the "
@@ -291,11 +293,34 @@ class Engine:
             ) from error
         if path is None:
             raise ConfigError(f"{folder / tag}: DeepSpeed cannot load this checkpoint")
+        self._keep_settings(settings)
         average = state.pop("average", None)
-        if self._average and average is not None:
-            self._average.load(average)
+        if self._average:
+            self._average.load(average or WeightAverage.beginning(self.module))
         self._refresh_scale()
         return dict(state)
+
+    def _check_layout(self, checkpoint: Path, saved: SavedBy) -> None:
+        """Refuses what DeepSpeed would load into weights or parts of another kind."""
+        stage, precision = self.config.zero_stage, self.module.precision
+        if saved.zero_stage != stage and {saved.zero_stage, stage} != {1, 2}:
+            raise ConfigError(
+                f"{checkpoint}: was saved with engine.zero_stage {saved.zero_stage}, now it is "
+                f"{stage}; resume with {saved.zero_stage}"
+            )
+        sixteen_bits = ("bf16_params", "fp16")
+        if saved.precision != precision and {saved.precision, precision} & set(sixteen_bits):
+            raise ConfigError(
+                f"{checkpoint}: was saved with engine.precision {saved.precision}, now it is "
+                f"{precision}; resume with engine.precision={saved.precision}"
+            )
+
+    def _keep_settings(self, settings: list[dict[str, Any]]) -> None:
+        """Puts this run's settings in the place of those that DeepSpeed loads with the state."""
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if hasattr(self._optimizer, "clip_grad"):
+            self._optimizer.clip_grad = self.config.gradient_clipping
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole float32 weights of the open_clip model, averaged ones where they are kept.
@@ -324,6 +349,11 @@ def _exact_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters and without LAMB's count of steps."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
