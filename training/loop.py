@@ -249,7 +249,8 @@ class _Trainer:
         self.engine.train()
         remaining = self.total_steps - self.step
         self.window = _Window()
-        batches = load_batches(self._dataset(), self.recipe.data.workers)
+        data = self.recipe.data
+        batches = load_batches(self._dataset(), data.workers, timeout_s=data.timeout_s)
         title = "Training" if rank() == 0 else None
         clock = StepClock(remaining_steps=remaining, batch_size=self.recipe.data.batch_size)
         with _bar(title, remaining) as advance:
