@@ -48,6 +48,7 @@ CHANGEABLE: tuple[str, ...] = (
     "data.validation",
     "data.micro_batch_size",
     "data.workers",
+    "data.timeout_s",
     "data.cache_dir",
     "data.cache_gb",
     "data.pixel_cache_gb",
@@ -81,7 +82,14 @@ CHANGEABLE: tuple[str, ...] = (
     "checkpoint",
 )
 #: Changes that say nothing about how a run goes on.
-_UNREMARKABLE = ("output", "nproc", "data.workers", "data.cache_dir", "engine.device")
+_UNREMARKABLE = (
+    "output",
+    "nproc",
+    "data.workers",
+    "data.timeout_s",
+    "data.cache_dir",
+    "engine.device",
+)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Run:
             epochs=self.recipe.schedule.epochs,
             start_step=start_step,
         )
-        return load_batches(dataset, data.workers)
+        return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
 
 
 def build_run(recipe: Recipe, device: torch.device) -> Run:
