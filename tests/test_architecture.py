@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("demo", "__main__"),
     ),
     "training": (
+        ("json_lines",),
         ("distributed", "data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),

@@ -27,6 +27,7 @@ from clipsys.errors import TrainingError
 from clipsys.progress import Advance, progress
 from clipsys.training.checkpoints import TrainState
 from clipsys.training.data.samples import Batch, Skipped
+from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
 from clipsys.training.distributed.process_group import start_processes
 from clipsys.training.engine.schedule import lr_factor
@@ -35,7 +36,7 @@ from clipsys.training.plan import StepClock
 from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
 from clipsys.training.resuming import Resumption, find_resumption, write_recipe
-from clipsys.training.run import Run, build_run
+from clipsys.training.run import Run, agree_on_recipe, build_run
 from clipsys.training.step import StepFigures
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """
     recipe.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     device = start_processes(recipe.engine.device)
+    recipe = agree_on_recipe(recipe)
     on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
+    require_shared(recipe.run_folder)
     resumption = find_resumption(recipe.run_folder, recipe) if resume else None
     loop = TrainingLoop(build_run(recipe, device))
     if resumption:

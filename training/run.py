@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from clipsys import __version__
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import ModelParts
+from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import ShardSet, TrainingBatches, open_shards, sample_order
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Batch, Decoder
 from clipsys.training.data.skips import SkipLedger
-from clipsys.training.distributed.collectives import on_first_rank, rank, world_size
+from clipsys.training.distributed.agreement import (
+    on_every_rank,
+    require_equal,
+    require_same_files,
+)
+from clipsys.training.distributed.collectives import (
+    broadcast_object,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.losses import auto_tile_size
-from clipsys.training.model.initial import initial_model
+from clipsys.training.model.initial import fingerprint, initial_model
 from clipsys.training.model.towers import ContrastiveModel, TowerOptions
 from clipsys.training.plan import Plan, plan_run
 from clipsys.training.precision import choose_training_precision
@@ -93,6 +108,43 @@ class Run:
         return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
 
 
+#: Settings that may differ between machines.
+_OF_THE_MACHINE = ("nproc", "data.cache_dir")
+
+
+def agree_on_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with the run folder as rank 0 sees it, after proof that all ranks run the same.
+
+    Raises:
+        TrainingError: a setting or a program's version differs between ranks.
+    """
+    versions = {
+        name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "transformers")
+        if find_spec(name.removesuffix("_torch"))
+    }  # fmt: skip
+    require_equal(
+        {"clipsys": __version__, "the programs": versions},
+        remedy="install the same versions on every machine",
+    )
+    settings = dict(_flatten(recipe.model_dump(mode="json")))
+    for name in _OF_THE_MACHINE:
+        settings.pop(name, None)
+    require_equal(
+        {"the settings": sorted(settings)}, remedy="start every rank with the same recipe"
+    )
+    require_equal(settings, remedy="start every rank with the same recipe and overrides")
+    folder = broadcast_object(str(recipe.run_folder.absolute()))
+    return recipe.model_copy(update={"output": folder})
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def build_run(recipe: Recipe, device: torch.device) -> Run:
     """Makes the parts of a run. Every rank of the process group calls it; nothing is written.
 
@@ -101,16 +153,28 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     """
     torch.manual_seed(recipe.seed)
     data, folder = recipe.data, recipe.run_folder
-    model = initial_model(recipe.model, loss=recipe.objective.loss)
+    model = on_every_rank(lambda: initial_model(recipe.model, loss=recipe.objective.loss))
+    require_equal(
+        {"a model with the fingerprint": fingerprint(model, weights=bool(recipe.model.pretrained))},
+        remedy="give every machine the same model.architecture and model.pretrained",
+    )
     shard_set = on_first_rank(lambda: open_shards(data))
+    local = [shard for shard in shard_set.shards if not is_remote(shard)]
+    require_same_files(local, setting="data.train")
     order = sample_order(data, shard_set, recipe.seed)
     order.steps_per_epoch(data.batch_size)  # raises where there is not one
-    validation = Validation(
-        recipe.evaluation,
-        data.validation,
-        model.preprocessing,
-        model.tokenizer,
-        caption_key=data.caption_key,
+    validation = on_every_rank(
+        lambda: Validation(
+            recipe.evaluation,
+            data.validation,
+            model.preprocessing,
+            model.tokenizer,
+            caption_key=data.caption_key,
+        )
+    )
+    require_equal(
+        {"validation data with the fingerprint": validation.fingerprint()},
+        remedy="give every machine the same data.validation and evaluation.zeroshot",
     )
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
