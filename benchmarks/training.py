@@ -112,7 +112,8 @@ def _write_samples(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def _given(pattern: str) -> Iterator[Any]:
-    from clipsys.shards.reading import iterate_raw, parse_sample
+    from clipsys.shards.reading import iterate_raw
+    from clipsys.shards.samples import parse_sample
 
     shards = sorted(str(path) for path in Path(pattern).parent.glob(Path(pattern).name))
     if not shards:

@@ -27,14 +27,16 @@ from clipsys.errors import TrainingError
 from clipsys.progress import Advance, progress
 from clipsys.training.checkpoints import TrainState
 from clipsys.training.data.samples import Batch, Skipped
+from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
 from clipsys.training.distributed.process_group import start_processes
 from clipsys.training.engine.schedule import lr_factor
 from clipsys.training.journal import Journal, plot_curves
 from clipsys.training.plan import StepClock
+from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
 from clipsys.training.resuming import Resumption, find_resumption, write_recipe
-from clipsys.training.run import Run, build_run
+from clipsys.training.run import Run, agree_on_recipe, build_run
 from clipsys.training.step import StepFigures
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +56,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """
     recipe.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     device = start_processes(recipe.engine.device)
+    recipe = agree_on_recipe(recipe)
     on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
+    require_shared(recipe.run_folder)
     resumption = find_resumption(recipe.run_folder, recipe) if resume else None
     loop = TrainingLoop(build_run(recipe, device))
     if resumption:
@@ -62,7 +66,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     elif resume:
         _logger.info("%s: no checkpoint yet, starting at the first step", recipe.run_folder)
     # Only now, when data and model are known to be usable, something is written.
-    on_first_rank(lambda: write_recipe(recipe.run_folder, recipe, resumption))
+    on_first_rank(lambda: write_recipe(recipe.run_folder, loop.recipe, resumption))
     loop.train()
     return recipe.run_folder
 
@@ -154,6 +158,8 @@ class TrainingLoop:
                 asked = time.monotonic()
                 own = list(islice(batches, run.plan.micro_batches))
                 self._window.waited_s += time.monotonic() - asked
+                if self.step == 0 and run.checks_precision:
+                    self._check_precision(own[0])
                 self._train_step(own)
                 clock.tick()
                 advance(1, note=self._note())
@@ -192,6 +198,21 @@ class TrainingLoop:
             self._count_skipped([one for batch in batches for one in batch.skipped])
         if self.step % LOG_INTERVAL == 0 or self.step == self.run.total_steps:
             self._log(factor, figures)
+
+    def _check_precision(self, batch: Batch) -> None:
+        """Goes on in fp32 where the first loss in bf16 is another one."""
+        exact, loss = self.run.step.losses_in(("fp32", "bf16"), batch, self.step)
+        if agrees(loss, exact):
+            _logger.info("precision: bf16 (first loss %.4f; %.4f in fp32)", loss, exact)
+            return
+        _logger.warning(
+            "precision: fp32, not bf16 (the first loss is %.4f in bf16 and %.4f in fp32)",
+            *(loss, exact),
+        )
+        self.run.engine.module.precision = "fp32"
+        engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
+        self.recipe = self.recipe.model_copy(update={"engine": engine})
+        on_first_rank(lambda: write_recipe(self.run.folder, self.recipe, None))
 
     def _count_skipped(self, own: Sequence[Skipped]) -> None:
         gathered = gather_objects(own)

@@ -49,10 +49,12 @@ CHANGEABLE: tuple[str, ...] = (
     "data.validation",
     "data.micro_batch_size",
     "data.workers",
+    "data.timeout_s",
     "data.cache_dir",
     "data.cache_gb",
     "data.pixel_cache_gb",
     "data.captions",
+    "data.caption_key",
     "data.label_key",
     "data.decode",
     "data.load_size",
@@ -75,12 +77,20 @@ CHANGEABLE: tuple[str, ...] = (
     "engine.compile",
     "engine.cache_on_host",
     "engine.ema_decay",
+    "engine.threads",
     "engine.device",
     "evaluation",
     "checkpoint",
 )
 #: Changes that say nothing about how a run goes on.
-_UNREMARKABLE = ("output", "nproc", "data.workers", "data.cache_dir", "engine.device")
+_UNREMARKABLE = (
+    "output",
+    "nproc",
+    "data.workers",
+    "data.timeout_s",
+    "data.cache_dir",
+    "engine.device",
+)
 
 
 @dataclass(frozen=True)

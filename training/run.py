@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from clipsys import __version__
 from clipsys.errors import ConfigError
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.devices import choose_training_precision
 from clipsys.models.open_clip_models import ModelParts
+from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import ShardSet, TrainingBatches, open_shards, sample_order
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Batch, Decoder
 from clipsys.training.data.skips import SkipLedger
-from clipsys.training.distributed.collectives import on_first_rank, rank, world_size
+from clipsys.training.distributed.agreement import (
+    on_every_rank,
+    require_equal,
+    require_same_files,
+)
+from clipsys.training.distributed.collectives import (
+    broadcast_object,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.losses import auto_tile_size
-from clipsys.training.model.initial import freeze_unused, initial_model
+from clipsys.training.model.initial import fingerprint, freeze_unused, initial_model
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Objective, make_objective
 from clipsys.training.plan import Plan, plan_run
+from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
 from clipsys.training.step import TrainingStep
 from clipsys.training.validation import Validation
@@ -41,7 +55,7 @@ class Run:
     """The parts of a run on this rank.
 
     Attributes:
-        recipe: what they were made from.
+        recipe: what they were made from, with the precision that was chosen.
         folder: the run folder.
         model: what is trained, with its tokenizer and preprocessing. Its weights belong to the
             engine: ask `Engine.state_dict` for them.
@@ -54,6 +68,7 @@ class Run:
         validation: what is measured on the way.
         checkpoints: what ``--resume`` goes on from.
         skips: samples that could not be used.
+        checks_precision: whether the first loss is compared with that in fp32.
     """
 
     recipe: Recipe
@@ -68,6 +83,7 @@ class Run:
     validation: Validation
     checkpoints: Checkpoints
     skips: SkipLedger
+    checks_precision: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,7 +111,44 @@ class Run:
             epochs=self.recipe.schedule.epochs,
             start_step=start_step,
         )
-        return load_batches(dataset, data.workers)
+        return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
+
+
+#: Settings that may differ between machines.
+_OF_THE_MACHINE = ("nproc", "data.cache_dir")
+
+
+def agree_on_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with the run folder as rank 0 sees it, after proof that all ranks run the same.
+
+    Raises:
+        TrainingError: a setting or a program's version differs between ranks.
+    """
+    versions = {
+        name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "transformers")
+        if find_spec(name.removesuffix("_torch"))
+    }  # fmt: skip
+    require_equal(
+        {"clipsys": __version__, "the programs": versions},
+        remedy="install the same versions on every machine",
+    )
+    settings = dict(_flatten(recipe.model_dump(mode="json")))
+    for name in _OF_THE_MACHINE:
+        settings.pop(name, None)
+    require_equal(
+        {"the settings": sorted(settings)}, remedy="start every rank with the same recipe"
+    )
+    require_equal(settings, remedy="start every rank with the same recipe and overrides")
+    folder = broadcast_object(str(recipe.run_folder.absolute()))
+    return recipe.model_copy(update={"output": folder})
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def build_run(recipe: Recipe, device: torch.device) -> Run:
@@ -107,19 +160,33 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     torch.manual_seed(recipe.seed)
     data, folder = recipe.data, recipe.run_folder
     objective = make_objective(recipe.objective)
-    model = _model(recipe, objective)
+    model = on_every_rank(lambda: _model(recipe, objective))
+    require_equal(
+        {"a model with the fingerprint": fingerprint(model, weights=bool(recipe.model.pretrained))},
+        remedy="give every machine the same model.architecture and model.pretrained",
+    )
     shard_set = on_first_rank(lambda: open_shards(data))
+    local = [shard for shard in shard_set.shards if not is_remote(shard)]
+    require_same_files(local, setting="data.train")
     order = sample_order(data, shard_set, recipe.seed)
     order.steps_per_epoch(data.batch_size)  # raises where there is not one
-    validation = Validation(
-        recipe.evaluation,
-        data.validation,
-        model.preprocessing,
-        model.tokenizer,
-        has_text=objective.num_texts > 0,
-        caption_key=data.caption_key,
+    validation = on_every_rank(
+        lambda: Validation(
+            recipe.evaluation,
+            data.validation,
+            model.preprocessing,
+            model.tokenizer,
+            has_text=objective.num_texts > 0,
+            caption_key=data.caption_key,
+        )
     )
-    precision = choose_training_precision(recipe.engine.precision, device)
+    require_equal(
+        {"validation data with the fingerprint": validation.fingerprint()},
+        remedy="give every machine the same data.validation and evaluation.zeroshot",
+    )
+    asked = recipe.engine.precision
+    recipe = choose_training_precision(recipe, model, device)
+    precision = recipe.engine.precision
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
     width = int(model.config["embed_dim"])
     options = TowerOptions(precision, recipe.engine.grad_checkpointing, recipe.engine.compile)
@@ -174,6 +241,7 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         validation=validation,
         checkpoints=Checkpoints(folder, keep=recipe.checkpoint.keep),
         skips=skips,
+        checks_precision=asked == "auto" and precision == "bf16",
     )
     if rank() == 0:
         _announce(run, device, precision, min(tile_size, data.batch_size))

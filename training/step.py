@@ -16,8 +16,8 @@ from clipsys.images.preprocessing import Preprocessing
 from clipsys.training.data.augmentation import AugmentationConfig, augment, normalisation
 from clipsys.training.data.samples import Batch
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
-from clipsys.training.engine.deepspeed_engine import Engine
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.engine.deepspeed_engine import Engine, Loss, MakeInputs
+from clipsys.training.model.outputs import Inputs
 from clipsys.training.objectives import Labels, Objective
 
 #: Apart from each other for the seeds of views; the first view's share is 0.
@@ -66,26 +66,42 @@ class TrainingStep:
         Raises:
             TrainingError: the loss is not finite; weights and checkpoints are as they were.
         """
-        # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
-        seed = (self._seed * 1_000_003 + step) * 4096 + rank()
-        torch.manual_seed(seed)
-        inputs = [
-            partial(self._inputs, batch, seed * 65_537 + number)
-            for number, batch in enumerate(batches)
-        ]
-        labels = Labels(
-            torch.cat([batch.groups_B for batch in batches]).to(self._engine.device),
-            torch.cat([batch.samples_B for batch in batches]).to(self._engine.device),
-        )
-
-        def loss(outputs: Outputs, targets: Rows, state: State) -> tuple[torch.Tensor, State]:
-            return self._objective.loss(outputs, targets, labels, state)
-
-        found = self._engine.accumulate(inputs, loss)
+        inputs = self._seeded_inputs(batches, step)
+        found = self._engine.accumulate(inputs, self._loss(batches))
         value, num_skipped = self._over_ranks(found.loss, batches, step)
         norm = self._engine.update(lr_factor)
         scalars = {name: float(one) for name, one in found.shared.items() if one.numel() == 1}
         return StepFigures(value, scalars, norm, num_skipped)
+
+    def losses_in(self, precisions: Sequence[str], batch: Batch, step: int) -> list[float]:
+        """Loss of one micro-batch over all ranks in fp32 or bf16, without an update.
+
+        Every rank calls it. `__call__` draws the same random numbers afterwards.
+        """
+        losses, loss = [], self._loss([batch])
+        for precision in precisions:
+            (inputs,) = self._seeded_inputs([batch], step)
+            share = self._engine.loss_in(precision, inputs, loss)
+            if world_size() > 1:
+                dist.all_reduce(share)
+            losses.append(float(share) / world_size())
+        return losses
+
+    def _loss(self, batches: Sequence[Batch]) -> Loss:
+        labels = Labels(
+            torch.cat([batch.groups_B for batch in batches]).to(self._engine.device),
+            torch.cat([batch.samples_B for batch in batches]).to(self._engine.device),
+        )
+        return lambda outputs, targets, state: self._objective.loss(outputs, targets, labels, state)
+
+    def _seeded_inputs(self, batches: Sequence[Batch], step: int) -> list[MakeInputs]:
+        # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
+        seed = (self._seed * 1_000_003 + step) * 4096 + rank()
+        torch.manual_seed(seed)
+        return [
+            partial(self._inputs, batch, seed * 65_537 + number)
+            for number, batch in enumerate(batches)
+        ]
 
     def _inputs(self, batch: Batch, seed: int) -> Inputs:
         """What a micro-batch shows to the towers: the same for the same seed."""

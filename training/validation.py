@@ -134,6 +134,13 @@ class Validation:
     def __bool__(self) -> bool:
         return bool(self._targets or self._neighbours or self._labels)
 
+    def fingerprint(self) -> str:
+        """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
+        texts = self._targets.texts if self._targets else []
+        images = self._num_images if self._targets else 0
+        held = repr((images, texts, self._labels)).encode()
+        return hashlib.blake2b(held, digest_size=8).hexdigest()
+
     def measure(self, engine: Engine) -> dict[str, float]:
         """What is asked for, of the model as it is. Every rank must call it."""
         figures: dict[str, float] = {}

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clipsys.inference.threads import Arrangement
+
 #: How many times as fast as fp32 bf16 must be, and int8 as the faster of both. What is measured are
 #: products; norms, activations and sums between them gain less, and each step down in precision is
 #: to be worth its error.
@@ -17,48 +19,31 @@ THREADS_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """How threads divide the work.
-
-    Attributes:
-        threads: how many there are.
-        apart: each takes images of its own through the whole tower; otherwise all share each
-            operation.
-    """
-
-    threads: int
-    apart: bool = False
-
-    def __str__(self) -> str:
-        if self.threads == 1:
-            return "1 thread"
-        return f"{self.threads} threads" + (" apart" if self.apart else "")
-
-
-@dataclass(frozen=True)
 class Figures:
     """What a probe measured, and what it chose.
 
     Attributes:
-        gflops: rate of each precision over the tower's products, in GFLOP/s, with all threads.
+        gflops: rate of each precision over the tower's products, in GFLOP/s, on one core.
         precision: the one that is chosen.
-        arrangements: rates of the arrangements that were tried, in that precision.
+        arrangements: rates of the arrangements that were tried, in that precision; none where the
+            machine was busy.
         arrangement: the one that is chosen.
-        took_s: seconds that the probe took.
+        busy: whether something else took the cores meanwhile.
     """
 
     gflops: dict[str, float]
     precision: str
     arrangements: tuple[tuple[Arrangement, float], ...]
     arrangement: Arrangement
-    took_s: float = 0.0
+    busy: bool = False
 
     def __str__(self) -> str:
         rates = ", ".join(f"{name}: {_rate(rate)}" for name, rate in self.gflops.items())
-        text = f"{rates} GFLOP/s; {self.precision} is used"
+        text = f"{rates} GFLOP/s a core; {self.precision} is used"
         if len(self.arrangements) > 1:
             tried = ", ".join(f"{one}: {_rate(rate)}" for one, rate in self.arrangements)
-            text += f"; {tried}; {self.arrangement} {_are(self.arrangement.threads)} used"
+            verb = "is" if self.arrangement.threads == 1 else "are"
+            text += f"; {tried}; {self.arrangement} {verb} used"
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +64,6 @@ class Figures:
                 (_arrangement(one), float(rate)) for one, rate in document["arrangements"]
             ),
             arrangement=_arrangement(document["arrangement"]),
-            took_s=float(document["took_s"]),
         )
         if figures.precision not in figures.gflops:
             raise ValueError(f"precision {figures.precision!r} was not measured")
@@ -97,10 +81,6 @@ def _rate(gflops: float) -> str:
     return f"{gflops:,.0f}" if gflops >= 10 else f"{gflops:.1f}"
 
 
-def _are(threads: int) -> str:
-    return "is" if threads == 1 else "are"
-
-
 def choose_precision(gflops: Mapping[str, float]) -> str:
     """The precision to compute in, by the rate of each that may be used; ``fp32`` is among them."""
     chosen = "fp32"
@@ -108,6 +88,13 @@ def choose_precision(gflops: Mapping[str, float]) -> str:
         if gflops.get(name, 0.0) >= MARGIN * gflops[chosen]:
             chosen = name
     return chosen
+
+
+def acceptable(gflops: Mapping[str, float]) -> tuple[str, ...]:
+    """The precision to compute in, and what is to take its place where its results are refused."""
+    chosen = choose_precision(gflops)
+    without = {name: rate for name, rate in gflops.items() if name != chosen}
+    return (chosen,) if chosen == "fp32" else (chosen, *acceptable(without))
 
 
 def choose_arrangement(tried: Sequence[tuple[Arrangement, float]]) -> Arrangement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -51,6 +52,18 @@ def _quota_cores(root: Path) -> float | None:
 def threads_are_set() -> bool:
     """Whether the user said how many threads there are, in which case no other number is tried."""
     return "OMP_NUM_THREADS" in os.environ and SHARED_CORES not in os.environ
+
+
+def waiting_s() -> float:
+    """Seconds that this process's threads were ready to run while others had the cores.
+
+    Linux tells; elsewhere it is 0.
+    """
+    waited_ns = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that has ended
+            waited_ns += int(path.read_text(encoding="ascii").split()[1])
+    return waited_ns / 1e9
 
 
 @cache

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.inference.int8 import Int8Linear
-from clipsys.inference.threads import single_threads
-from clipsys.probe.figures import Arrangement, Figures, choose_arrangement, choose_precision
+from clipsys.inference.threads import Arrangement, limited_threads, single_threads
+from clipsys.probe import machine
+from clipsys.probe.figures import Figures, choose_arrangement, choose_precision
 from clipsys.probe.products import Product, largest
 from clipsys.probe.timing import Clock, time_in_turn
 
@@ -29,6 +29,8 @@ _ROUNDS = 4
 _SMALL = Product((128, 256), (256, 256))
 _SMALL_BUDGET_S = 0.02
 _HOPELESS = 3.0
+#: Share of the time that threads may have waited for cores; with more, what they did says nothing.
+_BUSY_SHARE = 0.1
 #: A backward pass takes two products for the one of the forward pass.
 _TRAINING_COST = 3
 
@@ -60,107 +62,113 @@ def measure(
     *,
     budget_s: float = BUDGET_S,
     clock: Clock = time.perf_counter,
+    waiting_s: Clock = machine.waiting_s,
 ) -> Figures:
     """Times these products within a budget, and chooses.
+
+    Precisions are compared on one thread. That is how images are encoded, and it is what can be
+    measured on a machine that does something else as well: threads that share an operation wait for
+    the one whose core is taken, which was measured to cost them nine tenths of their rate.
 
     Args:
         products: of the whole tower; not empty.
         conditions: how they are computed.
         budget_s: seconds for everything.
         clock: seconds; another one in tests.
+        waiting_s: seconds that this process has waited for cores; another one in tests.
     """
-    started = clock()
+    started, timer = clock(), Timer(conditions, clock)
     products = largest(products)
-    with _threads_restored():
-        torch.set_num_threads(conditions.arrangements[0].threads)
-        rates = _rates(
-            [_SMALL], [_SMALL], conditions.precisions, conditions, _SMALL_BUDGET_S, clock
+    with limited_threads(1):
+        rates = timer.precisions(
+            [_SMALL], [_SMALL], conditions.precisions, until=started + _SMALL_BUDGET_S
         )
         fastest = max(rates.values())
         hopeful = [one for one in rates if one == "fp32" or rates[one] * _HOPELESS > fastest]
-        left_s = (budget_s - (clock() - started)) * _PRECISION_SHARE
-        each_s = left_s / (_ROUNDS * len(products) * len(hopeful))
+        until = clock() + (budget_s - (clock() - started)) * _PRECISION_SHARE
+        each_s = (until - clock()) / (_ROUNDS * len(products) * len(hopeful))
         share = each_s * rates["fp32"] * 1e9
         pieces = [one.cut(share * one.flops / conditions.flops(one)) for one in products]
-        rates |= _rates(products, pieces, hopeful, conditions, left_s, clock)
+        rates |= timer.precisions(products, pieces, hopeful, until=until)
         precision = choose_precision(rates)
-        tried = [(conditions.arrangements[0], rates[precision])]
-        if len(conditions.arrangements) > 1:
-            left_s = budget_s - (clock() - started)
-            tried = _arrangement_rates(products, pieces, precision, conditions, left_s, clock)
+        began, waited_s = clock(), waiting_s()
+        tried = timer.arrangements(products, pieces, precision, until=started + budget_s)
+        waited_s = waiting_s() - waited_s
+    busy = waited_s > _BUSY_SHARE * (clock() - began)
     return Figures(
         gflops={name: round(rate, 1) for name, rate in rates.items()},
         precision=precision,
-        arrangements=tuple((one, round(rate, 1)) for one, rate in tried),
-        arrangement=choose_arrangement(tried),
+        arrangements=() if busy else tuple((one, round(rate, 1)) for one, rate in tried),
+        arrangement=conditions.arrangements[0] if busy else choose_arrangement(tried),
+        busy=busy,
     )
 
 
-def _rates(
-    products: Sequence[Product],
-    pieces: Sequence[Product],
-    precisions: Sequence[str],
-    conditions: Conditions,
-    budget_s: float,
-    clock: Clock,
-) -> dict[str, float]:
-    """GFLOP/s of each precision over the whole tower."""
-    operations = [
-        {name: computation(piece, name, conditions) for name in precisions} for piece in pieces
-    ]
-    seconds = time_in_turn(operations, budget_s=budget_s, clock=clock)
-    return {
-        name: _overall(products, pieces, [one[name] for one in seconds], conditions)
-        for name in precisions
-    }
+@dataclass(frozen=True)
+class Timer:
+    """Times pieces of products under some conditions."""
 
+    conditions: Conditions
+    clock: Clock
 
-def _arrangement_rates(
-    products: Sequence[Product],
-    pieces: Sequence[Product],
-    precision: str,
-    conditions: Conditions,
-    budget_s: float,
-    clock: Clock,
-) -> list[tuple[Arrangement, float]]:
-    """GFLOP/s of each arrangement of threads over the whole tower."""
-    pools = {
-        one: single_threads(one.threads)
-        for one in conditions.arrangements
-        if one.apart and one.threads > 1
-    }
-    try:
-        calls = [computation(piece, precision, conditions) for piece in pieces]
+    def precisions(
+        self,
+        products: Sequence[Product],
+        pieces: Sequence[Product],
+        names: Sequence[str],
+        *,
+        until: float,
+    ) -> dict[str, float]:
+        """GFLOP/s of each precision over the whole tower, with torch's threads as they are."""
         operations = [
-            {str(one): _arranged(call, one, pools.get(one)) for one in conditions.arrangements}
-            for call in calls
+            {name: computation(piece, name, self.conditions) for name in names} for piece in pieces
         ]
-        seconds = time_in_turn(operations, budget_s=budget_s, clock=clock)
-    finally:
-        for pool in pools.values():
-            pool.shutdown()
-    tried = []
-    for one in conditions.arrangements:
-        # Threads that work apart have done the piece as many times as there are of them.
-        times = one.threads if one.apart else 1
-        own = [second[str(one)] / times for second in seconds]
-        tried.append((one, _overall(products, pieces, own, conditions)))
-    return tried
+        seconds = time_in_turn(operations, until=until, clock=self.clock)
+        return {
+            name: self._overall(products, pieces, [one[name] for one in seconds]) for name in names
+        }
 
+    def arrangements(
+        self,
+        products: Sequence[Product],
+        pieces: Sequence[Product],
+        precision: str,
+        *,
+        until: float,
+    ) -> list[tuple[Arrangement, float]]:
+        """GFLOP/s of each arrangement of threads over the whole tower."""
+        tried = self.conditions.arrangements
+        pools = {one: single_threads(one.threads) for one in tried if one.apart}
+        try:
+            operations = []
+            for piece in pieces:
+                call = computation(piece, precision, self.conditions)
+                operations.append({str(one): _arranged(call, one, pools.get(one)) for one in tried})
+            seconds = time_in_turn(operations, until=until, clock=self.clock)
+        finally:
+            for pool in pools.values():
+                pool.shutdown()
+        rates = []
+        for one in tried:
+            # Threads that work apart have done the piece as many times as there are of them.
+            times = one.threads if one.apart else 1
+            own = [second[str(one)] / times for second in seconds]
+            rates.append((one, self._overall(products, pieces, own)))
+        return rates
 
-def _overall(
-    products: Sequence[Product],
-    pieces: Sequence[Product],
-    seconds: Sequence[float],
-    conditions: Conditions,
-) -> float:
-    """The rate at which all these products are computed, by the seconds of a piece of each."""
-    total_flops = total_s = 0.0
-    for product, piece, piece_s in zip(products, pieces, seconds, strict=False):
-        share = product.count * product.flops / piece.flops
-        total_flops += share * conditions.flops(piece)
-        total_s += share * piece_s
-    return total_flops / max(total_s, 1e-12) / 1e9
+    def _overall(
+        self, products: Sequence[Product], pieces: Sequence[Product], seconds: Sequence[float]
+    ) -> float:
+        """The rate at which all these products are computed, by the seconds of a piece of each.
+
+        There may be fewer seconds than products: the rest was not reached.
+        """
+        total_flops = total_s = 0.0
+        for product, piece, piece_s in zip(products, pieces, seconds, strict=False):
+            pieces_in_tower = product.count * product.flops / piece.flops
+            total_flops += pieces_in_tower * self.conditions.flops(piece)
+            total_s += pieces_in_tower * piece_s
+        return total_flops / max(total_s, 1e-12) / 1e9
 
 
 def computation(product: Product, precision: str, conditions: Conditions) -> Callable[[], object]:
@@ -220,16 +228,7 @@ def _arranged(
         return lambda: [*pool.map(lambda _: call(), range(arrangement.threads))]
 
     def run() -> None:
-        torch.set_num_threads(arrangement.threads)
-        call()
+        with limited_threads(arrangement.threads):
+            call()
 
     return run
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -20,13 +20,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from clipsys.errors import ConfigError
+from clipsys.inference.threads import Arrangement
 from clipsys.probe import cache, machine
-from clipsys.probe.figures import Arrangement, Figures
+from clipsys.probe.figures import Figures
 from clipsys.probe.measuring import BUDGET_S, Conditions, measure
 from clipsys.probe.products import Product
 
@@ -99,9 +100,13 @@ def probe(work: Work) -> Figures | None:
         _logger.info("precision: fp32 (the products of %s cannot be recorded)", work.name)
         return None
     figures = measure(products, conditions, budget_s=BUDGET_S - (time.perf_counter() - started))
-    figures = replace(figures, took_s=round(time.perf_counter() - started, 3))
-    cache.write(measured, figures)
-    _logger.info("%s: %s (measured in %.1f s)", work.name, figures, figures.took_s)
+    took_s = time.perf_counter() - started
+    if figures.busy:
+        note = "; the machine is busy, so threads are as usual and nothing is stored"
+    else:
+        note = ""
+        cache.write(measured, figures)
+    _logger.info("%s: %s (measured in %.1f s%s)", work.name, figures, took_s, note)
     return figures
 
 

@@ -82,7 +82,7 @@ def largest(products: Iterable[Product]) -> list[Product]:
     return sorted(products, key=lambda one: -one.flops * one.count)[:_MAX_SHAPES]
 
 
-def record(model: nn.Module, forward: Callable[[nn.Module], object]) -> tuple[Product, ...]:
+def record(model: nn.Module, forward: Callable[[Any], object]) -> tuple[Product, ...]:
     """The products of one call; none where the model cannot run without values.
 
     Args:
@@ -113,7 +113,7 @@ def record(model: nn.Module, forward: Callable[[nn.Module], object]) -> tuple[Pr
 class _Wrapped(nn.Module):
     """Lets `functional_call` replace the weights for any call, not only for ``forward``."""
 
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module], object]) -> None:
+    def __init__(self, model: nn.Module, call: Callable[[Any], object]) -> None:
         super().__init__()
         self.model = model
         self._call = call
@@ -122,16 +122,16 @@ class _Wrapped(nn.Module):
         return self._call(self.model)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[Product] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         product = _product(func.overloadpacket.__name__, args)
-        if product is not None and math.prod(product.left) and math.prod(product.right):
+        if product is not None and product.flops:
             self.found[product] += 1
         return func(*args, **(kwargs or {}))
 

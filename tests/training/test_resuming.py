@@ -23,15 +23,13 @@ from clipsys.training.resuming import (
     is_fixed,
     write_recipe,
 )
+from tests.training import runs
 from tests.training.runs import (
     STEPS_PER_EPOCH,
     Attempt,
     Outcome,
     have_same_weights,
     train_in_group,
-)
-from tests.training.runs import (
-    write_recipe as write_test_recipe,
 )
 
 _HALF = f"step-{STEPS_PER_EPOCH:08d}"
@@ -40,7 +38,7 @@ _HALF = f"step-{STEPS_PER_EPOCH:08d}"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
     """The recipe of a finished run of two ranks, two epochs and a checkpoint after each."""
-    recipe = write_test_recipe(
+    recipe = runs.write_recipe(
         tmp_path_factory.mktemp("run"), shards, evaluation={"every_epochs": 0}
     )
     for outcome in train_in_group([Attempt(recipe)], 2):

@@ -56,6 +56,8 @@ _logger = logging.getLogger(__name__)
 
 #: How many remote shards are mixed at a time unless data.shuffle_shards is set.
 _MIXED_REMOTE_SHARDS = 8
+#: Of a sample in a batch, beside its image: tokens, ids, names.
+_OTHER_BYTES = 2048
 #: How many shards are looked at for the reason why there are few samples.
 _FEW_SHARDS = 4
 
@@ -197,7 +199,8 @@ def open_shards(config: DataConfig) -> ShardSet:
         DataError: there are none, or one is not a tar file.
     """
     expanded = [
-        (shard, number)
+        # Absolute: ranks may run in other folders.
+        (shard if is_remote(shard) else str(Path(shard).absolute()), number)
         for number, source in enumerate(config.sources)
         for shard in expand_shards(source.shards)
     ]
@@ -301,6 +304,12 @@ class TrainingBatches(Dataset[Batch]):
         self._steps_per_epoch = order.steps_per_epoch(batch_size)
         self._start_step = start_step
         self._remaining_steps = max(0, self._steps_per_epoch * epochs - start_step)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Size of a micro-batch, nearly: images, and a little for tokens and the rest."""
+        height, width = self._decoder.preprocessing.size
+        return self._micro_size * (3 * height * width + _OTHER_BYTES)
 
     def __len__(self) -> int:
         return self._remaining_steps * self._micro_steps

@@ -67,6 +67,13 @@ class TrainedModel(Towers):
             # Frozen, hence in evaluation mode: a target depends on its own sample alone.
             self.momentum.requires_grad_(False)
 
+    def use_precision(self, precision: str) -> str:
+        """Computes in another precision from now on; returns the one until now."""
+        usual, self.precision = self.precision, precision
+        if self.momentum is not None:
+            self.momentum.precision = precision
+        return usual
+
     def forward(self, inputs: Inputs, *, wants_targets: bool = False) -> Outputs | Rows:
         """The outputs that the loss is taken of, or the targets of the momentum towers."""
         if wants_targets:

@@ -10,8 +10,8 @@ import pytest
 
 from clipsys.errors import DataError
 from clipsys.shards.random_access import ShardReader, index_shard
-from clipsys.shards.reading import Sample, iterate_raw
-from clipsys.shards.samples import parse_sample
+from clipsys.shards.reading import iterate_raw
+from clipsys.shards.samples import Sample, parse_sample
 from clipsys.shards.writing import write_shards
 
 _LONG = "a" * 180  # longer than a plain tar header holds
