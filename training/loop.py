@@ -33,6 +33,7 @@ from clipsys.training.distributed.process_group import start_processes
 from clipsys.training.engine.schedule import lr_factor
 from clipsys.training.journal import Journal, plot_curves
 from clipsys.training.plan import StepClock
+from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
 from clipsys.training.resuming import Resumption, find_resumption, write_recipe
 from clipsys.training.run import Run, agree_on_recipe, build_run
@@ -65,7 +66,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     elif resume:
         _logger.info("%s: no checkpoint yet, starting at the first step", recipe.run_folder)
     # Only now, when data and model are known to be usable, something is written.
-    on_first_rank(lambda: write_recipe(recipe.run_folder, recipe, resumption))
+    on_first_rank(lambda: write_recipe(recipe.run_folder, loop.recipe, resumption))
     loop.train()
     return recipe.run_folder
 
@@ -157,6 +158,8 @@ class TrainingLoop:
                 asked = time.monotonic()
                 own = list(islice(batches, run.plan.micro_batches))
                 self._window.waited_s += time.monotonic() - asked
+                if self.step == 0 and run.checks_precision:
+                    self._check_precision(own[0])
                 self._train_step(own)
                 clock.tick()
                 advance(1, note=self._note())
@@ -196,6 +199,21 @@ class TrainingLoop:
         if self.step % LOG_INTERVAL == 0 or self.step == self.run.total_steps:
             self._log(factor, figures)
 
+    def _check_precision(self, batch: Batch) -> None:
+        """Goes on in fp32 where the first loss in bf16 is another one."""
+        exact, loss = self.run.step.losses_in(("fp32", "bf16"), batch, self.step)
+        if agrees(loss, exact):
+            _logger.info("precision: bf16 (first loss %.4f; %.4f in fp32)", loss, exact)
+            return
+        _logger.warning(
+            "precision: fp32, not bf16 (the first loss is %.4f in bf16 and %.4f in fp32)",
+            *(loss, exact),
+        )
+        self.run.engine.module.precision = "fp32"
+        engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
+        self.recipe = self.recipe.model_copy(update={"engine": engine})
+        on_first_rank(lambda: write_recipe(self.run.folder, self.recipe, None))
+
     def _count_skipped(self, own: Sequence[Skipped]) -> None:
         gathered = gather_objects(own)
         self.run.skips.add(
@@ -211,7 +229,7 @@ class TrainingLoop:
             "epoch": round(self.step / self.run.steps_per_epoch, 4),
             "loss": window.loss / window.steps,
             "lr": self.recipe.optimizer.lr * factor,
-            "logit_scale": figures.logit_scale,
+            **figures.scalars,
             "gradient_norm": figures.gradient_norm,
             **self.run.engine.scaling_figures(),
             "samples_per_s": window.steps * self.recipe.data.batch_size / elapsed,
@@ -234,7 +252,12 @@ class TrainingLoop:
             self._journal.write(
                 self.step, {f"val/{name}": value for name, value in figures.items()}
             )
-            shown = ("text_to_image/recall@10", "image_to_text/recall@10", "zeroshot/accuracy@1")
+            shown = (
+                "text_to_image/recall@10",
+                "image_to_text/recall@10",
+                "zeroshot/accuracy@1",
+                "knn/accuracy@1",
+            )
             texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
             epoch = self.step / self.run.steps_per_epoch
             _logger.info("epoch %.3g: %s", epoch, ", ".join(texts))

@@ -21,6 +21,7 @@ from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.checkpoints import Checkpoints, read_provenance
 from clipsys.training.distributed.collectives import on_first_rank
 from clipsys.training.engine.repartition import SavedBy
+from clipsys.training.objectives import with_current_names
 from clipsys.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -48,10 +49,12 @@ CHANGEABLE: tuple[str, ...] = (
     "data.validation",
     "data.micro_batch_size",
     "data.workers",
+    "data.timeout_s",
     "data.cache_dir",
     "data.cache_gb",
     "data.pixel_cache_gb",
     "data.captions",
+    "data.caption_key",
     "data.label_key",
     "data.decode",
     "data.load_size",
@@ -74,12 +77,20 @@ CHANGEABLE: tuple[str, ...] = (
     "engine.compile",
     "engine.cache_on_host",
     "engine.ema_decay",
+    "engine.threads",
     "engine.device",
     "evaluation",
     "checkpoint",
 )
 #: Changes that say nothing about how a run goes on.
-_UNREMARKABLE = ("output", "nproc", "data.workers", "data.cache_dir", "engine.device")
+_UNREMARKABLE = (
+    "output",
+    "nproc",
+    "data.workers",
+    "data.timeout_s",
+    "data.cache_dir",
+    "engine.device",
+)
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,8 @@ def changed_settings(was: Mapping[str, Any], recipe: Recipe) -> Iterator[Change]
 
     Settings that the record lacks, since they were added later, are left out.
     """
+    if isinstance(was.get("objective"), Mapping):
+        was = {**was, "objective": with_current_names(was["objective"])}
     return _changes(was, recipe, recipe.model_dump(mode="json"), "")
 
 
