@@ -251,7 +251,8 @@ def _scaling(rank: int, world_size: int) -> tuple[dict[str, float], int, str]:
 def test_fp16_counts_the_steps_that_it_leaves_out_and_gives_up_at_the_smallest_scale() -> None:
     for figures, applied, error in run_ranks(_scaling, 2):
         assert 0 < figures["skipped_steps"] == _MANY_STEPS - applied
-        assert figures["loss_scale"] == 2 ** (16 - figures["skipped_steps"])
+        # The first overflow is forgiven (hysteresis), each one after it halves the scale.
+        assert figures["loss_scale"] == 2 ** (17 - figures["skipped_steps"])
         assert error == "the gradient of ln_final.weight is not finite at any loss scale of fp16"
 
 
