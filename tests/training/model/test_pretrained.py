@@ -15,10 +15,13 @@ from clipsys.models.open_clip_models import ModelParts, build_model, load_model,
 from clipsys.training.model.initial import ModelConfig, initial_model
 from tests.conftest import TINY_MODEL, noise_image
 from tests.tiny_models import (
+    HF_TEXT_TOWERS,
     SIGLIP_PREPROCESS,
     coca_config,
+    hf_text_config,
     siglip_config,
     write_stock_folder,
+    write_text_model,
     write_tokenizer,
 )
 from tests.training.runs import Attempt, train_in_group, write_recipe
@@ -194,3 +197,15 @@ def test_a_moved_source_still_has_its_tokenizer(siglip: Path, tmp_path: Path) ->
     parts = initial_model(ModelConfig(pretrained=str(moved)))
     save_model(parts, tmp_path / "out")
     _assert_equal_vectors(load_model(tmp_path / "out"), load_model(siglip))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HF_TEXT_TOWERS if kind != "xlm-roberta"])
+def test_a_hugging_face_text_tower_is_locked_but_for_its_last_block(
+    kind: str, tmp_path: Path
+) -> None:
+    config = hf_text_config(write_text_model(tmp_path / kind, kind))
+    model = initial_model(ModelConfig(architecture=config, unlocked_text_blocks=1)).model
+    trained = {name for name, one in model.text.named_parameters() if one.requires_grad}
+    assert any(name.startswith("proj.") for name in trained)
+    assert any(".0." in name and name.startswith("transformer.") for name in trained)
+    assert not any("embed" in name for name in trained)
