@@ -147,7 +147,7 @@ def _why_not_built(
         needed = config["text_cfg"].get("hf_model_name") or config["vision_cfg"]["timm_model_name"]
         return (
             f"model {name}: {needed} is not on this machine, and {unreachable}; set "
-            f"text_cfg.hf_model_name to a folder with its config.json, or {hub.hint()}"
+            f"text_cfg.hf_model_name to a folder with its config.json, or {hub.HINT}"
         )
     return f"model {name}: open_clip cannot build this configuration ({_one_line(error)})"
 
@@ -229,7 +229,7 @@ def _load_folder(folder: Path) -> ModelParts:
         if unreachable:
             raise ModelError(
                 f"{folder}: the model was written without the config.json of its text tower "
-                f"{config['text_cfg']['hf_model_name']}, and {unreachable}; {hub.hint()}"
+                f"{config['text_cfg']['hf_model_name']}, and {unreachable}; {hub.HINT}"
             ) from error
         raise ModelError(f"{folder}: the model cannot be loaded ({_one_line(error)})") from error
     tokenizer = make_tokenizer(config, folder=folder)
@@ -288,7 +288,7 @@ def _load_hub(name: str, pretrained: str | None) -> ModelParts:
             if unreachable:
                 raise ModelError(
                     f"model {label}: its weights are not on this machine, and {unreachable}; "
-                    f"{hub.hint()}"
+                    f"{hub.HINT}"
                 ) from error
             raise ModelError(
                 f"model {label}: the weights cannot be fetched ({_one_line(error)}); check the "
