@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from clipsys.training.engine.zero import bucket_elements, num_buckets
+from clipsys.training.model.trained import MOMENTUM_PREFIX
 from clipsys.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Plan:
     """The size of a run; bytes are those of one rank.
 
     Attributes:
-        num_parameters: of the model.
+        num_parameters: of the model and its heads.
         num_trained: those that are not frozen.
         weights_bytes: parameters as they are kept for forward passes.
         gradients_bytes: at the end of a backward pass.
@@ -105,18 +106,22 @@ def plan_run(
         tile_size: T.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    copied = sum(p.numel() for n, p in model.named_parameters() if n.startswith(MOMENTUM_PREFIX))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stage, batch = recipe.engine.zero_stage, recipe.data.batch_size
     width = 2 if precision in ("bf16_params", "fp16") else 4
     states = _STATE_VALUES[recipe.optimizer.name] * 4 * trained
     masters = 4 * trained if stage or width == 2 else 0
     share = batch // world_size
-    weights = width * parameters // (world_size if stage == 3 else 1)
+    # Momentum towers have weights, and masters of them where weights have 16 bits.
+    weights = (width * parameters + (4 * copied if width == 2 else 0)) // (
+        world_size if stage == 3 else 1
+    )
     optimizer = (states + masters) // (world_size if stage else 1)
     engine = recipe.engine
     # ZeRO splits optimizer states (1), gradients too (2), weights too (3).
     return Plan(
-        num_parameters=parameters,
+        num_parameters=parameters - copied,
         num_trained=trained,
         weights_bytes=weights,
         gradients_bytes=width * trained // (world_size if stage >= 2 else 1),

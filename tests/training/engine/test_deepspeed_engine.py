@@ -21,7 +21,7 @@ from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
 from clipsys.training.objectives.protocol import Labels
 from clipsys.training.recipe import EngineConfig
-from tests.conftest import TINY_MODEL
+from tests.conftest import TINY_MODEL, no_tokenizer
 from tests.ranks import run_ranks
 
 _BATCH = 12
@@ -38,7 +38,7 @@ def _engine(
 ) -> Engine:
     torch.manual_seed(0)
     architecture = {**_MODEL, "vision_cfg": _RESNET} if resnet else _MODEL
-    clip = build_model(architecture, for_training=True).model
+    clip = build_model(architecture, for_training=True, tokenizer=no_tokenizer).model
     model = TrainedModel(clip, _OBJECTIVE, TowerOptions(precision), width=32)
     return Engine(
         model,
