@@ -17,7 +17,7 @@ from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
 from clipsys.training.objectives.protocol import Labels
 from clipsys.training.plan import plan_run
 from clipsys.training.recipe import Recipe
-from tests.conftest import TINY_MODEL
+from tests.conftest import TINY_MODEL, no_tokenizer
 from tests.ranks import run_ranks
 
 _BATCH = 4
@@ -41,7 +41,7 @@ def _take(rank: int, world_size: int, splits: list[tuple[int, str]]) -> list[tup
     for stage, precision in splits:
         before = _resident_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        clip = build_model(_MODEL, for_training=True).model
+        clip = build_model(_MODEL, for_training=True, tokenizer=no_tokenizer).model
         recipe = Recipe(
             data={"train": "x", "batch_size": _BATCH},
             engine={"zero_stage": stage, "precision": precision},
