@@ -23,8 +23,9 @@ ALLOWED = {
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
         ("errors", "progress"),
+        ("paths",),
         ("config", "images", "inference", "processes"),
-        ("shards",),
+        ("shards", "probe"),
         ("models", "corpora"),
         ("evaluation",),
         ("commands",),
@@ -32,12 +33,14 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("demo", "__main__"),
     ),
     "training": (
-        ("distributed", "data", "model", "journal"),
+        ("json_lines",),
+        ("distributed", "data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),
+        ("objectives",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
-        ("plan",),
+        ("plan", "precision", "resuming"),
         ("run",),
         ("loop",),
         ("commands",),

@@ -53,12 +53,16 @@ def export(
     step: Annotated[
         int | None, typer.Option(help="The checkpoint of this step; default the newest.")
     ] = None,
+    with_heads: Annotated[
+        bool,
+        typer.Option("--with-heads", help="Write the objective's heads beside the model too."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Write a model folder that clipsys and stock open_clip load."""
     from clipsys.training.export import export_model
 
-    fingerprint = export_model(run, out, step=step, overwrite=overwrite)
+    fingerprint = export_model(run, out, step=step, with_heads=with_heads, overwrite=overwrite)
     print(out)
     print(
         f"fingerprint {fingerprint[:16]}; load it with clipsys.load({str(out)!r})", file=sys.stderr

@@ -3,6 +3,7 @@
 schedule            the learning rate's course
 optimizers          optimizers by name, and the parameter groups they work on
 ema                 an average of the weights
+momentum            copies of towers that follow them
 repartition         ZeRO's state for another number of ranks
 deepspeed_engine    `Engine`
 """

@@ -69,7 +69,7 @@ def test_ranks_started_by_torchrun_train_together(shards: str, tmp_path: Path) -
 
 
 def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path: Path) -> None:
-    from clipsys.shards.reading import Sample
+    from clipsys.shards.samples import Sample
     from clipsys.shards.writing import write_shards
 
     def samples() -> Any:
