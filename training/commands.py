@@ -25,17 +25,18 @@ def train(
 ) -> None:
     """Train a model through DeepSpeed.
 
-    Also starts under `deepspeed`, `torchrun` and SLURM, which then decide the number of processes.
+    Also starts under `deepspeed`, `torchrun`, SLURM and MPI, which then decide the number of
+    processes.
     """
     from clipsys.config import find_recipe, load_settings
-    from clipsys.training.distributed import launch
+    from clipsys.training.distributed import environment, launch, rank_errors
     from clipsys.training.recipe import Recipe
 
     recipe = load_settings(Recipe, find_recipe(config), overrides or [])
-    if launch.join_environment():
-        from clipsys.training.loop import train as run
+    if environment.join_environment(nproc):
+        with rank_errors.reporting():
+            from clipsys.training.loop import train as run
 
-        with launch.reporting():
             run(recipe, resume=resume)
         return
     processes = nproc or recipe.nproc or launch.default_nproc()

@@ -232,6 +232,7 @@ class TrainingLoop:
             "lr": self.recipe.optimizer.lr * factor,
             **figures.scalars,
             "gradient_norm": figures.gradient_norm,
+            **self.run.engine.scaling_figures(),
             "samples_per_s": window.steps * self.recipe.data.batch_size / elapsed,
             "data_wait_share": window.waited_s / elapsed,
         }
@@ -277,6 +278,12 @@ class TrainingLoop:
         }
 
     def _finish(self) -> None:
+        if not self.run.engine.num_applied_steps:
+            raise TrainingError(
+                f"{self.run.folder}: every one of the {self.step} steps was left out, because "
+                "gradients overflow in fp16: nothing was learnt, and no model is written; use "
+                "engine.precision bf16 or fp32, or train for longer"
+            )
         checkpoint, run = self._save(), self.run.folder
 
         def publish() -> None:

@@ -17,6 +17,7 @@ from clipsys.training.data.augmentation import AugmentationConfig, augment, norm
 from clipsys.training.data.samples import Batch
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Loss, MakeInputs
+from clipsys.training.engine.gradient_check import NonFiniteGradientError
 from clipsys.training.model.outputs import Inputs
 from clipsys.training.objectives import Labels, Objective
 
@@ -64,12 +65,19 @@ class TrainingStep:
         """Trains on the micro-batches of a step (0-based). Every rank calls it.
 
         Raises:
-            TrainingError: the loss is not finite; weights and checkpoints are as they were.
+            TrainingError: the loss or a gradient is not finite; weights and checkpoints are as
+                they were.
         """
         inputs = self._seeded_inputs(batches, step)
         found = self._engine.accumulate(inputs, self._loss(batches))
         value, num_skipped = self._over_ranks(found.loss, batches, step)
-        norm = self._engine.update(lr_factor)
+        try:
+            norm = self._engine.update(lr_factor)
+        except NonFiniteGradientError as error:
+            raise TrainingError(
+                f"step {step}: {error}, while the loss is; lower optimizer.lr or use "
+                "engine.precision fp32; the last checkpoint is kept"
+            ) from error
         scalars = {name: float(one) for name, one in found.shared.items() if one.numel() == 1}
         return StepFigures(value, scalars, norm, num_skipped)
 

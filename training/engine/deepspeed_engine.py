@@ -31,6 +31,12 @@ from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import average_over_ranks, rank, world_size
 from clipsys.training.distributed.process_group import import_deepspeed
 from clipsys.training.engine.ema import WeightAverage, running_statistics
+from clipsys.training.engine.gradient_check import (
+    NonFiniteGradientError,
+    describe,
+    refuse_unless_finite,
+    watch_norm,
+)
 from clipsys.training.engine.momentum import MomentumAverage
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
@@ -134,6 +140,8 @@ class Engine:
             config=self._deepspeed_config(local_batch_size, model.precision),
             dist_init_required=False,
         )
+        if config.zero_stage and model.precision != "fp16":
+            watch_norm(self._optimizer, model, zero_stage=config.zero_stage)
         self._momentum = None
         if momentum is not None:
             self._momentum = MomentumAverage(
@@ -266,12 +274,17 @@ class Engine:
         Neither happens if DeepSpeed skipped the step (fp16, while it looks for a loss scale).
 
         Returns:
-            The global gradient norm before clipping.
+            The global gradient norm before clipping; infinite for a step that fp16 skipped.
+
+        Raises:
+            NonFiniteGradientError: on every rank, before weights and optimizer are touched.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak_lr * lr_factor * group["lr_factor"]
         norm = self._stage_0_norm() if self.config.zero_stage == 0 else None
-        self._engine.step()
+        if norm is not None:
+            refuse_unless_finite(norm, self.module)
+        self._step()
         if self._engine.was_step_applied():
             self._state = self._next_state
             if self._momentum:
@@ -281,6 +294,30 @@ class Engine:
             self._average.update(self.module)
         self._refresh_scale()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+        except Exception as error:
+            # A plain Exception (deepspeed/runtime/fp16/loss_scaler.py, 0.19.8), on every rank.
+            if "loss scale already at minimum" not in str(error):
+                raise
+            cause = describe(self.module)
+            raise NonFiniteGradientError(f"{cause} at any loss scale of fp16") from None
+
+    def scaling_figures(self) -> dict[str, float]:
+        """The loss scale of fp16 and how many steps it has left out so far; else nothing."""
+        if self.module.precision != "fp16":
+            return {}
+        return {
+            "loss_scale": float(self._optimizer.loss_scale),
+            "skipped_steps": int(self._engine.skipped_steps),
+        }
+
+    @property
+    def num_applied_steps(self) -> int:
+        """Steps that have changed the weights, those before a resume included."""
+        return int(self._engine.global_steps - self._engine.skipped_steps)
 
     def _stage_0_norm(self) -> torch.Tensor:
         # Without ZeRO, DeepSpeed reports no norm; gradients are whole on every rank.

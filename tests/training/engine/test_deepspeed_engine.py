@@ -12,6 +12,7 @@ import torch
 from clipsys.models.open_clip_models import build_model
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.ema import WeightAverage
+from clipsys.training.engine.gradient_check import NonFiniteGradientError
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.model.outputs import Inputs
@@ -161,6 +162,34 @@ def _shared_statistics(rank: int, world_size: int) -> list[float]:
 def test_ranks_evaluate_with_the_same_average_of_running_statistics() -> None:
     first, *others = run_ranks(_shared_statistics, 2)
     assert others == [first]
+
+
+def _spoil(rank: int, world_size: int, splits: list[tuple[str, int]]) -> list[tuple[str, bool]]:
+    found = []
+    for precision, stage in splits:
+        engine = _engine(world_size, precision=precision, zero_stage=stage)
+        _advance(engine, range(2), rank, world_size)
+        before = engine.state_dict()
+        if rank == 1:  # one value of one rank
+            spoilt = engine.module.clip.ln_final.weight
+            spoilt.register_hook(lambda gradient: gradient * float("inf"))
+        message = ""
+        try:
+            _advance(engine, range(2, 3), rank, world_size)
+        except NonFiniteGradientError as error:
+            message = str(error)
+        after = engine.state_dict()
+        found.append((message, all(torch.equal(before[name], after[name]) for name in before)))
+    return found
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_weights_change() -> None:
+    splits = [*(("fp32", stage) for stage in range(4)), ("bf16", 1)]
+    splits += [("bf16_params", stage) for stage in (1, 2, 3)]
+    for found in run_ranks(_spoil, 2, splits):
+        for split, (message, unchanged) in zip(splits, found, strict=True):
+            assert message == "the gradient of ln_final.weight is not finite", split
+            assert unchanged, split
 
 
 _MANY_STEPS = 16
