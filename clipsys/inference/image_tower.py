@@ -1,4 +1,4 @@
-"""The image tower without work whose result nobody sees.
+"""The image tower without computations that its output does not depend on.
 
 A vision transformer that is pooled at its class token needs only that token's output from its last
 block: queries, projection and MLP of the other tokens are work for nothing (7 % of ViT-B/32).

@@ -69,7 +69,7 @@ class ModelParts:
         name: what messages call it.
         spec: what `load_model` takes to load it again; empty for a model that was built.
         loaded_fingerprint: what `fingerprint` gave when a folder was loaded; else empty. Hashing
-            half a gigabyte twice would be felt at each start.
+            half a gigabyte twice would slow down each start.
     """
 
     model: nn.Module
@@ -338,9 +338,9 @@ def _quiet_open_clip() -> Iterator[None]:
 
 
 def _without_random_values() -> TorchFunctionMode:
-    """While it holds, new layers are not filled with random numbers.
+    """A context in which new layers are not filled with random numbers.
 
-    Where weights are loaded over all of them anyway: drawing 150 million numbers takes longer than
+    For models whose weights are all loaded afterwards: drawing 150 million numbers takes longer than
     reading the file of a ViT-B/32.
     """
     from torch import Tensor
