@@ -340,8 +340,8 @@ def _quiet_open_clip() -> Iterator[None]:
 def _without_random_values() -> TorchFunctionMode:
     """A context in which new layers are not filled with random numbers.
 
-    For models whose weights are all loaded afterwards: drawing 150 million numbers takes longer than
-    reading the file of a ViT-B/32.
+    For models whose weights are all loaded afterwards: drawing 150 million numbers takes longer
+    than reading the file of a ViT-B/32.
     """
     from torch import Tensor
     from torch.nn import init
