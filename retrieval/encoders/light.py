@@ -3,8 +3,8 @@
 ``text_tower.json`` beside a collection's database says that numpy's outputs were compared with
 torch's and agreed, for which files: fingerprint of the model, path, size and modification time of
 weights and vocabulary. As long as all of that still holds, a text is encoded without importing
-torch and without hashing the weights. The file is derived: if deleted, it is written again by the next
-search that loads the model. Nothing but speed depends on it.
+torch and without hashing the weights. The file is derived: if deleted, it is written
+again by the next search that loads the model. Nothing but speed depends on it.
 """
 
 from __future__ import annotations
