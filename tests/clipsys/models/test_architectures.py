@@ -151,7 +151,7 @@ def test_coca_is_its_pair_of_towers() -> None:
 
 
 def test_pretrained_models_are_counted(on_meta: Any) -> None:
-    names = pretrained_names("vit-b-32/LAION2B")
+    names = pretrained_names("vit-b-32/LAION2B_s34b")
     (model,) = pretrained_models(names)
     assert model.name == "ViT-B-32/laion2b_s34b_b79k"
     built = on_meta("ViT-B-32")
