@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import secrets
 import shutil
 import tempfile
@@ -52,8 +51,6 @@ WEIGHTS_NAME = "open_clip_model.safetensors"
 CARD_NAME = "clipsys.json"
 HEADS_NAME = "heads.safetensors"
 TEXT_CONFIG_NAME = "config.json"
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
