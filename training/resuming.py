@@ -21,6 +21,7 @@ from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.checkpoints import Checkpoints, read_provenance
 from clipsys.training.distributed.collectives import on_first_rank
 from clipsys.training.engine.repartition import SavedBy
+from clipsys.training.model.initial import DEFAULT_ARCHITECTURE
 from clipsys.training.objectives import with_current_names
 from clipsys.training.recipe import Recipe
 
@@ -235,6 +236,9 @@ def _may_change(change: Change, saved: SavedBy, recipe: Recipe) -> bool:
         return (change.was or 1) != 1 and (change.now or 1) != 1
     if change.name == "engine.zero_stage":
         return {change.was, change.now} == {1, 2}  # their files are the same
+    if change.name == "model.architecture":
+        # 0.1.0 recorded its default, which now is None, also beside pretrained weights.
+        return change.now is None and change.was == DEFAULT_ARCHITECTURE
     if change.name == "engine.precision":
         sixteen_bits = ("bf16_params", "fp16")
         return change.now == saved.precision or (
