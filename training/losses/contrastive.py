@@ -102,8 +102,8 @@ def _cross_entropy(
 
     def tiled(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor, *_: Any) -> torch.Tensor:
         # Which key is whose does not matter for the time that this is measured by.
-        anyhow = Pairing(0, pairing.ids_C)
-        compute = partial(one_way, pairing=anyhow, tile_size=tile_size)
+        any_pairing = Pairing(0, pairing.ids_C)
+        compute = partial(one_way, pairing=any_pairing, tile_size=tile_size)
         return differentiable(compute, query, key, scale.reshape(()))
 
     if query_BD.is_cuda and not pairing.ignore:
