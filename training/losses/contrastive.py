@@ -106,7 +106,8 @@ def _cross_entropy(
         compute = partial(one_way, pairing=any_pairing, tile_size=tile_size)
         return differentiable(compute, query, key, scale.reshape(()))
 
-    if query_BD.is_cuda and not pairing.ignore:
+    # The kernels leave no pair out.
+    if query_BD.is_cuda and not pairing.ignore and pairing.masked is None:
         from clipsys.training.losses.fused import FusedCrossEntropy, faster_tiling
 
         if tiling := faster_tiling(query_BD, key_ND, tiled):
