@@ -13,6 +13,7 @@ Each builds on those above it:
     database         a connection to the SQLite file, taken in turns
     row_writing      the statements of which commits are made
     store            items, failures and segments in the database
+    sources          which source gave what
     snapshot         live items and their vectors, as of one commit
     manifest         which model, which index generation
     creation         a collection's folder, whole or not at all

@@ -15,7 +15,13 @@ from typing import Any, TypeAlias
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.storage import metadata_index, words
-from clipsys.retrieval.storage.schema import SCHEMA, UPGRADED_VERSION, VERSION, check_length
+from clipsys.retrieval.storage.schema import (
+    SCHEMA,
+    SOURCE_TABLES,
+    UPGRADED_VERSION,
+    VERSION,
+    check_length,
+)
 
 #: Seconds a statement waits for another connection's lock (commits take milliseconds).
 BUSY_TIMEOUT_S = 30.0
@@ -141,6 +147,8 @@ def create_database(path: Path) -> None:
             connection.executescript(SCHEMA)
             metadata_index.create_index(connection)
             words.ensure_table(connection)
+            for statement in SOURCE_TABLES:
+                connection.execute(statement)
         finally:
             connection.close()
     except sqlite3.Error as error:

@@ -15,7 +15,13 @@ from pathlib import Path
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.storage import metadata_index
-from clipsys.retrieval.storage.schema import LIVE_INDEX, UPGRADED_VERSION, VERSION, check_length
+from clipsys.retrieval.storage.schema import (
+    LIVE_INDEX,
+    SOURCE_TABLES,
+    UPGRADED_VERSION,
+    VERSION,
+    check_length,
+)
 
 #: Seconds that another process may take that upgrades the same database.
 _TIMEOUT_S = 600.0
@@ -67,6 +73,8 @@ def _upgrade(connection: sqlite3.Connection, path: Path) -> bool:
         connection.execute("ALTER TABLE segments ADD COLUMN mtime_ns INTEGER")
         connection.execute(LIVE_INDEX)
         metadata_index.rebuild_index(connection)
+        for statement in SOURCE_TABLES:
+            connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
     except BaseException:

@@ -67,6 +67,7 @@ def writing(
                 f"{pin.name}; open it again"
             )
         data = folder / manifest.edition
+        store.add_source_tables()
         clear_leftovers(data, store)
         view.note_segment_times()
         delete_stale(data / INDEXES, manifest.index)
