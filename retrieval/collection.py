@@ -31,7 +31,13 @@ import numpy as np
 from clipsys.corpora.tables import Columns
 from clipsys.errors import QueryError
 from clipsys.progress import progress
-from clipsys.retrieval.encoders.encoding import ImageTextEncoder, check_encoder, pin_of
+from clipsys.retrieval.encoders.encoding import (
+    ImageTextEncoder,
+    check_encoder,
+    load_encoder,
+    pin_of,
+    place_of,
+)
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
 from clipsys.retrieval.ingest import adding, relocation
@@ -80,13 +86,16 @@ class Collection:
         *,
         few_searches: bool = False,
         precision: str = "fast",
+        model: str | None = None,
     ) -> None:
         """Use `create` or `open`."""
         self.path = path
         self._pin = manifest.encoder
         self._store = store
+        place = manifest.encoder.model if model is None else place_of(model)
+        pin = manifest.encoder.model_copy(update={"model": place})
         self._encoder = PinnedEncoder(
-            path, path / manifest.edition, manifest.encoder, encoder, precision=precision
+            path, path / manifest.edition, pin, encoder, precision=precision
         )
         self._view = View(path, manifest, store, few_searches=few_searches)
 
@@ -146,6 +155,7 @@ class Collection:
         few_searches: bool = False,
         precision: str = "fast",
         to_repair: bool = False,
+        model: str | None = None,
     ) -> Collection:
         """Opens a collection.
 
@@ -159,6 +169,8 @@ class Collection:
                 search or an addition first needs it.
             few_searches: it is opened for one search or two: what pays only later is left out.
             precision: in which the manifest's model encodes images; see `clipsys.load`.
+            model: where the manifest's model lies by now, as `clipsys.load` takes it; None: where
+                the manifest says.
             to_repair: opens it although vector files are damaged.
 
         Raises:
@@ -172,7 +184,13 @@ class Collection:
         upgraded = upgrade_database(database)
         store = Store(database)
         opened = cls(
-            folder, manifest, store, encoder, few_searches=few_searches, precision=precision
+            folder,
+            manifest,
+            store,
+            encoder,
+            few_searches=few_searches,
+            precision=precision,
+            model=model,
         )
         if not to_repair:
             try:
@@ -490,6 +508,24 @@ class Collection:
         """
         with self._writing() as writer:
             return writer.compact()
+
+    def record_model(self, model: str) -> None:
+        """Notes where the collection's model lies by now, if that is not where it was.
+
+        Args:
+            model: what `clipsys.load` takes; a folder's path becomes absolute.
+
+        Raises:
+            CollectionError: another model lies there, or another writer is at work.
+        """
+        place = place_of(model)
+        if place == read_manifest(self.path).encoder.model:
+            return
+        if self._encoder.loaded is None:
+            load_encoder(self.path, self._pin.model_copy(update={"model": place}))
+        with self._writing() as writer:
+            writer.record_model(place)
+        self._pin = self._encoder.pin = self._pin.model_copy(update={"model": place})
 
     def migrate(
         self,

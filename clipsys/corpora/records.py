@@ -81,14 +81,14 @@ def read_file(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: str) -> None:
     """Refuses a table or a shard that is a pipe or a device: opening it could block for ever.
 
     Raises:
-        DataError: it is no regular file. One that is missing passes; opening it says so.
+        DataError: it is no regular file. One that is missing or remote passes: opening it says so.
     """
     try:
-        check_mode(path.stat().st_mode, path)
+        check_mode(Path(path).stat().st_mode, path)
     except NotRegularError as error:
         raise DataError(f"{path}: is {error.strerror}") from error
     except OSError:

@@ -80,8 +80,8 @@ def iterate_source(
 
 def _nothing_in(path: Path, source: str | Path, kind: str) -> str:
     if kind == "table":
-        what = "is empty" if path.stat().st_size == 0 else "has a header and no rows, or no rows"
-        return f"{source}: the table {what}; there is nothing to read"
+        what = "no rows below its header" if path.stat().st_size else "nothing in it"
+        return f"{source}: the table has {what}; expected a row an image"
     return f"{source}: no images (.jpg, .png, .webp, .heic, …) found; check the path"
 
 
@@ -133,7 +133,7 @@ def read_uri(uri: str) -> bytes:
 
 def _iterate_table(path: Path, columns: Columns) -> Iterator[Record]:
     """A table's records; the rows that hold images themselves are named by its real path."""
-    check_regular(path)
+    check_regular(str(path))
     real = str(real_path(path))
     for record in iterate_table(path, columns):
         _, mark, row = record.uri.rpartition(f"{path}#")
@@ -144,8 +144,13 @@ def _iterate_shards(
     source: str | Path, on_error: Callable[[str, Exception], None] | None
 ) -> Iterator[Record]:
     for shard in expand_shards(source):
-        if not is_remote(shard):
-            check_regular(Path(shard))
+        try:
+            check_regular(shard)
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(shard, error)
+            continue
         name = shard if is_remote(shard) else str(real_path(shard))
         for raw in iterate_raw([shard], on_error=on_error):
             yield _sample_record(name, raw)

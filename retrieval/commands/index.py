@@ -28,7 +28,7 @@ def index(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="Model folder, run folder, open_clip NAME/TAG or hf-hub:ORG/REPO; "
-            "needed for a new collection only."
+            "needed for a new collection, or where its model lies elsewhere by now."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
@@ -131,6 +131,7 @@ def _migrate(
     from clipsys.errors import ModelError
     from clipsys.processes.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
+    from clipsys.retrieval.encoders.encoding import place_of
     from clipsys.retrieval.maintenance.migration import MigrationOptions
 
     if model is None:
@@ -142,7 +143,7 @@ def _migrate(
     with Collection.open(path) as photos, ending_in_order(kept):
         report = photos.migrate(
             clipsys.load(model, precision=precision),
-            model=_absolute(model),
+            model=place_of(model),
             options=MigrationOptions(batch_size, workers, loss_limit),
         )
         typer.echo(f"{photos.path}: now of model {model}; {report.summary()}")
@@ -159,6 +160,7 @@ def _create(path: Path, model: str | None, precision: str) -> Collection:
     import clipsys
     from clipsys.errors import CollectionError
     from clipsys.retrieval.collection import Collection
+    from clipsys.retrieval.encoders.encoding import place_of
 
     if model is None:
         raise CollectionError(
@@ -166,7 +168,7 @@ def _create(path: Path, model: str | None, precision: str) -> Collection:
             "(a model folder, a run folder, or an open_clip NAME/TAG)"
         )
     encoder = clipsys.load(model, precision=precision)
-    return Collection.create(path, encoder, model=_absolute(model))
+    return Collection.create(path, encoder, model=place_of(model))
 
 
 def _open(path: Path, model: str | None, precision: str) -> Collection:
@@ -174,9 +176,11 @@ def _open(path: Path, model: str | None, precision: str) -> Collection:
     from clipsys.retrieval.collection import Collection
 
     encoder = clipsys.load(model, precision=precision) if model is not None else None
-    return Collection.open(path, encoder, precision=precision)
-
-
-def _absolute(model: str) -> str:
-    folder = Path(model.removeprefix("local-dir:")).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else model
+    photos = Collection.open(path, encoder, precision=precision)
+    if model is not None:
+        try:
+            photos.record_model(model)
+        except BaseException:
+            photos.close()
+            raise
+    return photos

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clipsys.corpora.paths import real_source
 from clipsys.corpora.tables import Columns
 from clipsys.errors import DataError, PruningRefusedError
 from clipsys.progress import progress
@@ -125,7 +126,9 @@ def choose_sources(
     Raises:
         DataError: one that is named, or each that is known, is missing or empty.
     """
-    known = {one.name: one for one in known_sources(store)} if store is not None else {}
+    # Names of before paths were set right (`healing`) are known by what they are called now.
+    listed = known_sources(store) if store is not None else []
+    known = {real_source(one.name): one for one in listed}
     if not sources and not known:
         raise DataError("nothing to add; name a folder, a table, shards or an image")
     if not sources:

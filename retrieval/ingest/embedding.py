@@ -194,6 +194,7 @@ class Embedder:
             if known is not None and Texts.of_item(known) != texts:
                 facts = (known.id, known.size_bytes, known.mtime_ns)
                 self._batch.updates.append(ItemUpdate(*facts, texts.captions, texts.metadata))
+                self.report.filled += 1
             if self._num_uncommitted() >= COMMIT_ITEMS:
                 self._flush()
         self._flush()

@@ -18,6 +18,7 @@ class AddReport:
         reused: new items whose vector was already there (a copied file).
         moved: items whose file has another place by now; they keep their ids.
         updated: known items with other captions, metadata or file times; not encoded.
+        filled: items whose captions or metadata a second source of the run added to.
         unchanged: known items as they were; not even read, where the source tells size and time.
         failed: records that could not be used, now in the failure ledger.
         known_failures: records that failed before and have not changed; not tried again.
@@ -33,6 +34,7 @@ class AddReport:
     reused: int = 0
     moved: int = 0
     updated: int = 0
+    filled: int = 0
     unchanged: int = 0
     failed: int = 0
     known_failures: int = 0
@@ -56,6 +58,7 @@ class AddReport:
             "moved": self.moved,
             "copied": self.reused,
             "updated": self.updated,
+            "updated by a second source": self.filled,
             "unchanged": self.unchanged,
             "pruned": self.pruned,
             "doubles of one file removed": self.doubles,

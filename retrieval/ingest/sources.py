@@ -10,7 +10,7 @@ from typing import Any
 
 from clipsys.corpora.folders import count_images
 from clipsys.corpora.paths import real_source
-from clipsys.corpora.records import Record
+from clipsys.corpora.records import Record, check_regular
 from clipsys.corpora.sources import iterate_source, source_kind
 from clipsys.corpora.tables import Columns
 from clipsys.errors import DataError
@@ -61,7 +61,9 @@ class Source:
         columns = dict(known.settings.get("columns", {}))
         if "captions" in columns:
             columns["captions"] = tuple(columns["captions"])
-        return cls(known.name, tuple(known.settings.get("exclude", ())), Columns(**columns))
+        return cls(
+            real_source(known.name), tuple(known.settings.get("exclude", ())), Columns(**columns)
+        )
 
     def settings(self) -> dict[str, Any]:
         """What `of_known` reads; empty where everything is as it is by default."""
@@ -127,6 +129,7 @@ def _count_samples(source: str, *, show_progress: bool) -> int | None:
     with shown or nullcontext(lambda _: None) as advance:
         for shard in shards:
             with suppress(DataError):  # said when its turn comes
+                check_regular(shard)
                 total += len(index_shard(shard))
             advance(1)
     return total

@@ -226,9 +226,12 @@ class Store:
         ``expression`` comes from :func:`clipsys.retrieval.storage.words.match_expression`.
         """
         query = f"SELECT rowid FROM {words.TABLE} WHERE text MATCH ? ORDER BY rank, rowid"
-        with self._database.turn() as connection:
-            words.ensure_table(connection)
-            rows = connection.execute(query, (expression,)).fetchall()
+        if not self.read(words.HAS_TABLE):
+            if not self._database.is_writable:
+                self._database.use_copy("has no table of words yet")
+            with self._database.turn() as connection:
+                words.ensure_table(connection)
+        rows = self.read(query, (expression,))
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def metadata_keys(self) -> list[str]:

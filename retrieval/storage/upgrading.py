@@ -15,6 +15,7 @@ from pathlib import Path
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.storage import metadata_index
+from clipsys.retrieval.storage.connecting import is_writable
 from clipsys.retrieval.storage.schema import (
     LIVE_INDEX,
     SOURCE_TABLES,
@@ -38,6 +39,8 @@ def upgrade_database(path: Path) -> bool:
         CollectionError: it cannot be written, or the disk is full; it is as it was.
     """
     check_length(path)
+    if path.exists() and not is_writable(path):
+        return False  # `Database` reads it through a copy
     try:
         connection = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode=rw",
@@ -52,7 +55,7 @@ def upgrade_database(path: Path) -> bool:
         return False  # opening it says what is wrong
     try:
         with closing(sqlite3.connect(path, timeout=_TIMEOUT_S, isolation_level=None)) as connection:
-            return _upgrade(connection, path)
+            return upgrade(connection, path)
     except sqlite3.Error as error:
         raise CollectionError(
             f"{path}: is of database version {UPGRADED_VERSION} and cannot be brought to version "
@@ -60,7 +63,8 @@ def upgrade_database(path: Path) -> bool:
         ) from error
 
 
-def _upgrade(connection: sqlite3.Connection, path: Path) -> bool:
+def upgrade(connection: sqlite3.Connection, path: Path) -> bool:
+    """Upgrades a connected database in one transaction; `path` is for the message."""
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
     try:
