@@ -22,9 +22,10 @@ ALLOWED = {
 #: before it. Names in one tuple stand on one floor and know nothing of each other.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
-        ("errors", "files", "progress", "wording"),
+        ("errors", "files", "printing"),
+        ("progress", "paths"),
         ("config", "images", "inference", "processes"),
-        ("shards",),
+        ("shards", "probe"),
         ("models", "corpora"),
         ("evaluation",),
         ("commands",),
@@ -32,12 +33,15 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("demo", "__main__"),
     ),
     "training": (
-        ("distributed", "data", "model", "journal"),
+        ("json_lines",),
+        ("distributed", "data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),
+        ("objectives",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
-        ("plan",),
+        ("plan", "precision", "resuming"),
+        ("run",),
         ("loop",),
         ("commands",),
     ),

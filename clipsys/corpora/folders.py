@@ -9,7 +9,6 @@ is read, so that it is counted as well.
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import os
 from collections import Counter
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from clipsys.corpora.records import Record, file_record
-from clipsys.errors import DataError
+from clipsys.errors import DataError, SampleError
 from clipsys.files import read_regular
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.shards.reading import with_captions_of
-from clipsys.wording import counted
+from clipsys.paths import expand_path
+from clipsys.printing import counted
+from clipsys.shards.samples import parse_metadata, with_captions_of
 
 #: Names, in any case, that systems, archives and network drives give to what they keep for
 #: themselves: thumbnails, bins, snapshots. Names that begin with a dot are left out as well.
@@ -52,32 +52,30 @@ def iterate_folder(root: Path, exclude: Sequence[str] = ()) -> Iterator[Record]:
     num_unusable = 0
     for path in _walk(root, exclude):
         parent = path.parent.relative_to(root)
-        metadata = _side_metadata(path)
+        metadata, captions = _side_texts(path)
         num_unusable += metadata is None
-        metadata = metadata or {}
         yield file_record(
             path,
-            captions=with_captions_of(metadata, _side_captions(path)),
+            captions=captions,
             label=parent.parts[0] if parent.parts else None,
-            metadata=metadata,
+            metadata=metadata or {},
         )
     if num_unusable:
         files = counted(
             num_unusable, ".json file beside an image is", ".json files beside images are"
         )
-        _logger.warning("%s: %s no JSON objects and were not used", root, files)
+        _logger.warning("%s: %s not JSON objects with texts as captions, and left out", root, files)
 
 
 def image_record(path: Path) -> Record:
     """The record of one image file, with the texts that stand beside it."""
-    metadata = _side_metadata(path) or {}
-    captions = with_captions_of(metadata, _side_captions(path))
-    return file_record(path, captions=captions, metadata=metadata)
+    metadata, captions = _side_texts(path)
+    return file_record(path, captions=captions, metadata=metadata or {})
 
 
 def count_images(folder: str | Path, exclude: Sequence[str] = ()) -> int:
     """How many records a folder gives: images by their names, nothing of them being read."""
-    return sum(1 for _ in _walk(Path(folder).expanduser().absolute(), exclude))
+    return sum(1 for _ in _walk(Path(expand_path(str(folder))).absolute(), exclude))
 
 
 @dataclass
@@ -189,12 +187,13 @@ def _side_captions(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
 
 
-def _side_metadata(path: Path) -> dict[str, Any] | None:
-    """What the .json beside an image holds; None where that is no JSON object."""
+def _side_texts(path: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The metadata and captions beside an image; no metadata where they cannot be used."""
+    captions = _side_captions(path)
     try:
-        document = json.loads(read_regular(path.with_suffix(".json")))
+        metadata = parse_metadata(read_regular(path.with_suffix(".json")))
+        return metadata, with_captions_of(metadata, captions)
     except OSError:
-        return {}
-    except (ValueError, RecursionError):  # no JSON, no text, or one made to do harm
-        return None
-    return document if isinstance(document, dict) else None
+        return {}, captions
+    except SampleError:
+        return None, captions

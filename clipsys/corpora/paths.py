@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 
 from clipsys.images.decoding import EXTENSIONS
+from clipsys.paths import expand_path
 
 
 def real_path(path: str | Path) -> Path:
     """The real path of a file; of a link that leads nowhere, its own place."""
     try:
-        folder, name = os.path.split(_absolute(path))
+        folder, name = os.path.split(os.path.join(os.getcwd(), path))  # noqa: PTH109, PTH118
         place = os.path.join(real_folder(folder), name)  # noqa: PTH118  (once an image: str is cheap)
         if not os.path.islink(place):  # noqa: PTH114
             return Path(place)
@@ -56,7 +57,7 @@ def real_folder(folder: str) -> str:
 
 
 def _absolute(path: str | Path) -> str:
-    return os.path.join(os.getcwd(), os.path.expanduser(path))  # noqa: PTH109, PTH111, PTH118
+    return os.path.join(os.getcwd(), expand_path(str(path)))  # noqa: PTH109, PTH118
 
 
 def _suffix(path: str) -> str:

@@ -12,7 +12,7 @@ from clipsys.corpora.paths import real_path
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.files import NotRegularError, check_mode, read_regular
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.shards.reading import Sample
+from clipsys.shards.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ A record is cheap: the image's bytes are read only when asked for.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,13 +25,18 @@ from clipsys.corpora.records import Record, check_regular, read_file
 from clipsys.corpora.tables import TABLE_SUFFIXES, Columns, iterate_table, read_table_image
 from clipsys.errors import DataError
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.shards.reading import (
-    expand_shards,
-    iterate_raw,
-    parse_sample,
-    read_image,
-)
+from clipsys.paths import expand_path
+from clipsys.shards.random_access import repeated_keys
+from clipsys.shards.reading import expand_shards, iterate_raw, read_image
 from clipsys.shards.remote import is_remote
+from clipsys.shards.samples import (
+    REPEATED,
+    check_key,
+    parse_sample,
+    place_of,
+)
+
+_logger = logging.getLogger(__name__)
 
 
 def iterate_source(
@@ -60,7 +66,7 @@ def iterate_source(
     """
     forget_folders()
     kind = source_kind(source)
-    path = Path(source).expanduser().absolute()
+    path = Path(expand_path(str(source))).absolute()
     if kind == "image":
         records = iter([image_record(path)])
     elif kind == "folder":
@@ -91,7 +97,8 @@ def source_kind(source: str | Path) -> str:
     Raises:
         DataError: it does not exist, or it is none of them.
     """
-    path = Path(source).expanduser()
+    text = expand_path(str(source))
+    path = Path(text)
     if path.is_dir():
         try:
             names = [name for name in os.listdir(path) if not name.startswith(".")]  # noqa: PTH208
@@ -100,14 +107,14 @@ def source_kind(source: str | Path) -> str:
         has_tar = any(name.endswith(".tar") for name in names)
         has_image = any(Path(name).suffix.lower() in EXTENSIONS for name in names)
         return "shards" if has_tar and not has_image else "folder"
-    suffix, text = path.suffix.lower(), str(source)
+    suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         if not path.exists():
             raise DataError(f"{path}: there is no such table")
         return "table"
     if suffix in EXTENSIONS and path.exists():
         return "image"
-    if suffix == ".tar" or any(c in text for c in "{*?") or "://" in text:
+    if suffix == ".tar" or any(c in text for c in "{*?[") or "://" in text:
         return "shards"
     if not path.exists():
         raise DataError(f"{path}: there is no such folder, table or shard")
@@ -152,13 +159,28 @@ def _iterate_shards(
             on_error(shard, error)
             continue
         name = shard if is_remote(shard) else str(real_path(shard))
+        repeated = frozenset() if is_remote(shard) else repeated_keys(shard)
+        num_repeats = 0
         for raw in iterate_raw([shard], on_error=on_error):
+            if raw.get(REPEATED):  # the record of the first place says it
+                num_repeats += 1
+                continue
+            if raw["__key__"] in repeated:
+                raw[REPEATED] = True
             yield _sample_record(name, raw)
+        if num_repeats:
+            _logger.warning(
+                "%s: %d times a key occurs again, away from its first members; only adjacent "
+                "members are one sample, so sort the tar by name (tar --sort=name)",
+                *(shard, num_repeats),
+            )
 
 
 def _sample_record(shard: str, raw: dict[str, Any]) -> Record:
-    uri = f"{shard}#{raw['__key__']}"
+    raw["__url__"] = shard
+    uri = place_of(raw)
     try:
+        check_key(raw)
         sample = parse_sample(raw)
     except DataError as error:
         # A bad sample is a record that fails when it is read: counted, never lost.

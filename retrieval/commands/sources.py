@@ -36,10 +36,10 @@ def sources(
 ) -> None:
     """List the sources of a collection, say that one was renamed, or forget one."""
     from clipsys.corpora.paths import real_source
+    from clipsys.printing import counted
     from clipsys.retrieval.collection import Collection
     from clipsys.retrieval.ingest.moving import is_gone
     from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
-    from clipsys.wording import counted
 
     if rename is not None and forget is not None:
         raise typer.BadParameter("give one of --rename and --forget")

@@ -11,7 +11,7 @@ import pytest
 from clipsys.errors import ImageDecodeError
 from clipsys.files import NotRegularError, read_regular
 from clipsys.images.decoding import decode_image
-from clipsys.wording import counted
+from clipsys.printing import counted
 
 
 @pytest.mark.timeout(10)
