@@ -1,4 +1,4 @@
-"""A collection: a corpus of images that can be searched by text and by image, kept in one folder.
+"""A collection: a corpus of images that can be searched by text and by image, in one folder.
 
     photos/
         manifest.json     which model, which index generation            replaced atomically
