@@ -2,7 +2,8 @@
 
     filter (SQL) --> allowed ids --.
     query vector -----------------> rank by cosine --.
-    words (FTS5) -----------------> rank by BM25 -----+-> fuse -> cut -> fold -> offset, k -> hits
+    words (FTS5) -----------------> rank by BM25 -----+-> fuse -> cut -> fold -> sort -> page -> hits
+    neither ----------------------> newest first -----'
 
 Everything of one search sees one snapshot.
 
@@ -36,6 +37,8 @@ from clipsys.retrieval.storage.store import Store
 NEAR_DUPLICATE = 0.95
 #: Ranks of the vectors that are fused with those of the words; those below hardly count.
 _FUSED_RANKS = 200
+#: Ranks in which those that a cut leaves are looked for, to sort all of them; more if all pass.
+_SORTED_RANKS = 1_000
 #: Filters whose result is remembered, as long as nothing is written.
 _REMEMBERED_FILTERS = 16
 
@@ -52,6 +55,9 @@ class Options:
         relevant_only: leaves out what unrelated items would match by chance, and with it every hit
             where nothing is relevant.
         diverse: cosine from which on two items are one hit; None: every item is its own.
+        sort: key by which the hits are put in order, ``-key`` for descending; None: the best first.
+            Where `relevant_only` or `min_score` cuts, or words alone are asked for, or nothing,
+            all items that are left are sorted; otherwise the best ``k``.
 
     Raises:
         QueryError: a number is out of its range.
@@ -63,6 +69,7 @@ class Options:
     min_score: float | None = None
     relevant_only: bool = False
     diverse: float | None = None
+    sort: str | None = None
 
     def __post_init__(self) -> None:
         _check_whole("k", self.k, 1)
@@ -70,6 +77,8 @@ class Options:
         for name, value in (("min_score", self.min_score), ("diverse", self.diverse)):
             if value is not None and not -1 <= value <= 1:
                 raise QueryError(f"{name} is {value}; expected a cosine from -1 to 1")
+        if self.sort is not None:
+            parse_sort(self.sort)
 
     @property
     def needs_score(self) -> bool:
@@ -84,10 +93,12 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Sought:
-    """A query as the ranking sees it: a vector (D,) of unit norm, words, or both.
+    """A query as the ranking sees it: a vector (D,) of unit norm, words, both, or neither.
 
     Attributes:
-        made_of: items that the vector was made of; they are no news.
+        vector_D: None where no text, image or item is asked for.
+        words: None where none are asked for.
+        made_of: items that the vector was made of, which are not hits.
     """
 
     vector_D: Floats | None
@@ -107,7 +118,10 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class _Ranked:
-    """Ranked items; scores and relevance are None where only words were asked for."""
+    """Ranked items; scores and relevance are None where the query has no vector.
+
+    `sorted_all`: these are all items that match, in their final order.
+    """
 
     ids_K: Ints
     scores_K: npt.NDArray[np.float32] | None
@@ -142,25 +156,52 @@ class Searcher:
             self._view.background(snapshot),
         )
         allowed = self._allowed(options.conditions, snapshot)
-        depth = options.offset + options.k + max(len(query.made_of) for query in queries)
+        wanted = options.offset + options.k
+        depth = wanted + max(len(query.made_of) for query in queries)
         if any(query.words is not None for query in queries):
             depth = max(depth, _FUSED_RANKS)
+        if options.sorts_all:
+            depth = max(depth, _SORTED_RANKS)
         while True:
-            ranked = self._rank(state, queries, depth, allowed)
+            ranked = self._rank(state, queries, depth, allowed, options.sort)
             cut = [_cut(one, query, options) for one, query in zip(ranked, queries, strict=True)]
             if options.diverse is not None:
                 cut = [_fold(one, snapshot, options.diverse) for one in cut]
-            # Folding leaves fewer than were ranked: go deeper while there is more.
-            wanted = options.offset + options.k
+            # Folding leaves fewer than were ranked, and a sort wants all: go deeper while there is
+            # more.
             enough = all(
-                len(one.ids_K) >= wanted or len(before.ids_K) < depth
-                for one, before in zip(cut, ranked, strict=True)
+                len(before.ids_K) < depth
+                or (
+                    len(one.ids_K) < len(before.ids_K) - len(query.made_of)
+                    if options.sorts_all
+                    else options.diverse is None or len(one.ids_K) >= wanted
+                )
+                for one, before, query in zip(cut, ranked, queries, strict=True)
             )
-            if options.diverse is None or enough:
+            if enough:
                 break
             depth *= 4
+        if options.sort is not None:
+            cut = [self._sorted(one, query, options) for one, query in zip(cut, queries, strict=True)]
         page = slice(options.offset, options.offset + options.k)
         return [self._hits(one, page) for one in cut]
+
+    def _sorted(self, ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
+        """The hits in the order of a key; where nothing cuts a ranking, only its best."""
+        assert options.sort is not None
+        if query.vector_D is not None and not options.sorts_all:
+            ranked = ranked.take(slice(0, options.offset + options.k))
+        return ranked.take(self._order(ranked.ids_K, options.sort))
+
+    def _order(self, ids_K: Ints, sort: str) -> Ints:
+        """Places of ids in the order of a key; those without it last, equal ones as they were."""
+        key, descending = parse_sort(sort)
+        values = self._store.sort_values(ids_K.tolist(), key)
+        ids = ids_K.tolist()
+        present = [place for place, item_id in enumerate(ids) if item_id in values]
+        missing = [place for place, item_id in enumerate(ids) if item_id not in values]
+        present.sort(key=lambda place: values[ids[place]], reverse=descending)
+        return np.array(present + missing, np.int64)
 
     def _rank(
         self,
@@ -168,6 +209,7 @@ class Searcher:
         queries: Sequence[Sought],
         depth: int,
         allowed: Ints | None,
+        sort: str | None,
     ) -> list[_Ranked]:
         given = [query.vector_D for query in queries if query.vector_D is not None]
         rankings: Iterator[Ranking] = iter(())
