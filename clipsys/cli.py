@@ -25,7 +25,7 @@ from clipsys.processes.interruption import Interruption
 #: verb -> (module, function). This table is the only place where `clipsys` names its siblings.
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("clipsys.demo.commands", "demo"),
-    "shards": ("clipsys.commands.core", "shards"),
+    "shards": ("clipsys.commands.shards", "shards"),
     "train": ("clipsys.training.commands", "train"),
     "export": ("clipsys.training.commands", "export"),
     "index": ("clipsys.retrieval.commands.index", "index"),
@@ -37,10 +37,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "compact": ("clipsys.retrieval.commands.keeping", "compact"),
     "verify": ("clipsys.retrieval.commands.keeping", "verify"),
     "repair": ("clipsys.retrieval.commands.keeping", "repair"),
-    "classify": ("clipsys.commands.core", "classify"),
-    "evaluate": ("clipsys.commands.core", "evaluate"),
+    "classify": ("clipsys.commands.classify", "classify"),
+    "evaluate": ("clipsys.commands.evaluate", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),
-    "doctor": ("clipsys.commands.core", "doctor"),
+    "doctor": ("clipsys.commands.doctor", "doctor"),
 }
 
 
@@ -136,7 +136,8 @@ class _Formatter(logging.Formatter):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated.
+    0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated. Where nobody
+    reads the output any more (``| head``), it ends without a word.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # `--debug` is for any error, so it may stand anywhere, also behind the verb.
@@ -144,7 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if debug:
         arguments = ["--debug", *(word for word in arguments if word != "--debug")]
     try:
-        app(args=arguments, prog_name="clipsys", standalone_mode=True)
+        try:
+            app(args=arguments, prog_name="clipsys", standalone_mode=True)
+        finally:
+            sys.stdout.flush()  # what is still buffered may find the pipe closed
+    except BrokenPipeError:
+        # Python flushes once more at its end; there is nobody to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ClipsysError as error:
         if debug:
             raise

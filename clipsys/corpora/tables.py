@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
 from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles
-from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
+from clipsys.corpora.delimited import JSON_SUFFIXES, read_text_rows
 from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import ConfigError, DataError
@@ -101,21 +102,16 @@ def _text_records(path: Path, columns: Columns) -> Iterator[Record]:
     names = list(dict.fromkeys(name for row in rows for name in row.cells))
     roles = find_roles(path, names, columns)
     clean = _as_json if path.suffix.lower() in JSON_SUFFIXES else _as_cell
-    grouped: dict[str, list[Row]] = {}
-    files: dict[str, Path] = {}
+    grouped: dict[str, tuple[Record, list[dict[str, Any]]]] = {}
     for row in rows:
-        cell = row.cells.get(roles.path or "")
-        key = str(cell)
-        if key not in grouped:
-            try:
-                files[key] = locate(path, cell)
-            except DataError as error:
-                yield _unusable(f"{path}#{row.number}", error, row.cells, roles)
-                continue
-            grouped[key] = []
-        grouped[key].append(row)
-    for key, group in grouped.items():
-        yield _of_file(files[key], [row.cells for row in group], roles, clean)
+        try:
+            record = file_record(locate(path, row.cells.get(roles.path or "")))
+        except DataError as error:
+            yield _unusable(f"{path}#{row.number}", error, row.cells, roles)
+            continue
+        grouped.setdefault(record.uri, (record, []))[1].append(row.cells)
+    for record, cells in grouped.values():
+        yield _described(record, cells, roles, clean)
 
 
 def _as_json(value: Any) -> Any:
@@ -147,7 +143,7 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
     if columns.encoding:
         raise ConfigError(f"{path}: the text of Parquet is UTF-8; leave out --encoding")
     roles = _parquet_roles(path, table, columns)
-    grouped: dict[Path, list[dict[str, Any]]] = {}
+    grouped: dict[str, tuple[Record, list[dict[str, Any]]]] = {}
     num_rows = 0
     for row in table.rows(roles.image):
         num_rows += 1
@@ -165,13 +161,15 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
                 )
                 continue
             try:
-                grouped.setdefault(locate(path, cell.path), []).append(row.cells)
+                record = file_record(locate(path, cell.path))
             except DataError as error:
                 yield _unusable(f"{path}#{member}", error, row.cells, roles)
+                continue
+            grouped.setdefault(record.uri, (record, []))[1].append(row.cells)
     if not num_rows:
         raise DataError(f"{path}: has no rows; expected one an image")
-    for file, group in grouped.items():
-        yield _of_file(file, group, roles, _as_json)
+    for record, rows in grouped.values():
+        yield _described(record, rows, roles, _as_json)
 
 
 def _images(row: ParquetRow, roles: Roles) -> list[ImageCell]:
@@ -211,9 +209,10 @@ def _default_image(table: ParquetTable) -> str | None:
 # ---- records -----------------------------------------------------------------------------------
 
 
-def _of_file(file: Path, rows: list[dict[str, Any]], roles: Roles, clean: _Clean) -> Record:
-    return file_record(
-        file,
+def _described(record: Record, rows: list[dict[str, Any]], roles: Roles, clean: _Clean) -> Record:
+    """A file's record with what its rows say: the captions of all, the rest of the first."""
+    return replace(
+        record,
         captions=_captions(rows, roles),
         label=_label(rows[0], roles),
         metadata=_metadata(rows[0], roles, clean),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clipsys.corpora.columns import Columns
 from clipsys.corpora.records import Record
 from clipsys.corpora.sources import iterate_source
 from clipsys.errors import DataError, ImageDecodeError
@@ -40,6 +41,7 @@ def measure(
     captions: Captions = "all",
     match: str | None = None,
     templates: Sequence[str] | None = None,
+    columns: Columns = Columns(),
 ) -> dict[str, Any]:
     """Measures a model.
 
@@ -50,6 +52,7 @@ def measure(
         captions: retrieval: which captions are queries.
         match: retrieval: metadata key; items with the same value are hits of each other.
         templates: zero-shot: prompts with ``{}`` for the class.
+        columns: what the columns of a table mean.
 
     Returns:
         ``task``, ``model``, ``data`` and ``metrics``, as ``clipsys evaluate --json`` prints them.
@@ -59,7 +62,7 @@ def measure(
         DataError: the data cannot be read, or have no captions or labels.
     """
     encoder = model if isinstance(model, Encoder) else load(model)
-    image_ND, records = encode_records(encoder, data)
+    image_ND, records = encode_records(encoder, data, columns=columns)
     if task == "retrieval":
         targets = retrieval_targets(
             ((record.captions, record.metadata) for record in records),
@@ -79,7 +82,7 @@ def measure(
 
 
 def encode_records(
-    encoder: Encoder, data: str | Path, *, batch_size: int = 64
+    encoder: Encoder, data: str | Path, *, columns: Columns = Columns(), batch_size: int = 64
 ) -> tuple[Floats, list[Record]]:
     """Encodes every usable image of a source: (N, D) unit vectors and their records, in order.
 
@@ -91,7 +94,7 @@ def encode_records(
     pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     skipped: Counter[str] = Counter()
     with progress("Encoding images") as advance:
-        for record in iterate_source(data):
+        for record in iterate_source(data, columns=columns):
             try:
                 image = decode_image(record.read(), uri=record.uri)
             except DataError as error:

@@ -2,5 +2,6 @@
 
 index            ``clipsys index``
 search           ``clipsys search``
+hits             what it prints
 keeping          ``clipsys info``, ``verify``, ``repair`` and so on
 """

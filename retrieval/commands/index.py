@@ -57,7 +57,7 @@ def index(
         typer.Option("--migrate", help="Encode the whole collection anew with --model, then swap."),
     ] = False,
 ) -> None:
-    """Creates a collection, or brings it up to date with its sources."""
+    """Create a collection, or bring it up to date with its sources."""
     from clipsys.errors import DataError
     from clipsys.processes.interruption import ending_in_order
     from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT

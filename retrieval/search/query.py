@@ -59,20 +59,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Query:
-    """Parts that are added up, and words that captions are searched for.
+    """Parts that are added up, and words that captions and file names are searched for.
 
-    With both, the two rankings are fused.
+    With both, the two rankings are fused. With neither, everything is asked for: a filter or a sort
+    says what of it.
 
     Raises:
-        QueryError: there is no positive part, and there are no words without parts.
+        QueryError: all parts are negative.
     """
 
     parts: tuple[Part, ...] = ()
     words: str | None = None
 
     def __post_init__(self) -> None:
-        words_alone = self.words is not None and not self.parts
-        if not words_alone and not any(part.weight > 0 for part in self.parts):
+        if self.parts and not any(part.weight > 0 for part in self.parts):
             raise QueryError(
                 "a query needs something to look for; give a text or an image besides what to avoid"
             )
@@ -100,6 +100,11 @@ class Query:
         return cls(tuple(part for part in parts if part is not None), words)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it has neither parts nor words."""
+        return not self.parts and self.words is None
+
+    @property
     def items(self) -> frozenset[int]:
         """Ids of the items that the query builds on."""
         return frozenset(part.item for part in self.parts if part.item is not None)
@@ -113,7 +118,7 @@ class Hit:
         rank: 1 is the best.
         id: the item's id in the collection; never used for another item.
         score: cosine similarity of the query with the item's stored vector, in [-1, 1]; None where
-            only words were asked for.
+            only words were asked for, or nothing.
         uri: where the image is: a file's path, or ``/path/shard.tar#KEY``.
         caption: its first caption, if it has one.
         metadata: as the source gave it.

@@ -7,7 +7,7 @@ import pytest
 
 from clipsys.errors import ConfigError, ImageDecodeError, QueryError
 from clipsys.retrieval import Collection
-from clipsys.ui.service import Choices, SearchService, softmax
+from clipsys.ui.service import Choices, SearchService
 from tests.retrieval.colours import COLOURS, ColourEncoder
 
 OPTIONS = {field.name for field in dataclasses.fields(Choices)}
@@ -85,11 +85,6 @@ def test_classification_gives_probabilities(service: SearchService, photos: Path
     assert list(result) == ["red", "green", "blue", "yellow"]
     assert max(result, key=result.__getitem__) == "green"
     assert sum(result.values()) == pytest.approx(1)
-
-
-def test_softmax_of_one_label_is_certain_and_large_scales_do_not_overflow() -> None:
-    assert softmax({"a": -0.5}, 100.0) == {"a": 1.0}
-    assert softmax({"a": 1.0, "b": -1.0}, 1e6) == {"a": 1.0, "b": 0.0}
 
 
 def test_classification_needs_two_labels(service: SearchService, photos: Path) -> None:

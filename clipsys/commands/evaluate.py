@@ -1,0 +1,66 @@
+"""The verb `evaluate`; heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from clipsys.commands import options
+from clipsys.printing import json_text, printable
+
+
+class Task(str, Enum):
+    """What `evaluate` measures."""
+
+    zeroshot = "zeroshot"
+    retrieval = "retrieval"
+    probe = "probe"
+
+
+class QueryCaptions(str, Enum):
+    """Which captions of an item are queries."""
+
+    first = "first"
+    all = "all"
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="NAME/TAG, hf-hub:…, model folder or run folder.")],
+    task: Annotated[Task, typer.Option(help="What to measure.")],
+    data: Annotated[str, typer.Option(help="A folder, a table or shards.")],
+    captions: Annotated[
+        QueryCaptions, typer.Option(help="retrieval: which captions are queries.")
+    ] = QueryCaptions.all,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="retrieval: any item with the same metadata KEY is a hit."
+        ),
+    ] = None,
+    template: options.Template = None,
+    path_column: options.PathColumn = "",
+    caption_column: options.CaptionColumn = None,
+    label_column: options.LabelColumn = "",
+    encoding: options.Encoding = "",
+    as_json: options.Json = False,
+) -> None:
+    """Measure a model on labelled or captioned images."""
+    from clipsys.evaluation.tasks import measure
+
+    result = measure(
+        model,
+        task.value,
+        data,
+        captions=captions.value,
+        match=match,
+        templates=template,
+        columns=options.columns_of([data], path_column, caption_column, label_column, encoding),
+    )
+    if as_json:
+        print(json_text(result))
+        return
+    print(printable(f"{result['task']} of {result['model']} on {result['data']}"))
+    for name, value in result["metrics"].items():
+        print(f"  {name:36} {value:>10,.4g}")
