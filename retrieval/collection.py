@@ -248,35 +248,42 @@ class Collection:
                 or the filter is malformed.
             ImageDecodeError: the image does not decode.
         """
-        if not isinstance(query, Query):
+        others = (image, negative, words)
+        if isinstance(query, Query):
+            if any(one is not None for one in others):
+                raise QueryError("give image, negative and words as parts of the Query")
+        elif query is not None or any(one is not None for one in others):
             query = compose(query, image=image, negative=negative, words=words)
-        elif image is not None or negative is not None or words is not None:
-            raise QueryError("give image, negative and words as parts of the Query")
         options = Options(
             k, offset, parse_where(where), min_score, relevant_only, _cosine(diverse), sort
         )
         return self.search_batch([query], options)[0]
 
     def search_batch(
-        self, queries: Sequence[str | Query], options: Options | None = None
+        self, queries: Sequence[str | Query | None], options: Options | None = None
     ) -> list[list[Hit]]:
         """Several searches in one pass over the model and the index: hits of each query.
+
+        Args:
+            queries: None asks for all that passes the filter of the options.
+            options: which hits come back, and in which order.
 
         Raises:
             QueryError: see `search`.
             ImageDecodeError: an image does not decode.
         """
         options = options or Options()
-        read = [query if isinstance(query, Query) else parse_query(query) for query in queries]
-        if any(query.is_empty for query in read) and not options.conditions and not options.sort:
+        if None in queries and not options.conditions and options.sort is None:
             raise QueryError(
                 "a query needs something to look for: a text, an image, words, or a filter alone"
             )
+        read = [parse_query(query) if isinstance(query, str) else query for query in queries]
         if len(self) == 0 or not read:
             return [[] for _ in read]
+        vectors = iter(self.embed_batch([query for query in read if query is not None]))
         sought = [
-            Sought(vector_D, query.words, query.items)
-            for query, vector_D in zip(read, self.embed_batch(read), strict=True)
+            Sought(None) if query is None else Sought(next(vectors), query.words, query.items)
+            for query in read
         ]
         return self._searcher.search(sought, options)
 

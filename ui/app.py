@@ -345,10 +345,10 @@ def _shown(answer: Answer, sought: str) -> list[Any]:
     note = html.escape(printable(answer.note)) if answer.note else ""
     if answer.cards:
         number = f"{len(answer.cards)} image{'s' if len(answer.cards) != 1 else ''}"
-        status = f"{number} {html.escape(sought)} · {answer.seconds * 1000:.0f} ms"
+        status = f"{number} {html.escape(sought)}".rstrip() + f" · {answer.seconds * 1000:.0f} ms"
         status += f" · {note}" if note else ""
     else:
-        status = f"Nothing {html.escape(sought)}: {note or 'no image has it'}"
+        status = f"Nothing {html.escape(sought)}".rstrip() + f": {note or 'no image has it'}"
     return [status, _pictures(answer.cards), gr.update(visible=False), list(answer.cards), None]
 
 

@@ -140,7 +140,8 @@ class SearchService:
             diverse=NEAR_DUPLICATE if choices.diverse else None,
             sort=f"{'-' if choices.descending else ''}{sort}" if sort else None,
         )
-        (hits,) = self.collection.search_batch([Query(tuple(parts), words)], options)
+        query = None if nothing else Query(tuple(parts), words)
+        (hits,) = self.collection.search_batch([query], options)
         note = doubt_of(hits, options)
         if not hits and conditions:
             note = self.collection.explain_filter(conditions) or note

@@ -73,9 +73,12 @@ def print_answers(answers: Sequence[Answer], how: Format, *, batch: bool) -> Non
     for answer in answers:
         if how is Format.table:
             _print_table(answer, with_query=batch)
-        if answer.note is not None:
+        note = answer.note
+        if note is None and how is Format.table and not answer.hits and answer.error is None:
+            note = "no hits"
+        if note is not None:
             about = f"{answer.query}: " if batch else ""
-            typer.echo(printable(f"{about}{answer.note}"), err=True)
+            typer.echo(printable(f"{about}{note}"), err=True)
 
 
 def _print_csv(answers: Sequence[Answer]) -> None:

@@ -128,7 +128,7 @@ def search(
 def _answer(query: str | None, hits: list[Hit], asked: Options) -> Answer:
     from clipsys.retrieval.search.options import doubt_of
 
-    return Answer(query, hits, note=doubt_of(hits, asked) or (None if hits else "no hits"))
+    return Answer(query, hits, note=doubt_of(hits, asked))
 
 
 def _compose(
@@ -137,7 +137,8 @@ def _compose(
     items: Sequence[int],
     negatives: Sequence[str],
     words: str | None,
-) -> Query:
+) -> Query | None:
+    """The query of the command line; None where nothing says what to look for."""
     from clipsys.retrieval.search.grammar import parse_part, parse_query
     from clipsys.retrieval.search.query import Part, Query
 
@@ -145,7 +146,7 @@ def _compose(
     parts += [Part(image=path) for path in images]
     parts += [Part(item=item) for item in items]
     parts += [parse_part(text, -1) for text in negatives]
-    return Query(tuple(parts), words)
+    return Query(tuple(parts), words) if parts or words is not None else None
 
 
 # ---- a file of queries -------------------------------------------------------------------------

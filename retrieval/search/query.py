@@ -61,18 +61,18 @@ class Part:
 class Query:
     """Parts that are added up, and words that captions and file names are searched for.
 
-    With both, the two rankings are fused. With neither, everything is asked for: a filter or a sort
-    says what of it.
+    With both, the two rankings are fused.
 
     Raises:
-        QueryError: all parts are negative.
+        QueryError: there is no positive part, and there are no words without parts.
     """
 
     parts: tuple[Part, ...] = ()
     words: str | None = None
 
     def __post_init__(self) -> None:
-        if self.parts and not any(part.weight > 0 for part in self.parts):
+        words_alone = self.words is not None and not self.parts
+        if not words_alone and not any(part.weight > 0 for part in self.parts):
             raise QueryError(
                 "a query needs something to look for; give a text or an image besides what to avoid"
             )
@@ -98,11 +98,6 @@ class Query:
             Part(text=negative, weight=NEGATIVE_WEIGHT) if negative is not None else None,
         ]
         return cls(tuple(part for part in parts if part is not None), words)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it has neither parts nor words."""
-        return not self.parts and self.words is None
 
     @property
     def items(self) -> frozenset[int]:
