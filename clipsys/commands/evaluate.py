@@ -40,6 +40,14 @@ def evaluate(
         ),
     ] = None,
     template: options.Template = None,
+    classnames: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="zeroshot: names of numbered classes, one a line; default classnames.txt "
+            "beside the data.",
+        ),
+    ] = None,
     path_column: options.PathColumn = "",
     caption_column: options.CaptionColumn = None,
     label_column: options.LabelColumn = "",
@@ -56,6 +64,7 @@ def evaluate(
         captions=captions.value,
         match=match,
         templates=template,
+        classnames=classnames,
         columns=options.columns_of([data], path_column, caption_column, label_column, encoding),
     )
     if as_json:

@@ -39,12 +39,24 @@ def shards(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the shards SOURCE instead; no OUT.")
     ] = False,
+    manifest: Annotated[
+        bool,
+        typer.Option(
+            "--manifest", help="Write shards.json beside the shards SOURCE instead; no OUT."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --verify: print JSON.")] = False,
 ) -> None:
-    """Pack images and captions into WebDataset shards, or check some.
+    """Pack images and captions into WebDataset shards; or check, or list, existing ones.
 
     A pack that was interrupted goes on when the same command is repeated.
     """
+    if (verify or manifest) and out is not None:
+        raise typer.BadParameter("is not written with --verify or --manifest", param_hint="OUT")
+    if manifest:
+        _write_manifests(source, workers)
+        if not verify:
+            return
     if verify:
         _verify_shards(source, workers, as_json)
         return
@@ -76,6 +88,26 @@ def shards(
         total = sum(report.skipped.values())
         where = printable(str(report.skipped_path))
         print(f"skipped {total:,} ({reasons}); see {where}", file=sys.stderr)
+
+
+def _write_manifests(source: str, workers: int) -> None:
+    from clipsys.errors import DataError
+    from clipsys.shards.counting import write_manifests
+    from clipsys.shards.remote import default_cache
+
+    report = write_manifests(source, default_cache(), workers=workers)
+    for path in report.paths:
+        print(printable(path))
+    print(
+        f"{report.num_samples:,} samples in {report.num_shards:,} shards, "
+        f"{report.num_kept:,} of them listed before",
+        file=sys.stderr,
+    )
+    for warning in report.warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
+    if report.faults:
+        more = f" (and {len(report.faults) - 1} more)" if len(report.faults) > 1 else ""
+        raise DataError(f"not listed: {report.faults[0]}{more}")
 
 
 def _verify_shards(source: str, workers: int, as_json: bool) -> None:
