@@ -14,7 +14,7 @@ from clipsys.corpora.columns import Columns
 from clipsys.corpora.records import Record
 from clipsys.corpora.sources import iterate_source, source_kind
 from clipsys.errors import DataError
-from clipsys.evaluation.class_names import class_names
+from clipsys.evaluation.class_names import class_names, prompt_templates
 from clipsys.evaluation.figures import (
     Captions,
     Floats,
@@ -55,7 +55,8 @@ def measure(
         data: what `clipsys.corpora.sources.iterate_source` reads.
         captions: retrieval: which captions are queries.
         match: retrieval: metadata key; items with the same value are hits of each other.
-        templates: zero-shot: prompts with ``{}`` for the class.
+        templates: zero-shot: prompts with ``{}`` for the class; default
+            ``zeroshot_classification_templates.txt`` beside the data, or "a photo of a {}.".
         columns: what the columns of a table mean.
         classnames: zero-shot, where labels are numbers: a file with one class name a line; default
             ``classnames.txt`` beside the data.
@@ -79,11 +80,14 @@ def measure(
     else:
         labels = _labels(records, data)
         if task == "zeroshot":
-            names = class_names(labels, _places(data), file=classnames, setting="--classnames")
+            places = _places(data)
+            names = class_names(labels, places, file=classnames, setting="--classnames")
             classes = sorted(names)
-            prompted = [names[label] for label in classes]
-            classifier = ZeroShotClassifier(encoder, prompted, templates or DEFAULT_TEMPLATES)
-            metrics = zeroshot_figures(image_ND, classifier.class_CD, classes, labels)
+            prompts = templates or prompt_templates(places) or DEFAULT_TEMPLATES
+            classifier = ZeroShotClassifier(encoder, list(names.values()), prompts)
+            # Two classes may have one name, as two of ImageNet's do; then they have one vector.
+            rows = [classifier.classes.index(names[label].strip()) for label in classes]
+            metrics = zeroshot_figures(image_ND, classifier.class_CD[rows], classes, labels)
         else:
             metrics = _probe(image_ND, labels)
     return {"task": task, "model": encoder.name, "data": str(data), "metrics": metrics}

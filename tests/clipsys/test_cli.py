@@ -142,7 +142,7 @@ def test_table_options_reach_every_verb_that_takes_a_table(
     rows = ["bild;satz;art"]
     for number in range(4):
         noise_image(number).save(tmp_path / f"{number}.png")
-        rows.append(f"{number}.png;größe {number};{number % 2}")
+        rows.append(f"{number}.png;größe {number};{('rot', 'grün')[number % 2]}")
     (tmp_path / "t.csv").write_text("\n".join(rows), encoding="cp1252")
     table = ["--path-column=Bild", "--caption-column=satz", "--label-column=art"]
     options = [*table, "--encoding=cp1252"]
