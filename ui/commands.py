@@ -20,6 +20,7 @@ def ui(
         str,
         typer.Option(help="Address to serve on; 0.0.0.0 shows the images to the whole network."),
     ] = "127.0.0.1",
+    model: options.MovedModel = None,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.")
     ] = False,
@@ -28,7 +29,7 @@ def ui(
     from clipsys.retrieval import Collection
     from clipsys.ui.server import serve
 
-    with Collection.open(collection) as photos:
+    with Collection.open(collection, model=model) as photos:
         serve(
             photos,
             host=host,

@@ -23,6 +23,9 @@ Model = Annotated[
     str,
     typer.Option(help="Model folder, run folder, open_clip NAME/TAG or hf-hub:ORG/REPO."),
 ]
+MovedModel = Annotated[
+    str | None, typer.Option(help="Where the collection's model lies, if not where it was.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Paths = Annotated[
     bool, typer.Option("--paths", help="Print only the paths of the images, one a line.")
@@ -68,7 +71,7 @@ def columns_of(
     label_column: str,
     encoding: str,
 ) -> Columns:
-    """What the four options of tables say, for sources of which one has to be a table.
+    """What the four options of tables say, for sources of which one has to be a table, if any.
 
     Raises:
         ConfigError: an option is given, and no source is a table.
@@ -78,7 +81,7 @@ def columns_of(
     from clipsys.corpora.sources import source_kind
 
     columns = Columns(path_column, tuple(caption_column or ()), label_column, encoding)
-    if columns.options:
+    if columns.options and sources:  # without any, those that a collection knows
         columns.check_used([source_kind(source) for source in sources])
     return columns
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
 from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles
-from clipsys.corpora.delimited import JSON_SUFFIXES, read_text_rows
+from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
 from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
+from clipsys.corpora.paths import real_path
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import ConfigError, DataError
 
@@ -102,16 +102,20 @@ def _text_records(path: Path, columns: Columns) -> Iterator[Record]:
     names = list(dict.fromkeys(name for row in rows for name in row.cells))
     roles = find_roles(path, names, columns)
     clean = _as_json if path.suffix.lower() in JSON_SUFFIXES else _as_cell
-    grouped: dict[str, tuple[Record, list[dict[str, Any]]]] = {}
+    grouped: dict[Path, list[Row]] = {}
+    files: dict[str, Path] = {}
     for row in rows:
-        try:
-            record = file_record(locate(path, row.cells.get(roles.path or "")))
-        except DataError as error:
-            yield _unusable(f"{path}#{row.number}", error, row.cells, roles)
-            continue
-        grouped.setdefault(record.uri, (record, []))[1].append(row.cells)
-    for record, cells in grouped.values():
-        yield _described(record, cells, roles, clean)
+        cell = row.cells.get(roles.path or "")
+        key = str(cell)
+        if key not in files:
+            try:
+                files[key] = real_path(locate(path, cell))
+            except DataError as error:
+                yield _unusable(f"{path}#{row.number}", error, row.cells, roles)
+                continue
+        grouped.setdefault(files[key], []).append(row)
+    for file, group in grouped.items():
+        yield _of_file(file, [row.cells for row in group], roles, clean)
 
 
 def _as_json(value: Any) -> Any:
@@ -143,7 +147,7 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
     if columns.encoding:
         raise ConfigError(f"{path}: the text of Parquet is UTF-8; leave out --encoding")
     roles = _parquet_roles(path, table, columns)
-    grouped: dict[str, tuple[Record, list[dict[str, Any]]]] = {}
+    grouped: dict[Path, list[dict[str, Any]]] = {}
     num_rows = 0
     for row in table.rows(roles.image):
         num_rows += 1
@@ -161,15 +165,13 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
                 )
                 continue
             try:
-                record = file_record(locate(path, cell.path))
+                grouped.setdefault(real_path(locate(path, cell.path)), []).append(row.cells)
             except DataError as error:
                 yield _unusable(f"{path}#{member}", error, row.cells, roles)
-                continue
-            grouped.setdefault(record.uri, (record, []))[1].append(row.cells)
     if not num_rows:
         raise DataError(f"{path}: has no rows; expected one an image")
-    for record, rows in grouped.values():
-        yield _described(record, rows, roles, _as_json)
+    for file, group in grouped.items():
+        yield _of_file(file, group, roles, _as_json)
 
 
 def _images(row: ParquetRow, roles: Roles) -> list[ImageCell]:
@@ -209,10 +211,9 @@ def _default_image(table: ParquetTable) -> str | None:
 # ---- records -----------------------------------------------------------------------------------
 
 
-def _described(record: Record, rows: list[dict[str, Any]], roles: Roles, clean: _Clean) -> Record:
-    """A file's record with what its rows say: the captions of all, the rest of the first."""
-    return replace(
-        record,
+def _of_file(file: Path, rows: list[dict[str, Any]], roles: Roles, clean: _Clean) -> Record:
+    return file_record(
+        file,
         captions=_captions(rows, roles),
         label=_label(rows[0], roles),
         metadata=_metadata(rows[0], roles, clean),

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipsys.errors import ImageDecodeError
+from clipsys.files import NotRegularError, read_regular
 
 DEFAULT_MAX_PIXELS = 178_000_000
 
@@ -191,7 +192,11 @@ def _read(source: str | Path | bytes | IO[bytes], name: str) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
-        return Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
+        return read_regular(source) if isinstance(source, str | Path) else source.read()
+    except NotRegularError as error:
+        raise ImageDecodeError(
+            f"{name}: is {error.strerror}", uri=name, reason="not a file"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or _one_line(error)
         raise ImageDecodeError(

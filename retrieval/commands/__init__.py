@@ -3,5 +3,6 @@
 index            ``clipsys index``
 search           ``clipsys search``
 hits             what it prints
+sources          ``clipsys sources``
 keeping          ``clipsys info``, ``verify``, ``repair`` and so on
 """

@@ -76,6 +76,7 @@ def search(
     diverse: Annotated[
         bool, typer.Option("--diverse", help="Fold near-duplicates into one hit.")
     ] = False,
+    model: options.MovedModel = None,
     queries: Annotated[
         Path | None,
         typer.Option(
@@ -109,13 +110,12 @@ def search(
         NEAR_DUPLICATE if diverse else None,
         sort,
     )
-    if queries is not None and (
-        query is not None or image or like or negative or words is not None
-    ):
+    others = [*(image or ()), *(like or ()), *(negative or ())]
+    if queries is not None and (query is not None or others or words is not None):
         raise QueryError("--queries stands alone: write the parts of each query in its line")
     lines = list(_lines(queries)) if queries is not None else []
     composed = _compose(query, image or (), like or (), negative or (), words)
-    with Collection.open(collection, few_searches=queries is None) as photos:
+    with Collection.open(collection, few_searches=queries is None, model=model) as photos:
         if queries is None:
             answers = [_answer(query, photos.search_batch([composed], asked)[0], asked)]
         else:

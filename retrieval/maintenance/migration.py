@@ -84,7 +84,7 @@ def migrate(
     with durable.writer_lock(folder / LOCK_NAME, holder=str(folder)):
         manifest = clear_superseded(folder, read_manifest(folder))
         if manifest.encoder.fingerprint == pin.fingerprint:
-            raise CollectionError(f"{folder}: its vectors are of model {pin.name} already")
+            raise CollectionError(_nothing_to_migrate(folder, manifest.encoder, pin))
         building = _prepare(folder, manifest, pin)
         for data in (folder / manifest.edition, building):
             upgrade_database(data / DATABASE_NAME)
@@ -100,6 +100,16 @@ def migrate(
             compact(building / SEGMENTS, new, pin.dim)
             _swap(folder, manifest, building, new, pin, encoder)
     return report
+
+
+def _nothing_to_migrate(folder: Path, present: EncoderPin, pin: EncoderPin) -> str:
+    message = f"{folder}: its vectors are of model {pin.name} already, there is nothing to encode"
+    if present.model == pin.model:
+        return message
+    return (
+        f"{message}; the collection has it from {present.model}: "
+        f"`clipsys index {folder} --model {pin.model}`, without --migrate, records the new place"
+    )
 
 
 def _prepare(folder: Path, manifest: Manifest, pin: EncoderPin) -> Path:

@@ -13,9 +13,11 @@ Each builds on those above it:
     filters          the SQL that decides them
     filter_hints     why a filter selects nothing
     sorting          what results are sorted by
+    connecting       connections, also where nothing can be written
     database         a connection to the SQLite file, taken in turns
     row_writing      the statements of which commits are made
     store            items, failures and segments in the database
+    sources          which source gave what
     snapshot         live items and their vectors, as of one commit
     manifest         which model, which index generation
     creation         a collection's folder, whole or not at all

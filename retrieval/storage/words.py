@@ -8,13 +8,12 @@
 Of a sample in a shard the key is its file name; a row of a Parquet table has none. The table
 follows the items by triggers, so whatever writes items cannot forget it. A collection that was made
 before the table existed, or before it held file names, gets it, filled, at the first search for
-words; where that cannot be written, the words of captions are searched. Older versions of clipsys
-go on working on it, since the triggers are the database's own.
+words; where that cannot be written, in a copy. Older versions of clipsys go on working on it, since
+the triggers are the database's own.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import sqlite3
 from collections.abc import Sequence
@@ -23,8 +22,6 @@ import numpy as np
 
 from clipsys.errors import QueryError
 from clipsys.retrieval.storage.segments import Ints
-
-_logger = logging.getLogger(__name__)
 
 TABLE = "caption_words"
 _TEXT = "(SELECT group_concat(value, char(10)) FROM json_each({row}.captions))"
@@ -54,6 +51,8 @@ SCHEMA = (
     f"{_ENTER.format(row='items')} FROM items WHERE state = 'live'",
 )
 
+#: Whether the table is there as it is made today; the statement that makes it is bound.
+IS_CURRENT = f"SELECT 1 FROM sqlite_master WHERE name = '{TABLE}' AND sql = ?"
 #: How many rows are not what the items say, in one statement and so as of one moment.
 COUNT_STRAY = f"""
 WITH wanted (id, text, name) AS (
@@ -72,29 +71,17 @@ _TERM = re.compile(r'(?P<minus>-)?(?:"(?P<phrase>[^"]*)"|(?P<word>[^\s"]+))')
 _FUSION_CONSTANT = 60
 
 
-def is_current(connection: sqlite3.Connection) -> bool:
-    """Whether the database has the table, and with the names of files."""
-    query = "SELECT 1 FROM sqlite_master WHERE name = ? AND sql = ?"
-    return bool(connection.execute(query, (TABLE, SCHEMA[0])).fetchall())
-
-
 def ensure_table(connection: sqlite3.Connection) -> None:
     """Makes the table if the database has none of today; several processes may do so at once."""
-    if is_current(connection):
+
+    def is_current() -> bool:
+        return bool(connection.execute(IS_CURRENT, (SCHEMA[0],)).fetchall())
+
+    if is_current():
         return
+    connection.execute("BEGIN IMMEDIATE")
     try:
-        connection.execute("BEGIN IMMEDIATE")
-    except sqlite3.OperationalError:
-        query = "SELECT 1 FROM sqlite_master WHERE name = ?"
-        if not connection.execute(query, (TABLE,)).fetchall():
-            raise
-        _logger.warning(
-            "the collection cannot be written to: words are looked for in captions, and not in "
-            "the names of files, until `clipsys search --words` has run once where it can"
-        )
-        return
-    try:
-        if not is_current(connection):
+        if not is_current():
             rebuild_table(connection)
         connection.execute("COMMIT")
     except BaseException:

@@ -15,7 +15,6 @@ from clipsys.retrieval.storage.words import (
     COUNT_STRAY,
     TABLE,
     TRIGGERS,
-    ensure_table,
     fuse,
     match_expression,
 )
@@ -171,15 +170,3 @@ def test_a_table_without_file_names_is_made_anew_at_the_first_search(
         assert found(opened, "kite") == {6}
         assert found(opened, "dog") == {0, 1}
         assert opened.read(COUNT_STRAY) == [(0,)]
-
-
-def test_where_it_cannot_be_made_anew_captions_are_searched(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_captions_only(tmp_path / "items.sqlite")
-    with closing(sqlite3.connect(tmp_path / "items.sqlite")) as connection:
-        connection.execute("PRAGMA query_only = ON")
-        ensure_table(connection)
-        assert "names of files" in caplog.text
-        rows = connection.execute(f"SELECT rowid FROM {TABLE} WHERE {TABLE} MATCH 'dog'")
-        assert {row[0] for row in rows} == {1, 2}
