@@ -39,7 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("clipsys.retrieval.commands.keeping", "verify"),
     "repair": ("clipsys.retrieval.commands.keeping", "repair"),
     "classify": ("clipsys.commands.classify", "classify"),
-    "evaluate": ("clipsys.commands.evaluate", "evaluate"),
+    "evaluate": ("clipsys.retrieval.commands.evaluate", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),
     "doctor": ("clipsys.commands.doctor", "doctor"),
 }
@@ -72,7 +72,7 @@ class _Verbs(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:  # Typer by itself would end without a word
             message = str(interrupt) or "interrupted"
-            if "RANK" not in os.environ:  # one of several processes: whoever started them says so
+            if "RANK" not in os.environ:  # one of several processes: their launcher says so
                 print(message, file=sys.stderr)
             status = interrupt.status if isinstance(interrupt, Interruption) else 130
             leave_if_abandoned(status)

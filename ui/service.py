@@ -91,7 +91,7 @@ class SearchService:
 
     @cached_property
     def metadata_keys(self) -> list[str]:
-        """Keys to filter by. Finding them reads all items: once, when the page is made."""
+        """Keys to filter and sort by, as of when the page was made."""
         return self.collection.metadata_keys()
 
     def search(

@@ -3,6 +3,5 @@
 options             arguments and options that several verbs share
 shards              ``clipsys shards``
 classify            ``clipsys classify``
-evaluate            ``clipsys evaluate``
 doctor              ``clipsys doctor``
 """

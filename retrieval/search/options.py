@@ -13,7 +13,7 @@ from clipsys.retrieval.search.query import Hit
 from clipsys.retrieval.storage.conditions import Condition
 from clipsys.retrieval.storage.sorting import parse_sort
 
-#: From this cosine on two images are near-duplicates, unless another one is given. It depends on
+#: From this cosine on two images are near-duplicates; callers may give another. It depends on
 #: the model: ViT-B/32 gives re-encoded, resized or lightly cropped photographs 0.95 and more, other
 #: views of a scene less.
 NEAR_DUPLICATE = 0.95

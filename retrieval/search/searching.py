@@ -51,12 +51,12 @@ class Sought:
     Attributes:
         vector_D: None where no text, image or item is asked for.
         words: None where none are asked for.
-        made_of: items that the vector was made of, which are not hits.
+        query_items: items that the vector was made of, which are not hits.
     """
 
     vector_D: Floats | None
     words: str | None = None
-    made_of: frozenset[int] = frozenset()
+    query_items: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Searcher:
         )
         allowed = self._allowed(options.conditions, snapshot)
         wanted = options.offset + options.k
-        depth = wanted + max(len(query.made_of) for query in queries)
+        depth = wanted + max(len(query.query_items) for query in queries)
         if any(query.words is not None for query in queries):
             depth = max(depth, _FUSED_RANKS)
         if options.sorts_all:
@@ -173,25 +173,25 @@ class Searcher:
             )
         ranked = []
         for query in queries:
-            worded, vector_D = None, query.vector_D
+            matched, vector_D = None, query.vector_D
             if query.words is not None:
-                worded = self._worded(query.words, state.snapshot, allowed)
+                matched = self._match_words(query.words, state.snapshot, allowed)
             if vector_D is None:
-                if worded is None:  # nothing is asked for: what passes, the last added first
+                if matched is None:  # nothing is asked for: what passes, the last added first
                     newest_N = (state.snapshot.ids_N if allowed is None else allowed)[::-1]
-                    worded = newest_N[self._order(newest_N, sort)][:depth]
-                ranked.append(_Ranked(worded, None, None))
+                    matched = newest_N[self._order(newest_N, sort)][:depth]
+                ranked.append(_Ranked(matched, None, None))
                 continue
             ids_K, scores_K = next(rankings)
-            if worded is not None:
-                ids_K = words.fuse([ids_K, worded[:depth]])
+            if matched is not None:
+                ids_K = words.fuse([ids_K, matched[:depth]])
                 positions = np.searchsorted(state.snapshot.ids_N, ids_K)
                 scores_K = exact_scores(state.snapshot, positions, vector_D)
             relevance_K = state.background.relevance(vector_D, scores_K)
             ranked.append(_Ranked(ids_K, scores_K, relevance_K))
         return ranked
 
-    def _worded(self, text: str, snapshot: Snapshot, allowed: Ints | None) -> Ints:
+    def _match_words(self, text: str, snapshot: Snapshot, allowed: Ints | None) -> Ints:
         ids = self._store.match_words(words.match_expression(text))
         live = np.isin(ids, snapshot.ids_N, assume_unique=True)
         if allowed is not None:
@@ -243,7 +243,7 @@ class Searcher:
 
 def _cut(ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
     """Without the items that the query was made of, and without those that score too low."""
-    keep_K = ~np.isin(ranked.ids_K, list(query.made_of))
+    keep_K = ~np.isin(ranked.ids_K, list(query.query_items))
     if options.needs_score and ranked.scores_K is None:
         alone = "words alone have" if query.words is not None else "a filter alone has"
         raise QueryError(f"{alone} no score to cut at; add something to look for")
@@ -257,7 +257,7 @@ def _cut(ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
 def _suffices(cut: _Ranked, ranked: _Ranked, query: Sought, options: Options) -> bool:
     """Whether ranking deeper would add nothing to what is asked for."""
     if options.sorts_all:
-        return len(cut.ids_K) < len(ranked.ids_K) - len(query.made_of)  # the cut was reached
+        return len(cut.ids_K) < len(ranked.ids_K) - len(query.query_items)  # the cut was reached
     return options.diverse is None or len(cut.ids_K) >= options.offset + options.k
 
 

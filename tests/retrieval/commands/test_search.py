@@ -178,3 +178,17 @@ def test_paths_of_failures_and_copies_come_alone(
     assert run(capsys, "failures", folder, "--paths0")[1] == f"{photos}/bad one.png\0"
     assert run(capsys, "duplicates", folder, "--paths")[1] == f"{photos}/red copy.png\n"
     assert run(capsys, "duplicates", folder, "--paths", "--json")[0] == 2
+
+
+def test_index_takes_the_columns_of_a_table_and_remembers_them(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("bild;satz\nphotos/red.png;große Fläche\n", encoding="cp1252")
+    words = ["--path-column=Bild", "--caption-column=satz", "--encoding=cp1252", "--model=0"]
+    assert run(capsys, "index", tmp_path / "c", table, *words)[0] == 0
+    assert stems(capsys, tmp_path / "c", "--words", "flache") == ["red"]
+    assert "1 unchanged" in run(capsys, "index", tmp_path / "c")[1]
+    status, _, err = run(capsys, "index", tmp_path / "c", photos, "--label-column=x")
+    assert status == 1
+    assert "--label-column: for tables only" in err
