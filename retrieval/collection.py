@@ -1,4 +1,4 @@
-"""A collection: a corpus of images that can be searched by text and by image, kept in one folder.
+"""A collection: a corpus of images that can be searched by text and by image, in one folder.
 
     photos/
         manifest.json     which model, which index generation            replaced atomically
@@ -39,6 +39,7 @@ from clipsys.retrieval.encoders.encoding import (
     place_of,
 )
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
+from clipsys.retrieval.encoders.truncation import tokens_of_encoder, warn_of_cut_texts
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
 from clipsys.retrieval.ingest import adding, relocation
 from clipsys.retrieval.ingest.embedding import EmbeddingOptions
@@ -324,9 +325,13 @@ class Collection:
         if not any(part.image is not None for part in parts):
             tower = self._encoder.light_tower(sum(part.text is not None for part in parts))
             if tower is not None:
+                warn_of_cut_texts([part.text for part in parts if part.text], tower.tokens)
                 turns, encode_text = self._encoder.turns(), tower.encode_text
                 return embed_queries(queries, turns, self.vector, encode_text=encode_text)
         vectors = embed_queries(queries, self._encoder.turns(), self.vector)
+        tokens_of = tokens_of_encoder(self._encoder.loaded)
+        if tokens_of is not None:
+            warn_of_cut_texts([part.text for part in parts if part.text], tokens_of)
         self._encoder.remember_light_tower()  # the next process needs no torch
         return vectors
 

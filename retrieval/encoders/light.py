@@ -80,7 +80,7 @@ def remember(folder: Path, pin: EncoderPin, encoder: Any) -> bool:
     tower of another kind or a folder that cannot be written to are no errors: searches then load
     the model as ever.
     """
-    loaded = sys.modules.get("clipsys.models.encoder")  # whoever has an Encoder has its module
+    loaded = sys.modules.get("clipsys.models.encoder")  # an Encoder comes with its module
     if loaded is None or not isinstance(encoder, loaded.Encoder):
         return False
     weights, vocabulary = _weights_of(pin.model), vocabulary_path()

@@ -42,6 +42,8 @@ from clipsys.retrieval.writing.writer import clear_leftovers, clear_superseded
 #: The share of the images that may be gone or unreadable without being told twice.
 LOSS_LIMIT = 0.1
 _BUILDING = "building.json"
+#: Tables of notes on sources; see `clipsys.retrieval.storage.sources`.
+_NOTES = ("claims", "source_settings")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def migrate(
             closing(Store(folder / manifest.edition / DATABASE_NAME)) as old,
             closing(Store(building / DATABASE_NAME)) as new,
         ):
+            new.add_source_tables()
             clear_leftovers(building, new)
             _drop_what_is_gone(old, new)
             report = _encode(old, new, building, encoder, pin, options, advance)
@@ -227,10 +230,12 @@ def _carry_over(old: Store, new: Store) -> None:
             new.commit(Batch(updates=updates), None)
         with new.changing() as (connection, _):
             connection.execute("INSERT OR IGNORE INTO failures SELECT * FROM old.failures")
-            for table in ("origins", "sources"):
+            for table in (*_NOTES, "origins", "sources"):
                 connection.execute(f"DELETE FROM {table}")
-            for table in ("sources", "origins"):
-                connection.execute(f"INSERT INTO {table} SELECT * FROM old.{table}")
+            names = connection.execute("SELECT name FROM old.sqlite_master").fetchall()
+            for table in ("sources", "origins", *_NOTES):
+                if (table,) in names:  # those of notes came later
+                    connection.execute(f"INSERT INTO {table} SELECT * FROM old.{table}")
             connection.execute("DELETE FROM sqlite_sequence WHERE name = 'items'")
             connection.execute(
                 "INSERT INTO sqlite_sequence SELECT name, seq FROM old.sqlite_sequence "

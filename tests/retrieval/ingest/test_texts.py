@@ -133,3 +133,16 @@ def test_nothing_is_left_of_what_no_source_gives_any_more() -> None:
             pairs = itertools.chain.from_iterable(one.metadata.items() for one in current.values())
             assert set(item.metadata.items()) <= set(pairs)
             assert item.captions in {one.captions for one in current.values()} | {()}
+
+
+def test_migration_carries_over_whose_the_texts_are(collection: Collection, photo: Path) -> None:
+    from tests.retrieval.colours import ColourEncoder
+
+    table = write_table(photo.parent, f"path,caption,tag\n{photo},a red thing,wool\n")
+    collection.add(table, photo.parents[1], show_progress=False, exclude=["raw"])
+    collection.migrate(ColourEncoder(seed=1), show_progress=False)
+    write_table(photo.parent, f"path,caption,tag\n{photo},,\n")
+    with Collection.open(collection.path, ColourEncoder(seed=1)) as migrated:
+        assert migrated.sources()[1].settings == {"exclude": ["raw"]}
+        migrated.add(show_progress=False)
+        assert texts(migrated) == ((), {"label": "dog"})
