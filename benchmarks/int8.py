@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from clipsys.inference import image_tower
 from clipsys.inference.int8 import Int8Linear
@@ -91,6 +91,8 @@ def _torchao(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.nn.M
 
 
 def _torchao_compiled(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.nn.Module:
+    # A tower has more than the eight layers that may share code before the compiler gives up.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     layer = _torchao(weight_OI, bias_O)
     layer.compile(dynamic=True)
     return layer

@@ -24,9 +24,9 @@ BUDGET_S = 0.5
 _PRECISION_SHARE = 0.6
 #: Rounds that pieces are cut for: one warms up, and three have a median.
 _ROUNDS = 4
-#: Takes 0.2 ms or so, and says how large pieces may be and which precisions are hopeless: a
+#: Takes 0.1 ms or so, and says how large pieces may be and which precisions are hopeless: a
 #: processor without instructions for one may be a hundred times slower in it.
-_SMALL = Product((128, 256), (256, 256))
+_SMALL = Product((64, 256), (256, 256))
 _SMALL_BUDGET_S = 0.02
 _HOPELESS = 3.0
 #: Share of the time that threads may have waited for cores; with more, what they did says nothing.
@@ -99,7 +99,7 @@ def measure(
         gflops={name: round(rate, 1) for name, rate in rates.items()},
         precision=precision,
         arrangements=() if busy else tuple((one, round(rate, 1)) for one, rate in tried),
-        arrangement=conditions.arrangements[0] if busy else choose_arrangement(tried),
+        arrangement=choose_arrangement(tried) if tried and not busy else conditions.arrangements[0],
         busy=busy,
     )
 
@@ -136,8 +136,10 @@ class Timer:
         *,
         until: float,
     ) -> list[tuple[Arrangement, float]]:
-        """GFLOP/s of each arrangement of threads over the whole tower."""
+        """GFLOP/s of each arrangement of threads over the whole tower; none for a single one."""
         tried = self.conditions.arrangements
+        if len(tried) == 1:
+            return []
         pools = {one: single_threads(one.threads) for one in tried if one.apart}
         try:
             operations = []
