@@ -9,6 +9,7 @@ compared with that in fp32; where they differ the run takes fp32.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -91,8 +92,9 @@ def _recorded(recipe: Recipe) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{path}: the recipe of the run cannot be read ({error}); state engine.precision to "
+            f"{path}: the recipe of the run cannot be read ({reason}); state engine.precision to "
             "resume without it"
         ) from error
 
@@ -139,4 +141,4 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
 
 def agrees(loss: float, exact: float) -> bool:
     """Whether a loss is near enough to that in fp32; one that is NaN or infinite is not."""
-    return abs(loss - exact) <= LOSS_TOLERANCE * abs(exact) + LOSS_MARGIN
+    return math.isfinite(exact) and abs(loss - exact) <= LOSS_TOLERANCE * abs(exact) + LOSS_MARGIN
