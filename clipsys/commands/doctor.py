@@ -67,13 +67,17 @@ def _speed() -> list[Finding]:
 
     from clipsys.inference import int8
     from clipsys.models.devices import encoding_work
+    from clipsys.models.open_clip_models import quiet_open_clip
     from clipsys.probe import cache
     from clipsys.probe.figures import choose_precision
     from clipsys.probe.machine import processor
     from clipsys.probe.probing import probe
 
-    with torch.device("meta"):  # shapes without values: nothing is downloaded or computed
-        model = open_clip.create_model(_EXAMPLE, pretrained=None, load_weights=False)
+    with (
+        quiet_open_clip(),
+        torch.device("meta"),
+    ):  # shapes without values: nothing is downloaded or computed
+        model = open_clip.create_model(_EXAMPLE, load_weights=False, device="meta")
     work = encoding_work(model, _EXAMPLE, (224, 224), with_int8=int8.is_fast())
     figures = probe(work)
     if figures is None:

@@ -62,22 +62,25 @@ def measure(
     *,
     budget_s: float = BUDGET_S,
     clock: Clock = time.perf_counter,
+    stopwatch: Clock = time.thread_time,
     waiting_s: Clock = machine.waiting_s,
 ) -> Figures:
     """Times these products within a budget, and chooses.
 
-    Precisions are compared on one thread. That is how images are encoded, and it is what can be
-    measured on a machine that does something else as well: threads that share an operation wait for
-    the one whose core is taken, which was measured to cost them nine tenths of their rate.
+    Precisions are compared on one thread, by its processor time. That is how images are encoded,
+    and it can be measured on a machine that does something else as well: threads that share an
+    operation wait for the one whose core is taken, which was measured to cost them nine tenths of
+    their rate.
 
     Args:
         products: of the whole tower; not empty.
         conditions: how they are computed.
         budget_s: seconds for everything.
         clock: seconds; another one in tests.
+        stopwatch: seconds of this thread's processor time; another one in tests.
         waiting_s: seconds that this process has waited for cores; another one in tests.
     """
-    started, timer = clock(), Timer(conditions, clock)
+    started, timer = clock(), Timer(conditions, clock, stopwatch)
     products = largest(products)
     with limited_threads(1):
         rates = timer.precisions(
@@ -110,6 +113,7 @@ class Timer:
 
     conditions: Conditions
     clock: Clock
+    stopwatch: Clock
 
     def precisions(
         self,
@@ -119,11 +123,11 @@ class Timer:
         *,
         until: float,
     ) -> dict[str, float]:
-        """GFLOP/s of each precision over the whole tower, with torch's threads as they are."""
+        """GFLOP/s of each precision over the whole tower, on this thread alone."""
         operations = [
             {name: computation(piece, name, self.conditions) for name in names} for piece in pieces
         ]
-        seconds = time_in_turn(operations, until=until, clock=self.clock)
+        seconds = time_in_turn(operations, until=until, clock=self.clock, stopwatch=self.stopwatch)
         return {
             name: self._overall(products, pieces, [one[name] for one in seconds]) for name in names
         }

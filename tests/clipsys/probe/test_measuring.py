@@ -93,7 +93,9 @@ class _Machine:
         monkeypatch.setattr(measuring, "computation", self.computation)
         products = [Product((3200, 768), (768, 768 * width)) for width in range(1, 13)]
         conditions = Conditions(tuple(self.gflops), arrangements, trains)
-        return measure(products, conditions, clock=self.clock, waiting_s=self.waiting_s)
+        return measure(
+            products, conditions, clock=self.clock, stopwatch=self.clock, waiting_s=self.waiting_s
+        )
 
 
 @pytest.mark.parametrize("trains", [False, True])

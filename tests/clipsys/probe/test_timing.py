@@ -58,3 +58,13 @@ def test_a_machine_that_is_too_slow_measures_the_most_important_once() -> None:
     operations = [{"a": clock.takes(f"{number}", 5.0)} for number in range(8)]
     assert time_in_turn(operations, until=clock.now + 0.3, clock=clock) == [{"a": 5.0}]
     assert clock.order == ["0", "0"]
+
+
+def test_what_others_took_counts_for_the_budget_and_not_for_the_operation() -> None:
+    clock = _Clock()
+    call = clock.takes("a", 0.2)
+    (seconds,) = time_in_turn(
+        [{"a": call}], until=clock.now + 1.05, clock=clock, stopwatch=lambda: clock.now / 10
+    )
+    assert seconds == pytest.approx({"a": 0.02})
+    assert len(clock.order) == 5
