@@ -63,21 +63,18 @@ def _speed() -> list[Finding]:
 
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return []
-    import open_clip
+    from open_clip.model import CLIP
 
     from clipsys.inference import int8
     from clipsys.models.devices import encoding_work
-    from clipsys.models.open_clip_models import quiet_open_clip
+    from clipsys.models.open_clip_models import architecture_config
     from clipsys.probe import cache
     from clipsys.probe.figures import choose_precision
     from clipsys.probe.machine import processor
     from clipsys.probe.probing import probe
 
-    with (
-        quiet_open_clip(),
-        torch.device("meta"),
-    ):  # shapes without values: nothing is downloaded or computed
-        model = open_clip.create_model(_EXAMPLE, load_weights=False, device="meta")
+    with torch.device("meta"):  # shapes without values: nothing is downloaded or computed
+        model = CLIP(**architecture_config(_EXAMPLE))
     work = encoding_work(model, _EXAMPLE, (224, 224), with_int8=int8.is_fast())
     figures = probe(work)
     if figures is None:
@@ -85,7 +82,8 @@ def _speed() -> list[Finding]:
         return [Finding("note", "speed", text)]
     auto = choose_precision({n: r for n, r in figures.gflops.items() if n != "int8"})
     text = f"{processor()}, {_EXAMPLE}: {figures}"
-    where = f"precision auto is {auto}, fast is {figures.precision}; stored in {cache.folder()}"
+    stored = "not stored: the machine is busy" if figures.busy else f"stored in {cache.folder()}"
+    where = f"precision auto is {auto}, fast is {figures.precision}; {stored}"
     return [Finding("ok", "speed", text), Finding("ok", "speed", where)]
 
 
