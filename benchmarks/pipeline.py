@@ -43,7 +43,7 @@ from clipsys.images.decoding import EXTENSIONS, decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import build_model
 from clipsys.shards.random_access import ShardReader
-from clipsys.shards.reading import Sample, parse_sample
+from clipsys.shards.samples import Sample, parse_sample
 from clipsys.shards.writing import write_shards
 from clipsys.training.data.batches import DataConfig, TrainingBatches, open_shards, sample_order
 from clipsys.training.data.samples import Decoder

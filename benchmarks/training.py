@@ -112,7 +112,8 @@ def _write_samples(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def _given(pattern: str) -> Iterator[Any]:
-    from clipsys.shards.reading import iterate_raw, parse_sample
+    from clipsys.shards.reading import iterate_raw
+    from clipsys.shards.samples import parse_sample
 
     shards = sorted(str(path) for path in Path(pattern).parent.glob(Path(pattern).name))
     if not shards:
@@ -125,7 +126,7 @@ def _drawn() -> Iterator[Any]:
     import numpy as np
     from PIL import Image
 
-    from clipsys.shards.reading import Sample
+    from clipsys.shards.samples import Sample
 
     rng = np.random.default_rng(0)
     for number in range(sys.maxsize):

@@ -7,29 +7,84 @@ they configure and derive from `Settings`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from clipsys.errors import ConfigError
+from clipsys.paths import expand_path
+
+#: The largest seed: every generator takes 63 bits.
+MAX_SEED = 2**63 - 1
 
 
 class Settings(BaseModel):
     """Base of every section: immutable, and no unknown key passes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read true as 1.
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(part, bool) for part in parts) and not _takes_truth(annotation):
+            raise ValueError("true and false are no values of this setting")
+        return value
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_truth(part) for part in get_args(annotation))
+
+
+def _expanded(text: str) -> str:
+    try:
+        return expand_path(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+#: A setting that names a file or folder: ``~`` and ``$NAME`` are expanded.
+PathText = Annotated[str, AfterValidator(_expanded)]
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Marks a section that is read as one of several classes, for messages that name its settings.
+
+    Attributes:
+        choose: from the section of a document to its class; None where it cannot be told.
+    """
+
+    choose: Callable[[object], type[Settings] | None]
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two of its surprises removed: ``3e-4`` is a number, a key may not repeat."""
+    """YAML 1.1 without its surprises.
+
+    ``3e-4`` is a number; ``yes`` and ``on`` are texts, which only a switch takes for true; a date
+    and ``1:30`` are texts; a number with a leading zero is refused, since YAML 1.1 takes ``010``
+    for 8 and YAML 1.2 for 10; a key may not repeat.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -42,11 +97,39 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+def _leading_zero(loader: _Loader, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(
+        problem=f"{node.value} has a leading zero, which makes it octal for some readers; write "
+        "the number without it, or in quotes if it is a text",
+        problem_mark=node.start_mark,
+    )
+
+
+def _plain_scalars() -> None:
+    """Sets what a scalar without quotes is."""
+    tag = "tag:yaml.org,2002:"
+    replaced = {tag + name for name in ("bool", "int", "float", "timestamp")}
+    _Loader.yaml_implicit_resolvers = {
+        first: [(name, pattern) for name, pattern in known if name not in replaced]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    digits = list("-+0123456789")
+    for name, pattern, firsts in (
+        (tag + "bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+        ("!leading-zero", r"^[-+]?0[0-9_]+$", digits),
+        (tag + "int", r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$", digits),
+        (
+            tag + "float",
+            r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+            [*digits, "."],
+        ),
+    ):
+        _Loader.add_implicit_resolver(name, re.compile(pattern), firsts)
+    _Loader.add_constructor("!leading-zero", _leading_zero)
+
+
+_plain_scalars()
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -55,7 +138,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         ConfigError: there is neither.
     """
-    path = Path(name).expanduser()
+    path = Path(expand_path(str(name)))
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -99,7 +182,10 @@ def load_settings(
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        faults = [_fault(model, place, origins, dict(detail)) for detail in error.errors()]
+        faults = [
+            _fault(list(_paths(model, document)), place, origins, dict(detail))
+            for detail in error.errors()
+        ]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
 
 
@@ -109,6 +195,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             document = yaml.load(file, _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -128,8 +216,10 @@ def _apply_override(document: dict[str, Any], override: str) -> tuple[str, ...]:
         raise ConfigError(f"{override!r}: expected section.key=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = getattr(error, "problem", None)
+        detail = f" ({problem})" if problem else ""
+        raise ConfigError(f"{override!r}: the value is not valid YAML{detail}") from error
     section = document
     for key in keys[:-1]:
         inner = section.get(key)
@@ -141,7 +231,7 @@ def _apply_override(document: dict[str, Any], override: str) -> tuple[str, ...]:
 
 
 def _fault(
-    model: type[Settings],
+    known: Sequence[str],
     place: str,
     origins: Mapping[tuple[str, ...], str],
     detail: Mapping[str, Any],
@@ -150,7 +240,7 @@ def _fault(
     origin = next((text for keys, text in origins.items() if location[: len(keys)] == keys), place)
     name = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        near = _nearest(model, location)
+        near = _nearest(known, location)
         return f"{origin}: {name} is not a setting" + (f"; did you mean {near}?" if near else "")
     if detail["type"] == "missing":
         return f"{origin}: {name} is missing"
@@ -163,8 +253,7 @@ def _fault(
     return f"{origin}: {name}{shown}; {message}"
 
 
-def _nearest(model: type[Settings], location: tuple[str, ...]) -> str | None:
-    known = list(_paths(model))
+def _nearest(known: Sequence[str], location: tuple[str, ...]) -> str | None:
     asked = ".".join(location)
     siblings = [path for path in known if path.rpartition(".")[0] == ".".join(location[:-1])]
     same_last = [path for path in known if path.rpartition(".")[2] == location[-1]]
@@ -173,12 +262,16 @@ def _nearest(model: type[Settings], location: tuple[str, ...]) -> str | None:
     return near[0] if near else None
 
 
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _paths(model: type[Settings], document: object, prefix: str = "") -> Iterator[str]:
+    """Every setting that a document may have, by its dotted name."""
     for name, info in model.model_fields.items():
         yield prefix + name
         inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _paths(inner, f"{prefix}{name}.")
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            section = document.get(name) if isinstance(document, Mapping) else None
+            variants = next((one for one in info.metadata if isinstance(one, Variants)), None)
+            chosen = variants.choose(section) if variants else None
+            yield from _paths(chosen or inner, section, f"{prefix}{name}.")
 
 
 def dump_settings(settings: Settings) -> str:

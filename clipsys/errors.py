@@ -3,7 +3,8 @@
     ClipsysError
     ├── ConfigError          a recipe, an override or an option is wrong
     ├── DataError            a source, a table or a shard cannot be used
-    │   └── ImageDecodeError   one image cannot be used: counted, skipped, listed
+    │   ├── ImageDecodeError   one image cannot be used: counted, skipped, listed
+    │   └── SampleError        one sample of a shard cannot be used: counted, skipped, listed
     ├── ModelError           a model is missing, unknown, altered or not the one that was meant
     ├── TrainingError        a run cannot start, go on or resume
     ├── CollectionError      a collection is missing, locked, damaged or belongs to another model
@@ -53,6 +54,25 @@ class ImageDecodeError(DataError):
 
 def _rebuild_decode_error(message: str, uri: str, reason: str) -> ImageDecodeError:
     return ImageDecodeError(message, uri=uri, reason=reason)
+
+
+class SampleError(DataError):
+    """One sample of a shard cannot be used.
+
+    Attributes:
+        reason: a short category, fit for counting, such as ``no image`` or ``text is not UTF-8``.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_sample_error, (str(self), self.reason))
+
+
+def _rebuild_sample_error(message: str, reason: str) -> SampleError:
+    return SampleError(message, reason=reason)
 
 
 class ModelError(ClipsysError):

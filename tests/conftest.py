@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Processes, not threads, use the other cores: those of pytest-xdist, and ranks. One number of
 # threads for all also makes runs comparable bit for bit, since it decides the order of sums.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Indexes of the tests' shards stay out of the user's cache folder; subprocesses inherit it.
+_CACHE = tempfile.TemporaryDirectory(prefix="clipsys-tests-")
+os.environ["CLIPSYS_CACHE"] = _CACHE.name
 # What `auto` is must not depend on the machine that runs the tests; nor may they touch the user's
 # stored measurements. Tests of the probe measure on purpose, into a folder of their own.
 os.environ["CLIPSYS_PROBE"] = "off"
@@ -95,15 +99,17 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
-def write_training_shards(folder: Path, count: int = 64, *, shard_bytes: int = 60_000) -> str:
+def write_training_shards(
+    folder: Path, count: int = 64, *, shard_bytes: int = 60_000, with_captions: bool = True
+) -> str:
     """Shards of noise images with captions, labels and metadata; returns their glob."""
-    from clipsys.shards.reading import Sample
+    from clipsys.shards.samples import Sample
     from clipsys.shards.writing import write_shards
 
     def samples() -> Any:
         for number in range(count):
             image = encode_png(np.asarray(noise_image(number, (32, 32))))
-            captions = (f"picture number {number}", f"image {number}")
+            captions = (f"picture number {number}", f"image {number}") if with_captions else ()
             yield Sample(
                 f"{number:04d}",
                 image,

@@ -1,6 +1,6 @@
 """The training loop: from a recipe to a run folder.
 
-RUN/config.yaml       the resolved recipe
+RUN/config.yaml       the resolved recipe, below what was changed by a resumed run
 RUN/metrics.jsonl     loss, rate, temperature, validation figures
 RUN/skipped.jsonl     samples that could not be used, with the reason
 RUN/checkpoints/      what --resume goes on from
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from clipsys import __version__
-from clipsys.config import dump_settings
 from clipsys.errors import TrainingError
 from clipsys.progress import Advance, progress
 from clipsys.training.checkpoints import TrainState
 from clipsys.training.data.samples import Batch, Skipped
+from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
 from clipsys.training.distributed.process_group import start_processes
 from clipsys.training.engine.schedule import lr_factor
@@ -35,7 +35,8 @@ from clipsys.training.journal import Journal, plot_curves
 from clipsys.training.plan import StepClock
 from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
-from clipsys.training.run import Run, build_run
+from clipsys.training.resuming import Resumption, find_resumption, write_recipe
+from clipsys.training.run import Run, agree_on_recipe, build_run
 from clipsys.training.step import StepFigures
 
 _logger = logging.getLogger(__name__)
@@ -55,12 +56,17 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """
     recipe.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     device = start_processes(recipe.engine.device)
+    recipe = agree_on_recipe(recipe)
     on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
+    require_shared(recipe.run_folder)
+    resumption = find_resumption(recipe.run_folder, recipe) if resume else None
     loop = TrainingLoop(build_run(recipe, device))
-    if resume:
-        loop.resume()
+    if resumption:
+        loop.resume(resumption)
+    elif resume:
+        _logger.info("%s: no checkpoint yet, starting at the first step", recipe.run_folder)
     # Only now, when data and model are known to be usable, something is written.
-    on_first_rank(lambda: _write_recipe(loop.recipe))
+    on_first_rank(lambda: write_recipe(recipe.run_folder, loop.recipe, resumption))
     loop.train()
     return recipe.run_folder
 
@@ -75,11 +81,6 @@ def _check_folder(run: Path, *, resume: bool) -> None:
             f"{run}: the run folder is not empty; go on with --resume, choose another folder "
             "(output=…) or remove it"
         )
-
-
-def _write_recipe(recipe: Recipe) -> None:
-    recipe.run_folder.mkdir(parents=True, exist_ok=True)
-    (recipe.run_folder / "config.yaml").write_text(dump_settings(recipe), encoding="utf-8")
 
 
 @dataclass
@@ -103,19 +104,19 @@ class TrainingLoop:
         self._window = _Window()
         self._journal: Journal | None = None
 
-    def resume(self) -> None:
-        """Goes back to the newest checkpoint.
+    def resume(self, resumption: Resumption) -> None:
+        """Goes back to a checkpoint.
 
         Raises:
-            TrainingError: it belongs to another run.
+            TrainingError: it has seen other samples.
         """
-        folder = self.run.folder
-        latest = self.run.checkpoints.latest()
-        if latest is None:
-            _logger.info("%s: no checkpoint yet, starting at the first step", folder)
-            return
-        state = self.run.checkpoints.load(self.run.engine, latest)
-        _check_same_run(folder, state, self._state())
+        state = self.run.checkpoints.load(self.run.engine, resumption.name, resumption.saved)
+        _check_same_run(self.run.folder, state, self._state())
+        if state.step > self.run.total_steps:
+            raise TrainingError(
+                f"{self.run.folder}: step {state.step} is done, and schedule.epochs "
+                f"{self.recipe.schedule.epochs} ends at step {self.run.total_steps}; raise it"
+            )
         self.step = state.step
         self.run.skips.resume(state.step, state.skipped)
         _logger.info("resuming after step %d of %d", self.step, self.run.total_steps)
@@ -211,7 +212,7 @@ class TrainingLoop:
         self.run.engine.module.precision = "fp32"
         engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
         self.recipe = self.recipe.model_copy(update={"engine": engine})
-        on_first_rank(lambda: _write_recipe(self.recipe))
+        on_first_rank(lambda: write_recipe(self.run.folder, self.recipe, None))
 
     def _count_skipped(self, own: Sequence[Skipped]) -> None:
         gathered = gather_objects(own)
@@ -228,8 +229,9 @@ class TrainingLoop:
             "epoch": round(self.step / self.run.steps_per_epoch, 4),
             "loss": window.loss / window.steps,
             "lr": self.recipe.optimizer.lr * factor,
-            "logit_scale": figures.logit_scale,
+            **figures.scalars,
             "gradient_norm": figures.gradient_norm,
+            **self.run.engine.scaling_figures(),
             "samples_per_s": window.steps * self.recipe.data.batch_size / elapsed,
             "data_wait_share": window.waited_s / elapsed,
         }
@@ -250,7 +252,12 @@ class TrainingLoop:
             self._journal.write(
                 self.step, {f"val/{name}": value for name, value in figures.items()}
             )
-            shown = ("text_to_image/recall@10", "image_to_text/recall@10", "zeroshot/accuracy@1")
+            shown = (
+                "text_to_image/recall@10",
+                "image_to_text/recall@10",
+                "zeroshot/accuracy@1",
+                "knn/accuracy@1",
+            )
             texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
             epoch = self.step / self.run.steps_per_epoch
             _logger.info("epoch %.3g: %s", epoch, ", ".join(texts))
@@ -270,6 +277,12 @@ class TrainingLoop:
         }
 
     def _finish(self) -> None:
+        if not self.run.engine.num_applied_steps:
+            raise TrainingError(
+                f"{self.run.folder}: every one of the {self.step} steps was left out, because "
+                "gradients overflow in fp16: nothing was learnt, and no model is written; use "
+                "engine.precision bf16 or fp32, or train for longer"
+            )
         checkpoint, run = self._save(), self.run.folder
 
         def publish() -> None:
@@ -288,14 +301,13 @@ class TrainingLoop:
 
 
 def _check_same_run(run: Path, saved: TrainState, now: TrainState) -> None:
-    """Refuses to go on with another seed, batch size or order of samples."""
-    for name in ("seed", "batch_size", "steps_per_epoch"):
-        if getattr(saved, name) != getattr(now, name):
-            raise TrainingError(
-                f"{run}: the run was started with {name} {getattr(saved, name)}, now it is "
-                f"{getattr(now, name)}; resume it as it was, or start a new run from its model "
-                "(model.pretrained)"
-            )
+    """Refuses to go on with another number or order of samples."""
+    if saved.steps_per_epoch != now.steps_per_epoch:
+        raise TrainingError(
+            f"{run}: an epoch had {saved.steps_per_epoch} steps, now it has "
+            f"{now.steps_per_epoch}: the shards of data.train hold another number of samples; "
+            "resume it as it was, or start a new run from its model (model.pretrained)"
+        )
     if saved.order not in ("", now.order):
         raise TrainingError(
             f"{run}: the samples or their order have changed since the run was started "

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from clipsys.config import Settings
-from clipsys.errors import DataError, ImageDecodeError
+from clipsys.config import PathText, Settings
+from clipsys.errors import DataError, SampleError
+from clipsys.evaluation.class_names import class_names
 from clipsys.evaluation.figures import (
     RetrievalTargets,
+    knn_figures,
     retrieval_figures,
     retrieval_targets,
     zeroshot_figures,
@@ -21,9 +26,12 @@ from clipsys.evaluation.figures import (
 from clipsys.evaluation.metrics import Floats
 from clipsys.images.decoding import decode_image
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.open_clip_models import Tokenizer
+from clipsys.models.tokenization import Tokenizer
 from clipsys.models.zeroshot import class_vectors
-from clipsys.shards.reading import Sample, expand_shards, iterate_samples
+from clipsys.shards.random_access import repeated_keys
+from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
+from clipsys.shards.remote import is_remote
+from clipsys.shards.samples import REPEATED, Sample, parse_sample, place_of, require_captions
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
@@ -39,17 +47,30 @@ class EvaluationConfig(Settings):
     match: str | None = Field(
         None, description="metadata key: an image with the query's value is a hit"
     )
-    zeroshot: str | list[str] | None = Field(
+    zeroshot: PathText | list[PathText] | None = Field(
         None, description="labelled shards (.cls) for zero-shot classification"
+    )
+    classnames: PathText | None = Field(
+        None,
+        description="where labels are numbers: file with one class name a line, the first for "
+        "class 0; default classnames.txt beside the shards",
     )
     templates: list[str] = Field(
         ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
+    )
+    knn: str | None = Field(
+        None,
+        description="label that the nearest neighbours of each image predict: a metadata key, or "
+        "cls for the .cls member; images that match do not vote for each other",
     )
     batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")
 
 
 class Validation:
-    """The held-out data of a run, decoded once and kept as uint8."""
+    """The held-out data of a run, decoded once and stored as uint8.
+
+    A sample that cannot be used is left out and counted, as in training.
+    """
 
     def __init__(
         self,
@@ -57,36 +78,71 @@ class Validation:
         validation: str | list[str] | None,
         preprocessing: Preprocessing,
         tokenizer: Tokenizer,
+        *,
+        has_text: bool = True,
+        caption_key: str | None = None,
     ) -> None:
+        """
+        Args:
+            config: what is measured.
+            validation: shards of the held-out data.
+            preprocessing: from a decoded image to what the image tower sees.
+            tokenizer: of the text tower.
+            has_text: whether text is trained; else retrieval is not measured.
+            caption_key: as `parse_sample` takes it.
+
+        Raises:
+            DataError: the shards cannot be used, or lack what is asked of them.
+        """
         self._config = config
         self._preprocessing = preprocessing
         self._tokenizer = tokenizer
         self._targets: RetrievalTargets | None = None
-        if validation is not None:
-            samples = _usable(validation, self._preprocessing)
-            self._targets = retrieval_targets(
-                ((sample.captions, sample.metadata) for sample, _ in samples),
-                captions=config.captions,
-                match=config.match,
-            )
+        self._neighbours: _Neighbours | None = None
+        if validation is not None and not has_text:
+            _logger.info("retrieval is not measured: the objective trains no text")
+            if config.knn is None:
+                _logger.warning(
+                    "data.validation is not used; set evaluation.knn to the metadata key of a "
+                    "label (or cls) to measure nearest neighbours on it"
+                )
+        if validation is not None and (has_text or config.knn is not None):
+            require = require_captions if has_text else _require_nothing
+            samples = _usable("data.validation", validation, preprocessing, require, caption_key)
+            if has_text:
+                self._targets = retrieval_targets(
+                    ((sample.captions, sample.metadata) for sample, _ in samples),
+                    captions=config.captions,
+                    match=config.match,
+                )
+            if config.knn is not None:
+                self._neighbours = _neighbours([sample for sample, _ in samples], config)
             self._pixels = _stack_share(samples)
             self._num_images = len(samples)
         self._labels: list[str] = []
         if config.zeroshot is not None:
-            samples = _usable(config.zeroshot, self._preprocessing)
-            unlabelled = [sample.key for sample, _ in samples if sample.label is None]
-            if unlabelled:
-                raise DataError(
-                    f"evaluation.zeroshot: sample {unlabelled[0]!r} has no label (.cls member)"
-                )
+            samples = _usable("evaluation.zeroshot", config.zeroshot, preprocessing, _require_label)
             self._labels = [str(sample.label) for sample, _ in samples]
+            self._classes = class_names(
+                self._labels,
+                _folders(config.zeroshot),
+                file=config.classnames,
+                setting="evaluation.classnames",
+            )
             self._zeroshot_pixels = _stack_share(samples)
 
     def __bool__(self) -> bool:
-        return self._targets is not None or bool(self._labels)
+        return bool(self._targets or self._neighbours or self._labels)
+
+    def fingerprint(self) -> str:
+        """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
+        texts = self._targets.texts if self._targets else []
+        images = self._num_images if self._targets else 0
+        held = repr((images, texts, self._labels)).encode()
+        return hashlib.blake2b(held, digest_size=8).hexdigest()
 
     def measure(self, engine: Engine) -> dict[str, float]:
-        """Recall and zero-shot accuracy of the model as it is. Every rank must call it."""
+        """What is asked for, of the model as it is. Every rank must call it."""
         figures: dict[str, float] = {}
         with engine.evaluating() as model:
             mean, std = normalisation(self._preprocessing, engine.device)
@@ -105,15 +161,20 @@ class Validation:
                     tokens, len(texts), lambda part: model.encode_tokens(part.to(engine.device))
                 )
 
-            if self._targets is not None:
+            if self._targets or self._neighbours:
                 image_ND = self._encode_all(self._pixels, self._num_images, encode_image)
+            if self._targets:
                 text_MD = encode_text(self._targets.texts)
                 figures |= retrieval_figures(image_ND, text_MD, self._targets)
+            if self._neighbours:
+                nearest = knn_figures(image_ND, *self._neighbours)
+                figures |= {f"knn/{name}": value for name, value in nearest.items()}
             if self._labels:
                 image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
-                classes = sorted(set(self._labels))
+                classes = sorted(self._classes)
                 templates = self._config.templates
-                prompts = encode_text([t.format(name) for name in classes for t in templates])
+                names = [self._classes[label] for label in classes]
+                prompts = encode_text([t.format(name) for name in names for t in templates])
                 class_CD = class_vectors(prompts, len(templates))
                 accuracy = zeroshot_figures(image_ND, class_CD, classes, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
@@ -142,23 +203,115 @@ class Validation:
         return result
 
 
-def _usable(spec: str | list[str], preprocessing: Preprocessing) -> list[tuple[Sample, np.ndarray]]:
-    """Samples that decode, with their pixels; every rank must come to the same list."""
-    usable = []
-    skipped: list[str] = []
-    for sample in iterate_samples(expand_shards(spec)):
+class _Neighbours(NamedTuple):
+    """The label of each image, and what tells which images show the same thing."""
+
+    labels: list[str]
+    same: list[object] | None
+
+
+def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbours:
+    key = str(config.knn)
+    values = [one.label if key == "cls" else one.metadata.get(key) for one in samples]
+    if None in values:
+        sample, place = samples[values.index(None)], "label (.cls member)"
+        if key != "cls":
+            place = f"metadata key {key!r}; it has {', '.join(sorted(sample.metadata)) or 'none'}"
+        raise DataError(f"evaluation.knn: sample {sample.key!r} has no {place}")
+    same = None
+    if config.match is not None:
+        same = [one.metadata.get(config.match, one.key) for one in samples]
+    return _Neighbours([str(value) for value in values], same)
+
+
+def _require_nothing(sample: Sample, raw: dict[str, Any]) -> None:
+    """Where the image is all that is measured."""
+
+
+def _usable(
+    setting: str,
+    spec: str | list[str],
+    preprocessing: Preprocessing,
+    require: Callable[[Sample, dict[str, Any]], None],
+    caption_key: str | None = None,
+) -> list[tuple[Sample, np.ndarray]]:
+    """Samples that can be used, with their pixels, the same ones on every rank.
+
+    Args:
+        setting: that names the shards, for messages.
+        spec: the shards.
+        preprocessing: of the model.
+        require: raises `SampleError` if a sample lacks what the measurement needs.
+        caption_key: as `parse_sample` takes it.
+    """
+    usable: list[tuple[Sample, np.ndarray]] = []
+    reasons: Counter[str] = Counter()
+    first = ""
+    places = hashlib.sha256()
+    for item in _raws(spec):
         try:
+            if isinstance(item, DataError):
+                raise item
+            sample = parse_sample(item, caption_key=caption_key)
+            require(sample, item)
             # At full scale, as `clipsys evaluate` decodes it: the figures must agree.
-            image = decode_image(sample.image, uri=sample.key)
-        except ImageDecodeError as error:
-            skipped.append(str(error))
+            image = decode_image(sample.image, uri=place_of(item))
+        except DataError as error:
+            reasons[getattr(error, "reason", "truncated shard")] += 1
+            first = first or str(error)
             continue
+        places.update(place_of(item).encode("utf-8", "backslashreplace") + b"\n")
         usable.append((sample, preprocessing.pixels(image)))
-    if skipped:
-        _logger.warning("%d validation images cannot be used; first: %s", len(skipped), skipped[0])
+    if reasons and rank() == 0:
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        _logger.warning(
+            "%s: %d samples cannot be used (%s); the first: %s",
+            *(setting, reasons.total(), listed, first),
+        )
     if not usable:
-        raise DataError(f"{spec}: no usable validation image")
+        raise DataError(f"{setting}: {spec}: no sample can be used; the first: {first}")
+    if len(set(gather_objects(places.hexdigest()))) > 1:
+        raise DataError(
+            f"{setting}: {spec}: the ranks can read different samples; give all of them the same "
+            "shards"
+        )
     return usable
+
+
+def _raws(spec: str | list[str]) -> Iterator[dict[str, Any] | DataError]:
+    """Raw samples, and what is wrong with a shard where it breaks off.
+
+    Raises:
+        DataError: a shard gives no sample at all.
+    """
+    for shard in expand_shards(spec):
+        repeated = frozenset() if is_remote(shard) else repeated_keys(shard)
+        failures: list[DataError] = []
+
+        def note(name: str, error: Exception, failures: list[DataError] = failures) -> None:
+            failures.append(DataError(shard_failure(name, error)))
+
+        num_samples = 0
+        for raw in iterate_raw([shard], on_error=note):
+            num_samples += 1
+            if raw["__key__"] in repeated:
+                raw[REPEATED] = True
+            yield raw
+        if failures and not num_samples:
+            raise failures[0]
+        yield from failures
+
+
+def _require_label(sample: Sample, raw: dict[str, Any]) -> None:
+    if sample.label is None:
+        raise SampleError(
+            f"{place_of(raw)}: the sample has no label (.cls member)", reason="no label"
+        )
+
+
+def _folders(spec: str | list[str]) -> list[Path]:
+    shards = [Path(shard).absolute() for shard in expand_shards(spec) if not is_remote(shard)]
+    return list(dict.fromkeys(shard.parent for shard in shards))
 
 
 def _stack_share(samples: Sequence[tuple[Sample, np.ndarray]]) -> torch.Tensor:

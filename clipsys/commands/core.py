@@ -42,12 +42,24 @@ def shards(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the shards SOURCE instead; no OUT.")
     ] = False,
+    manifest: Annotated[
+        bool,
+        typer.Option(
+            "--manifest", help="Write shards.json beside the shards SOURCE instead; no OUT."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --verify: print JSON.")] = False,
 ) -> None:
-    """Pack images and captions into WebDataset shards, or check some.
+    """Pack images and captions into WebDataset shards; or check, or list, existing ones.
 
     A pack that was interrupted goes on when the same command is repeated.
     """
+    if (verify or manifest) and out is not None:
+        raise typer.BadParameter("is not written with --verify or --manifest", param_hint="OUT")
+    if manifest:
+        _write_manifests(source, workers)
+        if not verify:
+            return
     if verify:
         _verify_shards(source, workers, as_json)
         return
@@ -79,6 +91,26 @@ def shards(
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
         total = sum(report.skipped.values())
         print(f"skipped {total:,} ({reasons}); see {report.skipped_path}", file=sys.stderr)
+
+
+def _write_manifests(source: str, workers: int) -> None:
+    from clipsys.errors import DataError
+    from clipsys.shards.counting import write_manifests
+    from clipsys.shards.remote import default_cache
+
+    report = write_manifests(source, default_cache(), workers=workers)
+    for path in report.paths:
+        print(path)
+    print(
+        f"{report.num_samples:,} samples in {report.num_shards:,} shards, "
+        f"{report.num_kept:,} of them listed before",
+        file=sys.stderr,
+    )
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if report.faults:
+        more = f" (and {len(report.faults) - 1} more)" if len(report.faults) > 1 else ""
+        raise DataError(f"not listed: {report.faults[0]}{more}")
 
 
 def _verify_shards(source: str, workers: int, as_json: bool) -> None:
@@ -177,6 +209,14 @@ def evaluate(
     template: Annotated[
         list[str] | None, typer.Option(help="zeroshot: prompt with {} for the class.")
     ] = None,
+    classnames: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="zeroshot: names of numbered classes, one a line; default classnames.txt "
+            "beside the data.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a model on labelled or captioned images."""
@@ -189,6 +229,7 @@ def evaluate(
         captions=captions.value,
         match=match,
         templates=template,
+        classnames=classnames,
     )
     if as_json:
         print(json.dumps(result, indent=2))

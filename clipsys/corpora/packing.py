@@ -10,6 +10,7 @@ used.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ from clipsys.images.decoding import decode_image
 from clipsys.processes.pool import ordered_map
 from clipsys.progress import Advance, progress
 from clipsys.shards.manifest import ShardInfo
-from clipsys.shards.reading import Sample
+from clipsys.shards.samples import Sample
 from clipsys.shards.writing import DEFAULT_SHARD_BYTES, hash_file, write_shards
 
 #: Of images that were resized; what was small enough keeps its bytes.
@@ -105,7 +106,7 @@ def pack(
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(listed)
         records = listed
-    if not any(Path(out).glob(f"{prefix}-*.tar")):
+    if not any(Path(out).glob(f"{glob.escape(prefix)}-*.tar")):
         journal.save()  # from now on, what is there is this pack's
     with progress("Packing", total) as advance:
         samples = _samples(journal.follow(records, advance), journal, resize, workers)
@@ -219,7 +220,7 @@ class _Journal:
         self._done, self._expected = saved["records"], saved["hash"]
         self.skipped = [(uri, reason) for uri, reason in saved["skipped"]]
         names = {info.name for info in self.shards}
-        for path in self.folder.glob(f"{self.prefix}-*.tar*"):
+        for path in self.folder.glob(f"{glob.escape(self.prefix)}-*.tar*"):
             if path.name not in names:
                 path.unlink()
         for info in self.shards:
@@ -237,7 +238,8 @@ class _Journal:
         """
         done = self._done
         for number, record in enumerate(records):
-            self._hash.update(f"{record.uri}\0{record.size_bytes}\0{record.mtime_ns}\n".encode())
+            line = f"{record.uri}\0{record.size_bytes}\0{record.mtime_ns}\n"
+            self._hash.update(line.encode("utf-8", "surrogateescape"))
             self.taken = number + 1
             advance()
             if number < done:

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipsys.errors import DataError
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.shards.reading import Sample
+from clipsys.shards.samples import Sample
 
 
 @dataclass(frozen=True)

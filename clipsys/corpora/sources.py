@@ -10,7 +10,6 @@ A record is cheap: the image's bytes are read only when asked for.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -21,16 +20,20 @@ from typing import Any
 
 from clipsys.corpora.records import Record, file_record, read_file
 from clipsys.corpora.tables import TABLE_SUFFIXES, Columns, iterate_table, read_table_image
-from clipsys.errors import DataError
+from clipsys.errors import DataError, SampleError
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.shards.reading import (
-    expand_shards,
-    iterate_raw,
+from clipsys.paths import expand_path
+from clipsys.shards.random_access import repeated_keys
+from clipsys.shards.reading import expand_shards, iterate_raw, read_image
+from clipsys.shards.remote import is_remote
+from clipsys.shards.samples import (
+    REPEATED,
+    check_key,
+    parse_metadata,
     parse_sample,
-    read_image,
+    place_of,
     with_captions_of,
 )
-from clipsys.shards.remote import is_remote
 
 _logger = logging.getLogger(__name__)
 #: Files that belong to images, or to nobody.
@@ -61,9 +64,9 @@ def iterate_source(
     """
     kind = source_kind(source)
     if kind == "folder":
-        records = _iterate_folder(Path(source).expanduser().absolute())
+        records = _iterate_folder(Path(expand_path(str(source))).absolute())
     elif kind == "table":
-        records = iterate_table(Path(source).expanduser().absolute(), columns)
+        records = iterate_table(Path(expand_path(str(source))).absolute(), columns)
     else:
         records = _iterate_shards(source, on_error)
     first = next(records, None)
@@ -78,7 +81,7 @@ def iterate_source(
 
 def count_images(folder: str | Path) -> int:
     """How many records a folder gives: images by their names, nothing of them being read."""
-    return sum(1 for _ in _walk(Path(folder).expanduser().absolute()))
+    return sum(1 for _ in _walk(Path(expand_path(str(folder))).absolute()))
 
 
 def source_kind(source: str | Path) -> str:
@@ -87,7 +90,8 @@ def source_kind(source: str | Path) -> str:
     Raises:
         DataError: it does not exist, or it is none of the three.
     """
-    path = Path(source).expanduser()
+    text = expand_path(str(source))
+    path = Path(text)
     if path.is_dir():
         names = [name for name in os.listdir(path) if not name.startswith(".")]  # noqa: PTH208
         has_tar = any(name.endswith(".tar") for name in names)
@@ -97,8 +101,7 @@ def source_kind(source: str | Path) -> str:
         if not path.is_file():
             raise DataError(f"{path}: there is no such table")
         return "table"
-    text = str(source)
-    if path.suffix == ".tar" or any(c in text for c in "{*?") or "://" in text:
+    if path.suffix == ".tar" or any(c in text for c in "{*?[") or "://" in text:
         return "shards"
     if not path.exists():
         raise DataError(f"{path}: there is no such folder, table or shard")
@@ -126,18 +129,18 @@ def _iterate_folder(root: Path) -> Iterator[Record]:
     num_unusable = 0
     for path in _walk(root):
         parent = path.parent.relative_to(root)
-        metadata = _side_metadata(path)
+        metadata, captions = _side_texts(path)
         num_unusable += metadata is None
-        metadata = metadata or {}
         yield file_record(
             path,
-            captions=with_captions_of(metadata, _side_captions(path)),
+            captions=captions,
             label=parent.parts[0] if parent.parts else None,
-            metadata=metadata,
+            metadata=metadata or {},
         )
     if num_unusable:
         _logger.warning(
-            "%s: %d .json files beside images are no JSON objects and were left aside",
+            "%s: %d .json files beside images are not JSON objects with texts as captions; they "
+            "were left out",
             *(root, num_unusable),
         )
 
@@ -183,15 +186,16 @@ def _side_captions(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
-def _side_metadata(path: Path) -> dict[str, Any] | None:
-    """What the .json beside an image holds; None where that is no JSON object."""
+def _side_texts(path: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The metadata and captions beside an image; no metadata where they cannot be used."""
+    captions = _side_captions(path)
     try:
-        document = json.loads(path.with_suffix(".json").read_bytes())
+        metadata = parse_metadata(path.with_suffix(".json").read_bytes())
+        return metadata, with_captions_of(metadata, captions)
     except OSError:
-        return {}
-    except (ValueError, RecursionError):  # no JSON, no text, or one made to do harm
-        return None
-    return document if isinstance(document, dict) else None
+        return {}, captions
+    except SampleError:
+        return None, captions
 
 
 def _iterate_shards(
@@ -199,13 +203,28 @@ def _iterate_shards(
 ) -> Iterator[Record]:
     for shard in expand_shards(source):
         name = shard if is_remote(shard) else str(Path(shard).absolute())
+        repeated = frozenset() if is_remote(shard) else repeated_keys(shard)
+        num_repeats = 0
         for raw in iterate_raw([shard], on_error=on_error):
+            if raw.get(REPEATED):  # the record of the first place says it
+                num_repeats += 1
+                continue
+            if raw["__key__"] in repeated:
+                raw[REPEATED] = True
             yield _sample_record(name, raw)
+        if num_repeats:
+            _logger.warning(
+                "%s: %d times a key occurs again, away from its first members; only adjacent "
+                "members are one sample, so sort the tar by name (tar --sort=name)",
+                *(shard, num_repeats),
+            )
 
 
 def _sample_record(shard: str, raw: dict[str, Any]) -> Record:
-    uri = f"{shard}#{raw['__key__']}"
+    raw["__url__"] = shard
+    uri = place_of(raw)
     try:
+        check_key(raw)
         sample = parse_sample(raw)
     except DataError as error:
         # A bad sample is a record that fails when it is read: counted, never lost.

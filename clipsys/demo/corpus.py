@@ -24,7 +24,7 @@ from clipsys.demo.scenes import (
     make_scene,
 )
 from clipsys.progress import progress
-from clipsys.shards.reading import Sample
+from clipsys.shards.samples import Sample
 from clipsys.shards.writing import write_shards
 
 _CHUNK = 100

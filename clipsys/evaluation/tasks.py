@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from clipsys.corpora.records import Record
-from clipsys.corpora.sources import iterate_source
-from clipsys.errors import DataError, ImageDecodeError
+from clipsys.corpora.sources import iterate_source, source_kind
+from clipsys.errors import DataError
+from clipsys.evaluation.class_names import class_names
 from clipsys.evaluation.figures import (
     Captions,
     Floats,
@@ -24,7 +25,9 @@ from clipsys.evaluation.figures import (
 from clipsys.images.decoding import decode_image
 from clipsys.models.encoder import Encoder, load
 from clipsys.models.zeroshot import DEFAULT_TEMPLATES, ZeroShotClassifier
+from clipsys.paths import expand_path
 from clipsys.progress import progress
+from clipsys.shards.reading import expand_shards
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ def measure(
     captions: Captions = "all",
     match: str | None = None,
     templates: Sequence[str] | None = None,
+    classnames: str | None = None,
 ) -> dict[str, Any]:
     """Measures a model.
 
@@ -50,6 +54,8 @@ def measure(
         captions: retrieval: which captions are queries.
         match: retrieval: metadata key; items with the same value are hits of each other.
         templates: zero-shot: prompts with ``{}`` for the class.
+        classnames: zero-shot, where labels are numbers: a file with one class name a line; default
+            ``classnames.txt`` beside the data.
 
     Returns:
         ``task``, ``model``, ``data`` and ``metrics``, as ``clipsys evaluate --json`` prints them.
@@ -70,8 +76,10 @@ def measure(
     else:
         labels = _labels(records, data)
         if task == "zeroshot":
-            classes = sorted(set(labels))
-            classifier = ZeroShotClassifier(encoder, classes, templates or DEFAULT_TEMPLATES)
+            names = class_names(labels, _places(data), file=classnames, setting="--classnames")
+            classes = sorted(names)
+            prompted = [names[label] for label in classes]
+            classifier = ZeroShotClassifier(encoder, prompted, templates or DEFAULT_TEMPLATES)
             metrics = zeroshot_figures(image_ND, classifier.class_CD, classes, labels)
         else:
             metrics = _probe(image_ND, labels)
@@ -95,7 +103,7 @@ def encode_records(
             try:
                 image = decode_image(record.read(), uri=record.uri)
             except DataError as error:
-                skipped[error.reason if isinstance(error, ImageDecodeError) else "unreadable"] += 1
+                skipped[getattr(error, "reason", "unreadable")] += 1
                 continue
             # Only what the figures need is kept: the image's bytes can go.
             records.append(record)
@@ -113,6 +121,19 @@ def encode_records(
     if not records:
         raise DataError(f"{data}: none of the images can be used")
     return np.concatenate(vectors), records
+
+
+def _places(data: str | Path) -> list[Path]:
+    """The folders that the data lie in, local ones."""
+    text = expand_path(str(data))
+    if "://" in text:
+        return []
+    if Path(text).is_dir():
+        return [Path(text).absolute()]
+    if source_kind(text) == "shards":
+        shards = [Path(shard).absolute() for shard in expand_shards(text)]
+        return list(dict.fromkeys(shard.parent for shard in shards))
+    return [Path(text).absolute().parent]
 
 
 def _labels(records: Sequence[Record], data: str | Path) -> list[str]:

@@ -20,6 +20,7 @@ from clipsys.inference.text_tower import text_encoder
 from clipsys.inference.threads import EncodeImage, in_chunks
 from clipsys.models import open_clip_models as models
 from clipsys.models.devices import choose_device, choose_encoding
+from clipsys.models.tokenization import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -77,7 +78,7 @@ class Encoder:
         return self._model
 
     @property
-    def tokenizer(self) -> models.Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Texts to int64 (N, context_length)."""
         return self._tokenizer
 
@@ -85,6 +86,12 @@ class Encoder:
     def logit_scale(self) -> float:
         """What similarities are multiplied with before a softmax, as trained (no logarithm)."""
         return float(self._model.logit_scale.detach().exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to scaled similarities before a sigmoid; None of a softmax model."""
+        bias = getattr(self._model, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
 
     @cached_property
     def _encode_pixels(self) -> EncodeImage:

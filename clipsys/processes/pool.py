@@ -1,7 +1,8 @@
 """Work in other processes, results in order, nothing left behind.
 
 `ordered_map` is ``map`` in processes: it takes items only a little ahead of what is asked for, so a
-stream of any length fits in memory. `start_worker` ties a process to the one that started it.
+stream of any length fits in memory. `process_context` says how processes are started here,
+`start_worker` ties a process to the one that started it.
 """
 
 from __future__ import annotations
@@ -30,15 +31,14 @@ def ordered_map(
     """``function(item)`` of each item, in their order, computed in worker processes.
 
     Args:
-        function: picklable, as are items and results; raises nothing that shall be survived.
+        function: picklable, as are items and results; an error of one item ends the map.
         items: taken ``4 * workers`` ahead.
         workers: processes; below 2 everything happens in this one.
     """
     if workers < 2:
         yield from map(function, items)
         return
-    # Not fork: a child of a process with threads can hang.
-    context = multiprocessing.get_context("forkserver")
+    context = process_context()
     lifeline, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=start_worker, initargs=(lifeline,)
@@ -56,6 +56,15 @@ def ordered_map(
             pool.shutdown(cancel_futures=True)
 
 
+def process_context() -> multiprocessing.context.BaseContext:
+    """How worker processes are started.
+
+    Not by fork: a child of a process with threads (OpenMP, gloo) can hang.
+    """
+    known = multiprocessing.get_all_start_methods()  # Windows knows spawn only
+    return multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+
+
 def start_worker(lifeline: Connection) -> None:
     """Begins a worker process: quiet about damaged images, and ended with its parent.
 
@@ -63,7 +72,7 @@ def start_worker(lifeline: Connection) -> None:
     waits for its children. A pipe whose other end only the parent holds is closed however the
     parent goes.
     """
-    # As in the parent (`clipsys.cli`): what is damaged is counted, not remarked upon.
+    # As in the parent (`clipsys.cli`): damaged images are counted; Pillow's warnings add nothing.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
     def wait() -> None:

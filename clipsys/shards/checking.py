@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipsys.errors import DataError, ImageDecodeError
+from clipsys.errors import ImageDecodeError, SampleError
 from clipsys.images.decoding import decode_image
 from clipsys.processes.pool import ordered_map
 from clipsys.progress import progress
 from clipsys.shards.manifest import MANIFEST_NAME, ShardInfo, read_manifest
-from clipsys.shards.reading import expand_shards, iterate_raw, parse_sample, shard_failure
+from clipsys.shards.random_access import repeated_keys
+from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
 from clipsys.shards.remote import is_remote
+from clipsys.shards.samples import REPEATED, check_key, parse_sample, place_of
 from clipsys.shards.writing import hash_file
 
 
@@ -96,20 +98,24 @@ def _raws(
     shards: list[str], counts: dict[str, int], report: CheckReport
 ) -> Iterator[dict[str, Any]]:
     for shard in shards:
+        repeated = frozenset() if is_remote(shard) else repeated_keys(shard)
         for raw in iterate_raw(
             [shard],
             on_error=lambda name, error: report.shard_faults.append(shard_failure(name, error)),
         ):
             counts[shard] += 1
+            if raw["__key__"] in repeated:
+                raw[REPEATED] = True
             yield raw
 
 
 def _examine(raw: dict[str, Any]) -> _Finding:
-    place = f"{raw['__url__']}#{raw['__key__']}"
+    place = place_of(raw)
     try:
+        check_key(raw)
         sample = parse_sample(raw)
-    except DataError:
-        return _Finding(place, "", "", False, "not a sample")
+    except SampleError as error:
+        return _Finding(place, "", "", False, error.reason)
     reason = None
     try:
         decode_image(sample.image, uri=place)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -61,12 +63,33 @@ def add_to_manifest(folder: Path, written: Sequence[ShardInfo]) -> None:
     """Adds shards to a folder's manifest, or replaces what it says of them."""
     shards = {info.name: info for info in read_manifest(folder)}
     shards |= {info.name: info for info in written}
+    write_manifest(folder, shards.values())
+
+
+def write_manifest(folder: Path, shards: Iterable[ShardInfo]) -> None:
+    """Writes a folder's manifest, whole or not at all; the same shards give the same bytes.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    listed = sorted(shards, key=lambda info: info.name)
     document = {
         "format": "clipsys-shards/1",
-        "num_samples": sum(info.num_samples for info in shards.values()),
-        "shards": [vars(shards[name]) for name in sorted(shards)],
+        "num_samples": sum(info.num_samples for info in listed),
+        "shards": [vars(info) for info in listed],
     }
     path = folder / MANIFEST_NAME
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(document, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}); make room or the folder writable"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

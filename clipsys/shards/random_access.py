@@ -1,59 +1,50 @@
 """Random access to the samples of tar shards, without extracting or streaming them.
 
-    index_shard    one pass over the headers of a tar: where each sample begins and ends
+    index_shard    one pass over the headers of a tar: where each sample begins and ends; stored
+                   with the cache, so that one process of a machine makes it, once
     ShardReader    reads sample N of a shard: one read of its bytes, a parse of its headers
 
 A shard streams well from its beginning, but an order of samples that is a function of the seed
 alone needs any sample at any time, and so do a resume inside an epoch and workers that read just
-their own rows. Members of a sample lie side by side in a tar, so one byte range per sample (8 bytes
-in memory) is all the index there is; what lies in the range is itself a tar, which webdataset's
-grouping reads as it reads a whole shard. What counts as a sample is webdataset's decision, here and
-in `clipsys.shards.reading.iterate_raw`.
+their own rows. Members of a sample lie side by side in a tar, so one byte range per sample (16
+bytes) is all the index there is; what lies in the range is itself a tar, whose members
+`clipsys.shards.samples.group_members` groups as it groups those of a whole shard.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import tarfile
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from clipsys.errors import DataError
-from clipsys.shards.reading import BREAK, raw_samples, shard_failure
+from clipsys.shards.reading import BREAK, TAR_FAULTS, raw_samples, shard_failure
 from clipsys.shards.remote import ShardCache
+from clipsys.shards.samples import (
+    NUMBER,
+    REPEATED,
+    group_members,
+    is_image,
+    printable,
+    split_name,
+)
+from clipsys.shards.stored_index import ShardIndex, load_index, save_index
 
 _BLOCK = tarfile.BLOCKSIZE
 #: Extended attributes that leave a regular file one, with its content where it is.
 _HARMLESS = frozenset(
     {b"path", b"size", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
 )
-#: Members that webdataset passes over (`skip_meta` of its `tar_file_iterator`).
-_META = re.compile(r"__[^/]*__($|/)")
+#: Extended headers are read whole; a larger one is left to tarfile.
+_MAX_EXTENDED_BYTES = 1 << 20
+#: A size with more digits than this is no size (2**63 has 19).
+_MAX_SIZE_DIGITS = 18
 #: Shards that a reader keeps open.
 MAX_OPEN = 128
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the samples of one local tar lie.
-
-    Attributes:
-        bounds: sample i is the bytes ``bounds[2 * i]`` to ``bounds[2 * i + 1]``.
-        fault: why the shard ends early, or None; the sample that broke off is not in the index.
-        broken_key: the key of that sample, where it is known.
-    """
-
-    bounds: array[int]
-    fault: str | None = None
-    broken_key: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.bounds) // 2
 
 
 def index_shard(
@@ -62,41 +53,82 @@ def index_shard(
     *,
     on_block: Callable[[int], None] | None = None,
 ) -> ShardIndex:
-    """Reads the headers of a tar.
+    """Reads the headers of a tar, or what an earlier call has stored of them with the cache.
 
     Args:
         shard: a path; a url too where there is a cache to read it from.
-        cache: for the copies of remote shards.
+        cache: for the copies of remote shards, and for the index.
         on_block: called with the bytes that have come of a remote one while it is fetched.
 
     Raises:
         DataError: it is not a tar file at all, or holds no whole sample.
     """
-    bounds: array[int] = array("q")
-    fault: str | None = None
-    last: str | None = None
     try:
         opened = cache.open(shard, on_block=on_block) if cache else io.FileIO(shard)
         with io.BufferedReader(opened) as file:
-            try:
-                for key, start, end in _members(file):
-                    if key == last:
-                        bounds[-1] = end
-                    else:
-                        bounds.extend((start, end))
-                        last = key
-            except tarfile.TarError as error:
-                fault = shard_failure(shard, error)
-                del bounds[-2:]  # more of this sample may have come
+            if cache is None:
+                return _make_index(shard, file)
+            path, stamp = cache.index_path(shard), cache.stamp(shard, file.fileno())
+            index = load_index(path, shard, stamp)
+            if index is None:
+                with cache.index_lock(shard):
+                    index = load_index(path, shard, stamp)  # another process has stored it
+                    if index is None:
+                        index = _make_index(shard, file)
+                        save_index(path, shard, stamp, index)
+            return index
     except OSError as error:
         raise DataError(shard_failure(shard, error)) from error
+
+
+def _make_index(shard: str, file: io.BufferedReader[io.FileIO]) -> ShardIndex:
+    bounds: array[int] = array("q")
+    fault: str | None = None
+    last: str | None = None
+    keys: set[str] = set()
+    repeated: set[str] = set()
+    crowded: list[str] = []
+    images: list[str] = []  # endings, of the last sample
+    try:
+        for key, suffix, start, end in _members(file):
+            if key == last:
+                bounds[-1] = end
+            else:
+                bounds.extend((start, end))
+                if _is_crowded(images):
+                    crowded.append(str(last))
+                if key in keys:
+                    repeated.add(key)
+                keys.add(key)
+                last, images = key, []
+            if is_image(suffix):
+                images.append(suffix)
+    except OSError:
+        raise
+    except TAR_FAULTS as error:
+        fault = shard_failure(shard, error)
+        del bounds[-2:]  # more of this sample may have come
+        images = []
+    if _is_crowded(images):
+        crowded.append(str(last))
     if not bounds:
         raise DataError(fault or f"{shard}: the shard has no samples")
-    return ShardIndex(bounds, fault, last if fault else None)
+    return ShardIndex(
+        bounds,
+        fault,
+        printable(last) if fault and last is not None else None,
+        frozenset(printable(key) for key in repeated),
+        tuple(printable(key) for key in crowded),
+    )
 
 
-def _members(file: io.BufferedReader[io.FileIO]) -> Iterator[tuple[str, int, int]]:
-    """The key, start and end of each member that belongs to a sample.
+def _is_crowded(images: list[str]) -> bool:
+    """Whether a sample with images of these endings has several, none of them plain."""
+    return len(images) > 1 and all("." in suffix for suffix in images)
+
+
+def _members(file: io.BufferedReader[io.FileIO]) -> Iterator[tuple[str, str, int, int]]:
+    """The key, ending, start and end of each member that belongs to a sample.
 
     Raises:
         tarfile.ReadError: the tar breaks off.
@@ -110,8 +142,8 @@ def _members(file: io.BufferedReader[io.FileIO]) -> Iterator[tuple[str, int, int
     offset = 0
     while (member := _plain_member(read, offset)) is not None:
         start, offset = offset, member.end
-        if (key := _sample_key(member.name)) is not None:
-            yield key, start, offset
+        if (parts := split_name(member.name)) is not None:
+            yield *parts, start, offset
         if offset > size:
             raise tarfile.ReadError(BREAK)
     header = read(offset, _BLOCK)
@@ -126,29 +158,26 @@ def _members(file: io.BufferedReader[io.FileIO]) -> Iterator[tuple[str, int, int
 
 def _other_members(
     file: io.BufferedReader[io.FileIO], *, beginning: bool
-) -> Iterator[tuple[str, int, int]]:
+) -> Iterator[tuple[str, str, int, int]]:
     """`_members` from where long names or extended headers begin, by tarfile: ten times slower."""
+    size = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                if member.isreg() and (key := _sample_key(member.name)) is not None:
-                    yield key, member.offset, member.offset_data - -member.size // _BLOCK * _BLOCK
+                if member.isreg() and (parts := split_name(member.name)) is not None:
+                    end = member.offset_data - -member.size // _BLOCK * _BLOCK
+                    yield *parts, member.offset, end
+                    if end > size:
+                        raise tarfile.ReadError(BREAK)
             # tarfile takes anything that is not a header for the end.
             file.seek(tar.offset)
             if file.read(_BLOCK) != bytes(_BLOCK):
                 raise tarfile.ReadError(BREAK)
-    except tarfile.ReadError as error:
-        if beginning:
+    except TAR_FAULTS as error:
+        if beginning or (isinstance(error, OSError) and not isinstance(error, tarfile.TarError)):
             raise
         raise tarfile.ReadError(BREAK) from error
-
-
-def _sample_key(name: str) -> str | None:
-    from webdataset.tariterators import base_plus_ext
-
-    key: str | None = base_plus_ext(name)[0]
-    return None if _META.match(name) else key
 
 
 class _Member(NamedTuple):
@@ -175,8 +204,10 @@ def _plain_member(read: Callable[[int, int], bytes], offset: int) -> _Member | N
     extended: dict[bytes, bytes] = {}
     if header[156:157] == tarfile.XHDTYPE:  # webdataset's own writer has one for each member
         length = _checked_size(header)
-        records = None if length is None else _extended(read(offset + _BLOCK, length))
-        if length is None or records is None:
+        if length is None or length > _MAX_EXTENDED_BYTES:
+            return None
+        records = _extended(read(offset + _BLOCK, length))
+        if records is None:
             return None
         extended = records
         offset += _BLOCK + length + -length % _BLOCK
@@ -197,7 +228,7 @@ def _checked_size(header: bytes) -> int | None:
     if len(header) < _BLOCK:
         return None
     fields = [header[at].strip(b" \0") for at in (slice(124, 136), slice(148, 156))]
-    if not all(field.isdigit() for field in fields):
+    if not all(field and not field.strip(b"01234567") for field in fields):
         return None
     size, checksum = (int(field, 8) for field in fields)
     return size if checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ") else None
@@ -208,14 +239,18 @@ def _extended(data: bytes) -> dict[bytes, bytes] | None:
     records = {}
     while data and data[:1] != b"\0":
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+        if not _is_number(length) or not 0 < int(length) <= len(data):
             return None
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        if key not in _HARMLESS or (key == b"size" and not value.isdigit()):
+        if key not in _HARMLESS or (key == b"size" and not _is_number(value)):
             return None
         records[key] = value
         data = data[int(length) :]
     return records
+
+
+def _is_number(digits: bytes) -> bool:
+    return digits.isdigit() and len(digits) <= _MAX_SIZE_DIGITS
 
 
 def _text(field: bytes) -> str:
@@ -266,12 +301,16 @@ class ShardReader:
             file = self._open(shard)
             index = self._index(shard)
             start, end = index.bounds[2 * sample], index.bounds[2 * sample + 1]
-            data = os.pread(file.fileno(), end - start, start)
+            data = _read_at(file, start, end - start)
         except OSError as error:
             raise DataError(shard_failure(name, error)) from error
         if len(data) < end - start:
             raise DataError(f"{name}: the shard became shorter while it was read")
-        return parse_range(data, name)
+        raw = parse_range(data, name)
+        raw[NUMBER] = sample
+        if raw["__key__"] in index.repeated:
+            raw[REPEATED] = True
+        return raw
 
     def _open(self, shard: int) -> io.FileIO:
         file = self._files.get(shard)
@@ -293,12 +332,12 @@ class ShardReader:
                     found = DataError(
                         f"{self._shards[shard]}: holds {len(found)} samples, not the "
                         f"{self._counts[shard]} that its folder's shards.json states; "
-                        "delete that file"
+                        "`clipsys shards FOLDER --manifest` writes that file anew"
                     )
             except DataError as error:
                 found = error
             self._indexes[shard] = found
-        if isinstance(found, DataError):  # kept, so that a bad shard is not read for each sample
+        if isinstance(found, DataError):  # stored, so that a bad shard is not read for each sample
             raise found
         return found
 
@@ -311,13 +350,20 @@ class ShardReader:
         self.close()
 
 
+def _read_at(file: io.FileIO, offset: int, size_bytes: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size_bytes, offset)
+    file.seek(offset)  # Windows
+    return file.read(size_bytes)
+
+
 def parse_range(data: bytes, url: str) -> dict[str, Any]:
     """The one sample whose tar members are ``data``.
 
     Raises:
-        DataError: two of its members have the same name, or there are none.
+        DataError: there is none, or the members cannot be read.
     """
-    plain = _plain_members(data, url)
+    plain = _plain_members(data)
     failures: list[Exception] = []
 
     def stop(error: Exception) -> bool:
@@ -327,18 +373,15 @@ def parse_range(data: bytes, url: str) -> dict[str, Any]:
     if plain is None:  # long names, extended headers: left to tarfile, ten times slower
         found = list(raw_samples(url, io.BytesIO(data), stop))
     else:
-        from webdataset.tariterators import group_by_keys
-
-        found = list(group_by_keys(plain, handler=stop))
+        found = list(group_members(plain, url))
     if failures:
         raise DataError(shard_failure(url, failures[0])) from failures[0]
     if len(found) != 1:
         raise DataError(f"{url}: the shard has changed since it was indexed; start again")
-    sample: dict[str, Any] = found[0]
-    return sample
+    return found[0]
 
 
-def _plain_members(data: bytes, url: str) -> list[dict[str, Any]] | None:
+def _plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
     """The members of a tar range, or None where one is not of the plain kind."""
     members = []
     offset = 0
@@ -346,8 +389,14 @@ def _plain_members(data: bytes, url: str) -> list[dict[str, Any]] | None:
         member = _plain_member(lambda at, length: data[at : at + length], offset)
         if member is None:
             return None
-        if not _META.match(member.name):
-            content = data[member.start : member.start + member.size]
-            members.append({"fname": member.name, "data": content, "__url__": url})
+        members.append((member.name, data[member.start : member.start + member.size]))
         offset = member.end
     return members
+
+
+def repeated_keys(shard: str) -> frozenset[str]:
+    """The keys of a local shard whose members lie in several places; none if it is no tar."""
+    try:
+        return index_shard(shard).repeated
+    except DataError:
+        return frozenset()

@@ -1,101 +1,57 @@
-"""WebDataset shards: what a sample is, how shards are named and read.
+"""WebDataset shards: how they are named, and how they are read from their beginning.
 
-A shard is a tar file. Members that share a name up to the first dot are one sample::
-
-    000041.jpg     the image, encoded (any format that clipsys.images.decoding decodes)
-    000041.txt     a caption
-    000041.json    {"captions": ["…", "…"], …}; what is not captions is metadata
-    000041.cls     optional class label
-
-Shards are only ever streamed: nothing is extracted, nothing is unpickled, no shell runs.
+A shard is a tar file; `clipsys.shards.samples` says what a sample in it is. Nothing is extracted,
+nothing is unpickled, no shell runs.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
+import lzma
 import os
 import re
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from clipsys.errors import DataError
-from clipsys.images.decoding import EXTENSIONS
+from clipsys.paths import expand_path
 from clipsys.shards.remote import ATTEMPTS, is_remote, open_url, pause, reason_of
+from clipsys.shards.samples import (
+    Sample,
+    group_members,
+    is_image,
+    parse_sample,
+    printable,
+    split_name,
+)
 
-_IMAGE_SUFFIXES = frozenset(ending.lstrip(".") for ending in EXTENSIONS)
 _REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 #: What tarfile says of a tar that breaks off.
 BREAK = "unexpected end of data"
+#: What tarfile raises on headers that are damaged or made to do harm.
+TAR_FAULTS = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    RecursionError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+)
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its captions.
-
-    Attributes:
-        key: unique within its set of shards.
-        image: the encoded image, as it lies in the tar.
-        suffix: the image's file name ending, without the dot.
-        captions: every caption, the ``.txt`` one first, without repetitions.
-        label: class label, if there is one.
-        metadata: the rest of the ``.json`` member.
-    """
-
-    key: str
-    image: bytes
-    suffix: str
-    captions: tuple[str, ...]
-    label: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-def parse_sample(raw: dict[str, Any]) -> Sample:
-    """Turns webdataset's dictionary of members into a `Sample`.
-
-    Raises:
-        DataError: there is no image, or a text member is not what its ending says.
-    """
-    key = str(raw["__key__"])
-    suffix = next((name for name in raw if name.rsplit(".", 1)[-1] in _IMAGE_SUFFIXES), None)
-    if suffix is None:
-        members = ", ".join(sorted(name for name in raw if not name.startswith("__")))
-        raise DataError(f"{_place(raw)}: no image among the members of the sample ({members})")
-    metadata: dict[str, Any] = {}
-    try:
-        if "json" in raw:
-            metadata = json.loads(raw["json"])
-        captions = [raw["txt"].decode("utf-8").strip()] if "txt" in raw else []
-        label = raw["cls"].decode("utf-8").strip() if "cls" in raw else None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"{_place(raw)}: the text of the sample cannot be read ({error})"
-        ) from error
-    if not isinstance(metadata, dict):
-        raise DataError(f"{_place(raw)}: the .json member is not an object")
-    unique = with_captions_of(metadata, captions)
-    return Sample(key, raw[suffix], suffix.rsplit(".", 1)[-1], unique, label, metadata)
-
-
-def with_captions_of(metadata: dict[str, Any], captions: Sequence[str]) -> tuple[str, ...]:
-    """Captions from a text, then those that metadata hold, which are taken out of them."""
-    more = metadata.pop("captions", [])
-    found = [
-        str(text) for text in (*captions, *(more if isinstance(more, list) else [more])) if text
-    ]
-    if not found and isinstance(metadata.get("caption"), str):  # img2dataset's name for it
-        found = [metadata["caption"]]
-    return tuple(dict.fromkeys(found))
-
-
-def _place(raw: dict[str, Any]) -> str:
-    return f"{raw.get('__url__', 'shard')}#{raw.get('__key__', '?')}"
+_PATTERN = "*?["
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
@@ -112,6 +68,7 @@ def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _expand(spec: str) -> list[str]:
+    spec = expand_path(spec)
     scheme = _SCHEME.match(spec)
     if scheme:
         if scheme[1].lower() not in _REMOTE_SCHEMES:
@@ -120,14 +77,16 @@ def _expand(spec: str) -> list[str]:
                 f"name local files or {', '.join(_REMOTE_SCHEMES)} urls"
             )
         return _expand_braces(spec)
-    path = Path(spec).expanduser()
+    path = Path(spec)
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:
             raise DataError(f"{path}: the folder has no .tar files")
         return [str(shard) for shard in found]
+    if path.is_file():  # whatever characters its name has
+        return [str(path)]
     names = _expand_braces(str(path))
-    if any(character in spec for character in "*?["):
+    if any(character in str(path) for character in _PATTERN):
         found = sorted(shard for name in names for shard in _glob(Path(name)))
         if not found:
             raise DataError(f"{spec}: no file matches this pattern")
@@ -140,9 +99,15 @@ def _expand(spec: str) -> list[str]:
 
 
 def _glob(pattern: Path) -> Iterator[Path]:
-    parts = pattern.parts
-    first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
-    return Path(*parts[:first]).glob(str(Path(*parts[first:])))
+    """What matches; a folder or file with just this name goes before what its name would match."""
+    found = [Path(*pattern.parts[:1])] if pattern.is_absolute() else [Path()]
+    for part in pattern.parts[1:] if pattern.is_absolute() else pattern.parts:
+        found = [
+            inner
+            for folder in found
+            for inner in ([folder / part] if (folder / part).exists() else folder.glob(part))
+        ]
+    yield from found
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -157,7 +122,7 @@ def _expand_braces(text: str) -> list[str]:
 def iterate_raw(
     shards: Iterable[str], *, on_error: Callable[[str, Exception], None] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Streams webdataset's raw samples: ``__key__``, ``__url__`` and the members' bytes.
+    """Streams raw samples: ``__key__``, ``__url__`` and the members' bytes by their endings.
 
     A shard that breaks off gives the samples before the break. Of a remote one the rest is asked
     for again, a few times.
@@ -230,18 +195,26 @@ def _lacks_end(shard: str, stream: IO[bytes]) -> bool:
 def raw_samples(
     shard: str, stream: IO[bytes], handler: Callable[[Exception], bool]
 ) -> Iterator[dict[str, Any]]:
-    """The samples of one open tar; `iterate_raw` for a stream that is at hand.
+    """The samples of one open tar; `iterate_raw` for a stream that is open already.
 
     Args:
         shard: what the samples name as their origin.
         stream: read from its position to its end.
         handler: called when the stream breaks off; returns False.
     """
-    # webdataset's own opener would leave the file to the garbage collector.
-    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    members = tar_file_expander([{"url": shard, "stream": stream}], handler=handler)
-    yield from group_by_keys(members, handler=handler)
+    def members() -> Iterator[tuple[str, bytes]]:
+        try:
+            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+                    file = tar.extractfile(member) if member.isreg() else None
+                    if file is not None:
+                        yield member.name, file.read()
+        except TAR_FAULTS as error:
+            handler(error)
+
+    yield from group_members(members(), shard)
 
 
 def shard_failure(shard: str, error: Exception) -> str:
@@ -250,8 +223,6 @@ def shard_failure(shard: str, error: Exception) -> str:
         if BREAK in str(error):
             return f"{shard}: the shard is truncated; make it again or remove it"
         return f"{shard}: not a tar file; remove it, or name the shards one by one"
-    if isinstance(error, ValueError) and "duplicate file name" in str(error):
-        return f"{shard}: two members of one sample have the same name ({error.args[0]})"
     asked = f", asked {ATTEMPTS} times" if is_remote(shard) else ""
     return f"{shard}: the shard cannot be read ({reason_of(error)}{asked})"
 
@@ -285,7 +256,7 @@ def read_image(shard: str, key: str) -> bytes:
         with Path(shard).open("rb") as file:
             file.seek(offset)
             return file.read(size)
-    except (OSError, tarfile.TarError) as error:
+    except TAR_FAULTS as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{place}: the shard cannot be read ({reason})") from error
 
@@ -295,7 +266,7 @@ def _before_break(tar: tarfile.TarFile, size_bytes: int) -> Iterator[tarfile.Tar
     while True:
         try:
             member = next(members, None)
-        except tarfile.ReadError:
+        except TAR_FAULTS:
             return
         if member is None or member.offset_data + member.size > size_bytes:
             return
@@ -304,17 +275,21 @@ def _before_break(tar: tarfile.TarFile, size_bytes: int) -> Iterator[tarfile.Tar
 
 @functools.lru_cache(maxsize=256)
 def _image_members(shard: str, mtime_ns: int, size_bytes: int) -> dict[str, tuple[int, int]]:
-    """Where the first image of each sample lies in a tar: key -> (offset, size); headers only.
+    """Where the image of each sample lies in a tar: key -> (offset, size); headers only.
 
     Of a shard that breaks off these are the images before the break.
     Time and size are there to make the cache forget a shard that has changed.
     """
     members: dict[str, tuple[int, int]] = {}
+    dotted: set[str] = set()
     with tarfile.open(shard, "r:") as tar:
         for member in _before_break(tar, size_bytes):
-            folder, _, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            if member.isfile() and suffix.rsplit(".", 1)[-1].lower() in _IMAGE_SUFFIXES:
-                key = f"{folder}/{stem}" if folder else stem
-                members.setdefault(key, (member.offset_data, member.size))
+            parts = split_name(member.name)
+            if not member.isfile() or parts is None or not is_image(parts[1]):
+                continue
+            key, plain = printable(parts[0]), "." not in parts[1]
+            # The one without further dots, and of several such the first: as `parse_sample`.
+            if key not in members or (plain and key in dotted):
+                members[key] = (member.offset_data, member.size)
+                (dotted.discard if plain else dotted.add)(key)
     return members

@@ -1,4 +1,4 @@
-"""Shards behind a url: opened by webdataset or fsspec, retried, kept on disc while they are used.
+"""Shards behind a url: opened by webdataset or fsspec, retried, stored while they are used.
 
     open_url      a stream. http, https and hf go through webdataset's opener (curl), which works
                   wherever curl is; s3 and gs through fsspec, if s3fs or gcsfs is installed
@@ -11,7 +11,6 @@ A source that fails, also in the middle, is asked again a few times and then rep
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import logging
@@ -23,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar, cast
 
+from filelock import FileLock
+
 from clipsys.errors import DataError
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 
 _BLOCK_BYTES = 1 << 20
+#: An index that is this old is made again, so that those of removed shards do not add up.
+_INDEX_LIFE_S = 180 * 86_400.0
 
 _CURL_STATUS = {
     "6": "unknown host",
@@ -146,8 +149,26 @@ def fetch(url: str, path: Path, *, on_block: Callable[[int], None] | None = None
         partial.unlink(missing_ok=True)
 
 
+def default_folder() -> Path:
+    """Where copies of remote shards and indexes are stored unless a setting names a folder.
+
+    ``CLIPSYS_CACHE``, or ``clipsys`` in the user's cache folder.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("CLIPSYS_CACHE") or cache / "clipsys") / "shards"
+
+
+def default_cache(*, limit_bytes: int = 50_000_000_000) -> ShardCache:
+    """The cache in the user's cache folder."""
+    return ShardCache(default_folder(), limit_bytes=limit_bytes)
+
+
+def _name(shard: str) -> str:
+    return hashlib.sha256(shard.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
 class ShardCache:
-    """Local copies of remote shards. Safe between processes; travels to workers."""
+    """Local copies of remote shards, and indexes. Safe between processes; travels to workers."""
 
     def __init__(self, folder: Path, *, limit_bytes: int) -> None:
         self._folder = folder
@@ -165,14 +186,54 @@ class ShardCache:
         if not is_remote(shard):
             return io.FileIO(shard)
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / (hashlib.sha256(shard.encode()).hexdigest()[:32] + ".tar")
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others wait for it
+        path = self._folder / f"{_name(shard)}.tar"
+        with FileLock(path.with_suffix(".lock")):  # one process fetches, the others wait for it
             if not path.exists():
+                path.with_suffix(".index").unlink(missing_ok=True)  # of the copy before
                 fetch(shard, path, on_block=on_block)
                 self._make_room(path)
             os.utime(path)
             return io.FileIO(path)
+
+    def stamp(self, shard: str, descriptor: int) -> tuple[int, int]:
+        """The size and time by which an index recognises the shard that is open."""
+        status = os.fstat(descriptor)
+        # The time of a copy is that of its last use; its index goes with it.
+        return status.st_size, 0 if is_remote(shard) else status.st_mtime_ns
+
+    def index_path(self, shard: str) -> Path:
+        """Where the index of a shard is stored: beside the copy of a remote one."""
+        if is_remote(shard):
+            return self._folder / f"{_name(shard)}.index"
+        return self._folder / "indexes" / f"{_name(str(Path(shard).absolute()))}.index"
+
+    @contextmanager
+    def index_lock(self, shard: str) -> Iterator[None]:
+        """One process indexes a shard, the others wait for it and then load what it has stored.
+
+        Where the folder cannot be written to, each does it by itself.
+        """
+        path = self.index_path(shard)
+        lock = FileLock(path.with_name(f"{path.name}.lock"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:  # read-only, or without locks
+            _logger.debug("the index of %s is not stored: %s", shard, error)
+        try:
+            yield
+        finally:
+            if lock.is_locked:
+                with contextlib.suppress(OSError):
+                    Path(lock.lock_file).unlink()  # at worst, two processes make the same index
+            lock.release()
+
+    def forget_old_indexes(self) -> None:
+        """Removes indexes of local shards that have not been written for half a year."""
+        with contextlib.suppress(OSError):
+            for path in (self._folder / "indexes").iterdir():
+                if time.time() - path.stat().st_mtime > _INDEX_LIFE_S:
+                    path.unlink(missing_ok=True)
 
     def _make_room(self, newest: Path) -> None:
         copies = []
@@ -186,4 +247,5 @@ class ShardCache:
                 return
             if path != newest:
                 path.unlink(missing_ok=True)
+                path.with_suffix(".index").unlink(missing_ok=True)
                 excess -= size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 from clipsys.errors import DataError
 from clipsys.shards.manifest import ShardInfo, add_to_manifest
-from clipsys.shards.reading import Sample
+from clipsys.shards.samples import Sample
 
 #: Default size of a shard. Large enough to stream well, small enough to shuffle by shard.
 DEFAULT_SHARD_BYTES = 100_000_000
@@ -50,7 +51,7 @@ def write_shards(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     names = {info.name for info in done}
-    if any(path.name not in names for path in folder.glob(f"{prefix}-*.tar")):
+    if any(path.name not in names for path in folder.glob(f"{glob.escape(prefix)}-*.tar")):
         raise DataError(
             f"{folder}: already has {prefix}-*.tar shards; choose an empty folder or remove them"
         )
@@ -81,7 +82,7 @@ def write_shards(
                 on_shard(info)
     except BaseException:
         # An interrupted call must not look like a finished one.
-        for leftover in folder.glob(f"{prefix}-*.tar.partial"):
+        for leftover in folder.glob(f"{glob.escape(prefix)}-*.tar.partial"):
             leftover.unlink(missing_ok=True)
         for info in () if on_shard else written[len(done) :]:
             (folder / info.name).unlink(missing_ok=True)

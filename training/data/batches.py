@@ -41,28 +41,31 @@ from pydantic import (
 )
 from torch.utils.data import Dataset
 
-from clipsys.config import Settings
+from clipsys.config import PathText, Settings
 from clipsys.errors import DataError, TrainingError
 from clipsys.images.decoding import DEFAULT_MAX_PIXELS
-from clipsys.progress import progress
-from clipsys.shards.manifest import read_manifest, remote_manifest
-from clipsys.shards.random_access import MAX_OPEN, ShardReader, index_shard
+from clipsys.shards.counting import count_shards, stated_counts
+from clipsys.shards.random_access import MAX_OPEN, ShardReader
 from clipsys.shards.reading import expand_shards
-from clipsys.shards.remote import ShardCache, is_remote
+from clipsys.shards.remote import ShardCache, default_folder, is_remote
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.pixel_cache import make_cache
 from clipsys.training.data.samples import Batch, Decoder, Row, Skipped
 
 _logger = logging.getLogger(__name__)
 
-#: How many remote shards are mixed at a time where the recipe does not say it.
+#: How many remote shards are mixed at a time unless data.shuffle_shards is set.
 _MIXED_REMOTE_SHARDS = 8
+#: Of a sample in a batch, beside its image: tokens, ids, names.
+_OTHER_BYTES = 2048
+#: How many shards are looked at for the reason why there are few samples.
+_FEW_SHARDS = 4
 
 
 class SourceConfig(Settings):
     """One of several sources of training data."""
 
-    shards: str | list[str] = Field(description="folder, glob, {000..012} range or list")
+    shards: PathText | list[PathText] = Field(description="folder, glob, {000..012} range or list")
     weight: PositiveFloat | None = Field(
         None, description="how often it is drawn from, relative to the others; with data.resampled"
     )
@@ -71,11 +74,11 @@ class SourceConfig(Settings):
 class DataConfig(Settings):
     """What is trained on."""
 
-    train: str | list[str | SourceConfig] = Field(
+    train: PathText | list[PathText | SourceConfig] = Field(
         description="shards: folder, glob, {000..012} range, or a list of such, or of "
         "{shards: …, weight: …}"
     )
-    validation: str | list[str] | None = Field(None, description="shards for evaluation")
+    validation: PathText | list[PathText] | None = Field(None, description="shards for evaluation")
     batch_size: PositiveInt = Field(256, description="pairs contrasted together, across all ranks")
     micro_batch_size: PositiveInt | None = Field(
         None,
@@ -83,6 +86,11 @@ class DataConfig(Settings):
         "memory and a second forward pass, and change no result; default the rank's whole share",
     )
     workers: NonNegativeInt = Field(2, description="decoding processes per rank")
+    timeout_s: PositiveFloat = Field(
+        540.0,
+        description="the run ends with the reason if the decoding processes give no batch for "
+        "this long; ranks wait ten minutes for each other",
+    )
     shuffle_shards: PositiveInt | None = Field(
         None,
         description="how many shards are mixed at a time; default all. Fewer keep reading local, "
@@ -94,19 +102,26 @@ class DataConfig(Settings):
     samples_per_epoch: PositiveInt | None = Field(
         None, description="with resampled: what counts as an epoch; default the number of samples"
     )
-    cache_dir: str | None = Field(
-        None, description="where copies of remote shards are kept; default the user's cache folder"
+    cache_dir: PathText | None = Field(
+        None,
+        description="where copies of remote shards, and where the samples lie in each shard, are "
+        "stored; default the user's cache folder",
     )
     cache_gb: PositiveFloat = Field(
         50.0, description="size of cache_dir at which the copies used longest ago are removed"
     )
     pixel_cache_gb: NonNegativeFloat = Field(
         2.0,
-        description="decoded images are kept, in a temporary file per rank, if all of them need no "
-        "more than this; 0 decodes anew in each epoch",
+        description="decoded images are stored, in a temporary file that the ranks of a machine "
+        "share, if all of them need no more than this; 0 decodes anew in each epoch",
     )
     captions: Literal["first", "random"] = Field(
         "random", description="which caption of a sample is used each time it is seen"
+    )
+    caption_key: str | None = Field(
+        None,
+        description="metadata key that holds the captions, in place of .txt and captions; dots "
+        "lead into objects and lists of objects, as in sentences.raw",
     )
     label_key: str | None = Field(
         None, description="metadata key that is the label, for objective.positives: label"
@@ -127,9 +142,8 @@ class DataConfig(Settings):
 
     @property
     def shard_cache(self) -> ShardCache:
-        """Where remote shards are kept while they are used."""
-        default = Path.home() / ".cache" / "clipsys" / "shards"
-        folder = Path(self.cache_dir).expanduser() if self.cache_dir else default
+        """Where copies of remote shards, and indexes, are stored."""
+        folder = Path(self.cache_dir) if self.cache_dir else default_folder()
         return ShardCache(folder, limit_bytes=int(self.cache_gb * 1e9))
 
     @property
@@ -163,12 +177,14 @@ class ShardSet:
         counts: samples of each.
         sources: for each, the number of the source that it belongs to.
         faults: samples at which a shard breaks off.
+        warnings: what looks wrong with the names in the shards.
     """
 
     shards: tuple[str, ...]
     counts: tuple[int, ...]
     sources: tuple[int, ...]
     faults: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -183,44 +199,30 @@ def open_shards(config: DataConfig) -> ShardSet:
         DataError: there are none, or one is not a tar file.
     """
     expanded = [
-        (shard, number)
+        # Absolute: ranks may run in other folders.
+        (shard if is_remote(shard) else str(Path(shard).absolute()), number)
         for number, source in enumerate(config.sources)
         for shard in expand_shards(source.shards)
     ]
-    known = _stated_counts([shard for shard, _ in expanded])
-    unknown = [shard for shard, _ in expanded if shard not in known]
+    known = stated_counts([shard for shard, _ in expanded])
+    unknown = list(dict.fromkeys(shard for shard, _ in expanded if shard not in known))
     if any(is_remote(shard) for shard in unknown):
         _logger.info("remote shards without a shards.json beside them are read once to be counted")
+    counted = count_shards(unknown, config.shard_cache) if unknown else {}
     faults = []
-    with progress("Counting samples", len(unknown), unit="shards") as advance:
-        for shard in unknown:
-
-            def fetched(size_bytes: int, name: str = shard.rpartition("/")[2]) -> None:
-                advance(0, note=f"fetching {name}: {size_bytes / 1e6:,.0f} MB")
-
-            index = index_shard(shard, config.shard_cache, on_block=fetched)
-            if index.fault:
-                _logger.warning("%s; its first %d samples are used", index.fault, len(index))
-                faults.append(Skipped(shard, index.broken_key or "?", "truncated shard"))
-            known[shard] = len(index)
-            advance(note="")
+    warnings: list[str] = []
+    for shard, summary in counted.items():
+        known[shard] = summary.num_samples
+        warnings += summary.warnings
+        if summary.fault:
+            _logger.warning("%s; its first %d samples are used", summary.fault, known[shard])
+            faults.append(Skipped(shard, summary.broken_key or "?", "truncated shard"))
+    if warnings:
+        more = f" (and {len(warnings) - 1} more shards)" if len(warnings) > 1 else ""
+        _logger.warning("%s%s", warnings[0], more)
     shards, sources = zip(*expanded, strict=True)
-    return ShardSet(shards, tuple(known[shard] for shard in shards), sources, tuple(faults))
-
-
-def _stated_counts(shards: list[str]) -> dict[str, int]:
-    """What the manifests beside the shards say."""
-    stated: dict[str, int] = {}
-    for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards):
-        if is_remote(folder):
-            stated |= {f"{folder}/{one.name}": one.num_samples for one in remote_manifest(folder)}
-            continue
-        for info in read_manifest(folder or "."):
-            path = Path(folder, info.name)
-            # A shard that was written again since has another size: count it.
-            if path.is_file() and path.stat().st_size == info.size_bytes:
-                stated[str(path)] = info.num_samples
-    return {shard: stated[shard] for shard in shards if shard in stated}
+    counts = tuple(known[shard] for shard in shards)
+    return ShardSet(shards, counts, sources, tuple(faults), tuple(warnings))
 
 
 def sample_order(config: DataConfig, shard_set: ShardSet, seed: int) -> SampleOrder:
@@ -236,7 +238,23 @@ def sample_order(config: DataConfig, shard_set: ShardSet, seed: int) -> SampleOr
     mixed = config.shuffle_shards
     if mixed is None and any(is_remote(shard) for shard in shard_set.shards):
         mixed = _MIXED_REMOTE_SHARDS
-    return SampleOrder(shard_set.counts, seed, mixed, drawn, weights)
+    order = SampleOrder(shard_set.counts, seed, mixed, drawn, weights)
+    if order.num_positions < config.batch_size and not config.resampled:
+        _check_names(shard_set, config)
+    return order
+
+
+def _check_names(shard_set: ShardSet, config: DataConfig) -> None:
+    """Raises where the names in the shards are the reason why there are so few samples."""
+    warnings = shard_set.warnings
+    if not warnings:  # counted by a manifest; few samples are read in no time
+        summaries = count_shards(shard_set.shards[:_FEW_SHARDS], config.shard_cache)
+        warnings = tuple(text for summary in summaries.values() for text in summary.warnings)
+    if warnings:
+        raise TrainingError(
+            f"data.batch_size is {config.batch_size}, but the shards hold only "
+            f"{shard_set.num_samples} samples: {warnings[0]}"
+        )
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -287,6 +305,12 @@ class TrainingBatches(Dataset[Batch]):
         self._start_step = start_step
         self._remaining_steps = max(0, self._steps_per_epoch * epochs - start_step)
 
+    @property
+    def batch_bytes(self) -> int:
+        """Size of a micro-batch, nearly: images, and a little for tokens and the rest."""
+        height, width = self._decoder.preprocessing.size
+        return self._micro_size * (3 * height * width + _OTHER_BYTES)
+
     def __len__(self) -> int:
         return self._remaining_steps * self._micro_steps
 
@@ -331,11 +355,9 @@ class TrainingBatches(Dataset[Batch]):
         return rows, skipped
 
     def _row(self, raw: dict[str, Any], epoch: int, position: int, number: int) -> Row:
-        if self._pixels is None:
-            return self._decoder.row(raw, epoch, position)
-        known = self._pixels.get(number)
-        row = self._decoder.row(raw, epoch, position, known)
-        if known is None:
+        known = None if self._pixels is None else self._pixels.get(number)
+        row = self._decoder.row(raw, epoch, position, known, number=number)
+        if self._pixels is not None and known is None:
             self._pixels.put(number, row.image)
         return row
 

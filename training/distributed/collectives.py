@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pickle
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from clipsys.errors import TrainingError
+
 T = TypeVar("T")
+
+#: How often rank 0 says that it is at work while the others wait for it.
+_HEARTBEAT_S = 5.0
+#: How long the others wait without such a sign.
+HEARTBEAT_LOST_S = 300.0
+#: Numbers the waits, the same on every rank: all of them call `on_first_rank` in one order.
+_WAITS = itertools.count()
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -68,6 +81,21 @@ class _GatherRows(torch.autograd.Function):
         return total_NX[start : start + ctx.num_rows], None
 
 
+def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Averages tensors over ranks, in place; doing it twice changes no bit.
+
+    In float64: the mean of equal float32 values is that value, for any number of ranks.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    means = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's picklable value, in rank order, on all ranks."""
     if world_size() == 1:
@@ -89,19 +117,73 @@ def broadcast_object(value: T) -> T:
 def on_first_rank(action: Callable[[], T]) -> T:
     """Runs ``action()`` on rank 0 and gives its result, or raises its exception, on all ranks.
 
-    Without this an exception on rank 0 leaves the others waiting in their next collective.
+    Without this an exception on rank 0 leaves the others waiting in their next collective. The
+    action may take longer than a collective waits: counting shards can take hours.
     """
     result: T | None = None
     failure: Exception | None = None
-    if rank() == 0:
-        try:
-            result = action()
-        except Exception as error:
-            failure = _picklable(error)
+    with _first_rank_at_work():
+        if rank() == 0:
+            try:
+                result = action()
+            except Exception as error:
+                failure = _picklable(error)
     result, failure = broadcast_object((result, failure))
     if failure is not None:
         raise failure
     return cast("T", result)
+
+
+@contextlib.contextmanager
+def _first_rank_at_work() -> Iterator[None]:
+    """The other ranks wait at the end of it until rank 0 has left it, as long as rank 0 lives.
+
+    Through the group's store rather than a collective, which has a time limit: rank 0 counts up in
+    it every few seconds.
+
+    Raises:
+        TrainingError: rank 0 has not counted for `HEARTBEAT_LOST_S`.
+    """
+    if world_size() == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    name = f"clipsys/first-rank/{next(_WAITS)}"
+    if rank() != 0:
+        yield
+        _wait_for_first_rank(store, name)
+        return
+    done = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not done.wait(_HEARTBEAT_S):
+            count += 1
+            store.set(f"{name}/beat", str(count))
+
+    thread = threading.Thread(target=beat, name="first-rank-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        store.set(f"{name}/done", "1")
+
+
+def _wait_for_first_rank(store: Any, name: str) -> None:
+    last, since, pause_s = b"", time.monotonic(), 0.005
+    while not store.check([f"{name}/done"]):
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.25)
+        beat = store.get(f"{name}/beat") if store.check([f"{name}/beat"]) else b""
+        if beat != last:
+            last, since = beat, time.monotonic()
+        elif time.monotonic() - since > HEARTBEAT_LOST_S:
+            raise TrainingError(
+                f"rank 0 has not answered for {HEARTBEAT_LOST_S:g} s while the other ranks waited "
+                "for it; its own output says why"
+            )
 
 
 def _picklable(error: Exception) -> Exception:

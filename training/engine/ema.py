@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from clipsys.training.model.trained import MOMENTUM_PREFIX
+
 
 class WeightAverage:
     """Exponential moving average of weights and running statistics (Polyak & Juditsky 1992).
@@ -18,8 +20,14 @@ class WeightAverage:
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self._decay = decay
-        self._updates = 0
-        self._shadow = [tensor.detach().clone() for tensor in _averaged(model)]
+        state = self.beginning(model)
+        self._updates: int = state["updates"]
+        self._shadow: list[torch.Tensor] = state["shadow"]
+
+    @staticmethod
+    def beginning(model: torch.nn.Module) -> dict[str, Any]:
+        """The state of an average that begins with a model as it is."""
+        return {"updates": 0, "shadow": [tensor.clone() for tensor in _averaged(model)]}
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
@@ -44,6 +52,11 @@ class WeightAverage:
             tensor.copy_(shadow)
             shadow.copy_(kept)
 
+    def statistics(self, model: torch.nn.Module) -> list[torch.Tensor]:
+        """The averages of running statistics, which each rank has taken of its own."""
+        number = len(running_statistics(model))
+        return self._shadow[len(self._shadow) - number :]
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"updates": self._updates, "shadow": self._shadow}
@@ -57,6 +70,23 @@ class WeightAverage:
 
 
 def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
-    parameters = [parameter.detach() for parameter in model.parameters()]
+    """What is trained; momentum towers are an average themselves."""
+    parameters = [
+        parameter.detach()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(MOMENTUM_PREFIX)
+    ]
     # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
-    return parameters + [buffer for name, buffer in model.named_buffers() if "running_" in name]
+    return parameters + running_statistics(model)
+
+
+def running_statistics(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The buffers in which batch norm keeps mean and variance of what it has seen.
+
+    Without those of momentum towers, which follow these.
+    """
+    return [
+        buffer
+        for name, buffer in model.named_buffers()
+        if "running_" in name and not name.startswith(MOMENTUM_PREFIX)
+    ]

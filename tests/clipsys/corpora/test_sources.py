@@ -53,7 +53,7 @@ def test_json_beside_an_image_is_its_metadata(
         ((), {}),
         (("7",), {"width": 4}),
     ]
-    assert "3 .json files beside images are no JSON objects" in caplog.text
+    assert "3 .json files beside images are not JSON objects" in caplog.text
 
 
 def test_a_link_loop_does_not_end_in_a_loop(image_folder: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clipsys.shards.checking import check_shards
-from clipsys.shards.reading import Sample
+from clipsys.shards.samples import Sample
 from clipsys.shards.writing import write_shards
 from tests.clipsys.test_cli import run
 from tests.conftest import encode_png, noise_image, write_training_shards

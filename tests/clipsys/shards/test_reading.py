@@ -13,13 +13,12 @@ from clipsys.errors import DataError
 from clipsys.shards.manifest import read_manifest
 from clipsys.shards.random_access import index_shard
 from clipsys.shards.reading import (
-    Sample,
     expand_shards,
     iterate_raw,
     iterate_samples,
-    parse_sample,
     read_image,
 )
+from clipsys.shards.samples import Sample, parse_sample
 from clipsys.shards.writing import write_shards
 
 

@@ -19,8 +19,9 @@ from clipsys.errors import DataError
 from clipsys.shards import remote
 from clipsys.shards.manifest import remote_manifest
 from clipsys.shards.random_access import ShardReader
-from clipsys.shards.reading import Sample, iterate_raw
+from clipsys.shards.reading import iterate_raw
 from clipsys.shards.remote import ShardCache
+from clipsys.shards.samples import Sample
 from clipsys.shards.writing import write_shards
 from clipsys.training.data.batches import DataConfig, open_shards
 
