@@ -91,6 +91,9 @@ _UNREMARKABLE = (
     "data.cache_dir",
     "engine.device",
 )
+#: Values that are no change: the run goes on with what it was started with
+#: (`clipsys.training.precision`).
+_AS_BEFORE: dict[str, Any] = {"engine.precision": "auto", "engine.threads": None}
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def _changes(
         inner = getattr(settings, name)
         if isinstance(inner, BaseModel) and isinstance(was[name], Mapping):
             yield from _changes(was[name], inner, now[name], f"{prefix}{name}.")
-        elif was[name] != now[name]:
+        elif was[name] != now[name] and now[name] != _AS_BEFORE.get(prefix + name, ...):
             yield Change(prefix + name, was[name], now[name])
 
 
@@ -216,11 +219,9 @@ def _may_change(change: Change, saved: SavedBy, recipe: Recipe) -> bool:
     if change.name == "engine.zero_stage":
         return {change.was, change.now} == {1, 2}  # their files are the same
     if change.name == "engine.precision":
-        # `auto` is compared after it was resolved, when the checkpoint is loaded.
         sixteen_bits = ("bf16_params", "fp16")
-        return change.now == "auto" or (
-            change.now == saved.precision
-            or (change.now not in sixteen_bits and saved.precision not in sixteen_bits)
+        return change.now == saved.precision or (
+            change.now not in sixteen_bits and saved.precision not in sixteen_bits
         )
     return not is_fixed(change.name)
 

@@ -67,8 +67,8 @@ def _speed() -> list[Finding]:
     from open_clip.model import CLIP
 
     from clipsys.inference import int8
+    from clipsys.models.architectures import architecture_config
     from clipsys.models.devices import encoding_work
-    from clipsys.models.open_clip_models import architecture_config
     from clipsys.probe import cache
     from clipsys.probe.figures import choose_precision
     from clipsys.probe.machine import processor
