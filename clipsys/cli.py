@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from clipsys import __version__
 from clipsys.errors import ClipsysError
 from clipsys.printing import printable
-from clipsys.processes.interruption import Interruption
+from clipsys.processes.interruption import Interruption, leave_if_abandoned
 
 #: verb -> (module, function). This table is the only place where `clipsys` names its siblings.
 VERBS: dict[str, tuple[str, str]] = {
@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "index": ("clipsys.retrieval.commands.index", "index"),
     "search": ("clipsys.retrieval.commands.search", "search"),
     "info": ("clipsys.retrieval.commands.keeping", "info"),
+    "sources": ("clipsys.retrieval.commands.sources", "sources"),
     "duplicates": ("clipsys.retrieval.commands.keeping", "duplicates"),
     "failures": ("clipsys.retrieval.commands.keeping", "failures"),
     "remove": ("clipsys.retrieval.commands.keeping", "remove"),
@@ -40,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "classify": ("clipsys.commands.core", "classify"),
     "evaluate": ("clipsys.commands.core", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),
+    "models": ("clipsys.commands.core", "models"),
     "doctor": ("clipsys.commands.core", "doctor"),
 }
 
@@ -74,6 +76,7 @@ class _Verbs(TyperGroup):
             if "RANK" not in os.environ:  # one of several processes: whoever started them says so
                 print(message, file=sys.stderr)
             status = interrupt.status if isinstance(interrupt, Interruption) else 130
+            leave_if_abandoned(status)
             raise typer.Exit(status) from interrupt
 
 

@@ -1,4 +1,4 @@
-"""A collection: a corpus of images that can be searched by text and by image, kept in one folder.
+"""A collection: a corpus of images that can be searched by text and by image, in one folder.
 
     photos/
         manifest.json     which model, which index generation            replaced atomically
@@ -28,12 +28,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clipsys.corpora.tables import Columns
 from clipsys.errors import QueryError
 from clipsys.progress import progress
-from clipsys.retrieval.encoders.encoding import ImageTextEncoder, check_encoder, pin_of
+from clipsys.retrieval.encoders.encoding import (
+    ImageTextEncoder,
+    check_encoder,
+    load_encoder,
+    pin_of,
+    place_of,
+)
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
+from clipsys.retrieval.encoders.truncation import tokens_of_encoder, warn_of_cut_texts
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
-from clipsys.retrieval.ingest import adding
+from clipsys.retrieval.ingest import adding, relocation
 from clipsys.retrieval.ingest.embedding import EmbeddingOptions
 from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
 from clipsys.retrieval.ingest.report import AddReport
@@ -48,6 +56,7 @@ from clipsys.retrieval.storage.items import Failure, Item
 from clipsys.retrieval.storage.manifest import IndexGeneration, Manifest, read_manifest
 from clipsys.retrieval.storage.segments import Floats
 from clipsys.retrieval.storage.snapshot import Snapshot
+from clipsys.retrieval.storage.sources import KnownSource, known_sources
 from clipsys.retrieval.storage.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.storage.upgrading import upgrade_database
@@ -78,13 +87,16 @@ class Collection:
         *,
         few_searches: bool = False,
         precision: str = "fast",
+        model: str | None = None,
     ) -> None:
         """Use `create` or `open`."""
         self.path = path
         self._pin = manifest.encoder
         self._store = store
+        place = manifest.encoder.model if model is None else place_of(model)
+        pin = manifest.encoder.model_copy(update={"model": place})
         self._encoder = PinnedEncoder(
-            path, path / manifest.edition, manifest.encoder, encoder, precision=precision
+            path, path / manifest.edition, pin, encoder, precision=precision
         )
         self._view = View(path, manifest, store, few_searches=few_searches)
 
@@ -144,6 +156,7 @@ class Collection:
         few_searches: bool = False,
         precision: str = "fast",
         to_repair: bool = False,
+        model: str | None = None,
     ) -> Collection:
         """Opens a collection.
 
@@ -157,6 +170,8 @@ class Collection:
                 search or an addition first needs it.
             few_searches: it is opened for one search or two: what pays only later is left out.
             precision: in which the manifest's model encodes images; see `clipsys.load`.
+            model: where the manifest's model lies by now, as `clipsys.load` takes it; None: where
+                the manifest says.
             to_repair: opens it although vector files are damaged.
 
         Raises:
@@ -170,7 +185,13 @@ class Collection:
         upgraded = upgrade_database(database)
         store = Store(database)
         opened = cls(
-            folder, manifest, store, encoder, few_searches=few_searches, precision=precision
+            folder,
+            manifest,
+            store,
+            encoder,
+            few_searches=few_searches,
+            precision=precision,
+            model=model,
         )
         if not to_repair:
             try:
@@ -287,9 +308,13 @@ class Collection:
         if not any(part.image is not None for part in parts):
             tower = self._encoder.light_tower(sum(part.text is not None for part in parts))
             if tower is not None:
+                warn_of_cut_texts([part.text for part in parts if part.text], tower.tokens)
                 turns, encode_text = self._encoder.turns(), tower.encode_text
                 return embed_queries(queries, turns, self.vector, encode_text=encode_text)
         vectors = embed_queries(queries, self._encoder.turns(), self.vector)
+        tokens_of = tokens_of_encoder(self._encoder.loaded)
+        if tokens_of is not None:
+            warn_of_cut_texts([part.text for part in parts if part.text], tokens_of)
         self._encoder.remember_light_tower()  # the next process needs no torch
         return vectors
 
@@ -379,24 +404,28 @@ class Collection:
         show_progress: bool = True,
         prune_vanished: bool = False,
         prune_limit: float = PRUNE_LIMIT,
+        exclude: Sequence[str] = (),
+        columns: Columns = Columns(),
     ) -> AddReport:
-        """Brings the collection up to date with folders, tables or shards.
+        """Brings the collection up to date with folders, tables, shards or images.
 
         Files that are known and unchanged are recognised by size and modification time without
         being read, others by a hash of their content; changed ones are encoded again, moved ones
-        keep their vector, new ones are added. What a source no longer has stays, unless pruning is
-        asked for: it may be an unmounted drive. Images that cannot be used go to the failure
-        ledger. Interrupted at any moment, it loses at most the batch in flight and ends without
-        making an index of what it added, which is searched exactly until then; a second call
-        resumes.
+        keep their id, new ones are added. Captions and metadata follow the sources. What a source
+        no longer has stays, unless pruning is asked for: it may be an unmounted drive. Images that
+        cannot be used go to the failure ledger. Interrupted at any moment, it loses at most the
+        batch in flight and ends without making an index of what it added, which is searched exactly
+        until then; a second call resumes.
 
         Args:
-            sources: see `clipsys.corpora.sources.iterate_source`.
+            sources: see `clipsys.corpora.sources.iterate_source`; none: all that it knows.
             batch_size: images encoded at once.
             num_workers: decoding threads; None: one a processor.
             show_progress: draws a bar on stderr.
             prune_vanished: removes items that these sources gave once and no source gives now.
             prune_limit: the largest share of a source that pruning may remove.
+            exclude: patterns of names, or of paths, that folders leave out; remembered.
+            columns: what the columns of tables mean; remembered.
 
         Raises:
             CollectionError: another writer is at work, the disk is full, or more has vanished than
@@ -407,6 +436,7 @@ class Collection:
         return adding.add_sources(
             self._target(),
             sources,
+            adding.Reading(tuple(exclude), columns),
             EmbeddingOptions(batch_size, num_workers),
             prune_limit=prune_limit if prune_vanished else None,
             show_progress=show_progress,
@@ -433,6 +463,33 @@ class Collection:
             writer.refresh_index()
         return num_removed
 
+    def sources(self) -> list[KnownSource]:
+        """The sources that it was filled from, in the order in which they were first indexed."""
+        return known_sources(self._store)
+
+    def rename_source(self, old: str | Path, new: str | Path) -> int:
+        """Says where a source is by now. Its images keep their ids. Returns how many moved along.
+
+        Raises:
+            DataError: there is no such source, or nothing usable at the new place.
+            CollectionError: another writer is at work.
+        """
+        with self._writing():
+            return relocation.rename(self._store, str(old), str(new))
+
+    def forget_source(self, name: str | Path, *, limit: float = PRUNE_LIMIT) -> int:
+        """Forgets a source and removes what no other one gives. Returns how many items went.
+
+        Raises:
+            DataError: there is no such source.
+            PruningRefusedError: more than this share of the collection's items would go.
+            CollectionError: another writer is at work.
+        """
+        with self._writing() as writer:
+            num_removed = relocation.forget(self._store, str(name), limit=limit)
+            writer.refresh_index()
+        return num_removed
+
     def select(self, where: filters.Where) -> list[int]:
         """Ids of the items whose metadata match a filter, ascending.
 
@@ -456,6 +513,24 @@ class Collection:
         """
         with self._writing() as writer:
             return writer.compact()
+
+    def record_model(self, model: str) -> None:
+        """Notes where the collection's model lies by now, if that is not where it was.
+
+        Args:
+            model: what `clipsys.load` takes; a folder's path becomes absolute.
+
+        Raises:
+            CollectionError: another model lies there, or another writer is at work.
+        """
+        place = place_of(model)
+        if place == read_manifest(self.path).encoder.model:
+            return
+        if self._encoder.loaded is None:
+            load_encoder(self.path, self._pin.model_copy(update={"model": place}))
+        with self._writing() as writer:
+            writer.record_model(place)
+        self._pin = self._encoder.pin = self._pin.model_copy(update={"model": place})
 
     def migrate(
         self,
@@ -511,7 +586,7 @@ class Collection:
             return writer.publish_index(memory_bytes=memory_bytes, recall=recall)
 
     def _target(self) -> adding.Target:
-        return adding.Target(self.path.name, self._store, self._encoder, self._writing)
+        return adding.Target(self.path, self._store, self._encoder, self._writing)
 
     def _writing(self) -> AbstractContextManager[Writer]:
         return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)

@@ -6,7 +6,7 @@ Heavy imports stand inside the function: this module is loaded to print its help
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -19,6 +19,10 @@ def ui(
         str,
         typer.Option(help="Address to serve on; 0.0.0.0 shows the images to the whole network."),
     ] = "127.0.0.1",
+    model: Annotated[
+        Optional[str],  # noqa: UP045  (typer evaluates annotations on Python 3.10 as well)
+        typer.Option(help="Where the collection's model lies, if not where it was."),
+    ] = None,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.")
     ] = False,
@@ -27,7 +31,7 @@ def ui(
     from clipsys.retrieval import Collection
     from clipsys.ui.server import serve
 
-    with Collection.open(collection) as photos:
+    with Collection.open(collection, model=model) as photos:
         serve(
             photos,
             host=host,

@@ -2,5 +2,6 @@
 
 index            ``clipsys index``
 search           ``clipsys search``
+sources          ``clipsys sources``
 keeping          ``clipsys info``, ``verify``, ``repair`` and so on
 """

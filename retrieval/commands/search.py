@@ -68,6 +68,10 @@ def search(
     diverse: Annotated[
         bool, typer.Option("--diverse", help="Fold near-duplicates into one hit.")
     ] = False,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where the collection's model lies, if not where it was."),
+    ] = None,
     queries: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="A file with a QUERY a line, answered together; - reads them here."),
@@ -100,7 +104,7 @@ def search(
     else:
         asked = [query]
         wanted = [_compose(query, image or (), like or (), negative or (), words)]
-    with Collection.open(collection, few_searches=queries is None) as photos:
+    with Collection.open(collection, few_searches=queries is None, model=model) as photos:
         answers = list(zip(asked, photos.search_batch(wanted, options), strict=True))
     _print(answers, options, batch=queries is not None, as_json=as_json, as_csv=as_csv)
 

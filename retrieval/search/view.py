@@ -107,7 +107,7 @@ class View:
         if stamp == self._manifest_stamp:
             return
         manifest = read_manifest(self._folder)
-        if manifest.encoder != self._pin:
+        if not manifest.encoder.makes_same_vectors(self._pin):
             _logger.warning(
                 "%s: its vectors are of model %s by now; this search still sees those of %s: "
                 "open it again",

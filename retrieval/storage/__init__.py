@@ -10,9 +10,11 @@ Each builds on those above it:
     schema           the database's tables
     upgrading        a database of the version before, brought up to date
     filters          conditions on metadata, and how they are decided
+    connecting       connections, also where nothing can be written
     database         a connection to the SQLite file, taken in turns
     row_writing      the statements of which commits are made
     store            items, failures and segments in the database
+    sources          which source gave what
     snapshot         live items and their vectors, as of one commit
     manifest         which model, which index generation
     creation         a collection's folder, whole or not at all

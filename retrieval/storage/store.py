@@ -34,6 +34,7 @@ from clipsys.retrieval.storage.row_writing import (
     insert_segment,
     mark_deleted,
     next_change,
+    record_claim,
     record_failure,
     record_origin,
     update_item,
@@ -41,6 +42,7 @@ from clipsys.retrieval.storage.row_writing import (
 from clipsys.retrieval.storage.schema import (
     SELECT_FAILURE,
     SELECT_ITEM,
+    SOURCE_TABLES,
     failure_of,
     item_of,
     sql_text,
@@ -147,6 +149,11 @@ class Store:
         rows = self._database.rows(query, (content_hash,))
         return Location(*rows[0]) if rows else None
 
+    def items_of_content(self, content_hash: str, limit: int = 100) -> list[Item]:
+        """Live items whose files have this content, the oldest first."""
+        query = f"{SELECT_ITEM} WHERE content_hash = ? AND state = 'live' ORDER BY id LIMIT ?"
+        return [item_of(row) for row in self._database.rows(query, (content_hash, limit))]
+
     def find_failure(self, uri: str) -> Failure | None:
         """The ledger's entry of a uri."""
         rows = self._database.rows(f"{SELECT_FAILURE} WHERE uri = ?", (sql_text(uri),))
@@ -182,14 +189,6 @@ class Store:
     def state(self, name: str) -> int:
         """A counter of the collection; see the schema."""
         return int(self._database.row("SELECT value FROM state WHERE name = ?", (name,))[0])
-
-    def has_origin(self, source: str, uri: str) -> bool:
-        """Whether a source is known to give a uri."""
-        query = (
-            "SELECT 1 FROM origins JOIN sources ON sources.id = origins.source "
-            "WHERE origins.uri = ? AND sources.name = ?"
-        )
-        return bool(self._database.rows(query, (sql_text(uri), sql_text(source))))
 
     def read(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query, for the modules that look after a collection."""
@@ -227,9 +226,12 @@ class Store:
         ``expression`` comes from :func:`clipsys.retrieval.storage.words.match_expression`.
         """
         query = f"SELECT rowid FROM {words.TABLE} WHERE text MATCH ? ORDER BY rank, rowid"
-        with self._database.turn() as connection:
-            words.ensure_table(connection)
-            rows = connection.execute(query, (expression,)).fetchall()
+        if not self.read(words.HAS_TABLE):
+            if not self._database.is_writable:
+                self._database.use_copy("has no table of words yet")
+            with self._database.turn() as connection:
+                words.ensure_table(connection)
+        rows = self.read(query, (expression,))
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def metadata_keys(self) -> list[str]:
@@ -280,7 +282,16 @@ class Store:
                 record_failure(connection, failure)
             for source, uri in batch.origins:
                 record_origin(connection, source, uri)
+            for source, uri, captions, keys in batch.claims:
+                record_claim(connection, source, uri, captions, keys)
         return ids
+
+    def add_source_tables(self) -> None:
+        """Adds the tables that the database of an earlier version lacks."""
+        if not self.read("SELECT 1 FROM sqlite_master WHERE name = 'claims'"):
+            with self._database.transaction("BEGIN IMMEDIATE") as connection:
+                for statement in SOURCE_TABLES:
+                    connection.execute(statement)
 
     def note_segment_times(self, times_ns: Mapping[int, int]) -> None:
         """Records when segments were written, by database id."""

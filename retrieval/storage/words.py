@@ -42,6 +42,8 @@ SCHEMA = (
     "WHERE state = 'live' AND captions != '[]'",
 )
 
+#: One row where the table is there.
+HAS_TABLE = f"SELECT 1 FROM sqlite_master WHERE name = '{TABLE}'"
 #: How many rows are not what the items say, in one statement and so as of one moment.
 COUNT_STRAY = f"""
 WITH wanted (id, text) AS (

@@ -11,6 +11,7 @@ import pytest
 
 from clipsys.config import Settings, load_settings
 from clipsys.training.checkpoints import FOLDER
+from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.manifest import MANIFEST_NAME
 from clipsys.training.objectives import BUILT_IN, objective_class
 from clipsys.training.recipe import Recipe
@@ -169,6 +170,13 @@ def test_a_record_that_names_its_objective_as_a_loss_is_compared() -> None:
     assert not list(changed_settings(was, _recipe()))
     (change,) = changed_settings(was, _recipe(objective={"name": "sigmoid"}))
     assert change == Change("objective.name", "infonce", "sigmoid")
+
+
+def test_auto_is_the_precision_that_ran() -> None:
+    ran, unknown = (Resumption("", SavedBy(1, 1, precision), 4, ()) for precision in ("bf16", ""))
+    assert ran.settle(_recipe()).engine.precision == "bf16"
+    assert ran.settle(_recipe(engine={"precision": "fp32"})).engine.precision == "fp32"
+    assert unknown.settle(_recipe()).engine.precision == "auto"
 
 
 def test_the_recorded_recipe_keeps_the_changes_of_the_course_that_was_kept(tmp_path: Path) -> None:
