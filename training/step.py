@@ -15,6 +15,7 @@ from clipsys.config import Settings
 from clipsys.errors import TrainingError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.training.data.augmentation import AugmentationConfig, augment, normalisation
+from clipsys.training.data.order import step_seed
 from clipsys.training.data.samples import Batch, Positives
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Inputs
@@ -88,7 +89,7 @@ class TrainingStep:
             TrainingError: the loss is not finite; weights and checkpoints are as they were.
         """
         # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
-        seed = (self._seed * 1_000_003 + step) * 4096 + rank()
+        seed = step_seed(self._seed, step, rank())
         torch.manual_seed(seed)
         inputs = [
             self._inputs(batch, (seed * 65_537 + number) % (1 << 63))

@@ -153,7 +153,7 @@ def _first_rank_at_work() -> Iterator[None]:
         store.set(f"{name}/done", "1")
 
 
-def _wait_for_first_rank(store: dist.Store, name: str) -> None:
+def _wait_for_first_rank(store: Any, name: str) -> None:
     last, since, pause_s = b"", time.monotonic(), 0.005
     while not store.check([f"{name}/done"]):
         time.sleep(pause_s)
