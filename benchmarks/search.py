@@ -113,8 +113,8 @@ def main() -> None:
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "segments.json").exists():
-        _write_vectors(folder, options)
-    snapshot, corpus = _snapshot(folder), _queries(options)
+        write_vectors(folder, options.items, options.vectors)
+    snapshot, corpus = open_snapshot(folder), _queries(options)
     tuning = TuningQueries({"text": corpus("text", 0)})
     for kind in options.kinds:
         started = time.perf_counter()
@@ -131,22 +131,24 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         print(json.dumps(report), flush=True)
 
 
-def _write_vectors(folder: Path, options: argparse.Namespace) -> None:
-    if options.vectors:
-        blocks: Iterator[Floats] = iter([_unit(np.load(options.vectors).astype(np.float32))])
+def write_vectors(folder: Path, total: int, vectors: Path | None = None) -> None:
+    """Writes ``total`` synthetic vectors, or those of a file, as segments."""
+    if vectors:
+        blocks: Iterator[Floats] = iter([_unit(np.load(vectors).astype(np.float32))])
     else:
-        corpus, total = Corpus(), options.items
+        corpus = Corpus()
         starts = range(0, total, BLOCK)
         blocks = (
             corpus.images(min(BLOCK, total - start), number) for number, start in enumerate(starts)
         )
     segments = [vars(write_segment(folder, block)) for block in blocks]
-    dim = options.vectors and int(np.load(options.vectors, mmap_mode="r").shape[1])
+    dim = vectors and int(np.load(vectors, mmap_mode="r").shape[1])
     document = {"dim": dim or DIM, "segments": segments}
     (folder / "segments.json").write_text(json.dumps(document), encoding="utf-8")
 
 
-def _snapshot(folder: Path) -> Snapshot:
+def open_snapshot(folder: Path) -> Snapshot:
+    """All vectors that `write_vectors` wrote."""
     from clipsys.retrieval.storage.segments import SegmentFile
 
     document = json.loads((folder / "segments.json").read_text(encoding="utf-8"))
@@ -180,7 +182,7 @@ def _queries(options: argparse.Namespace) -> Callable[[str, int], Floats]:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    snapshot, queries = _snapshot(folder), _queries(options)
+    snapshot, queries = open_snapshot(folder), _queries(options)
     kinds = {kind: queries(kind, 1) for kind in ("image", "text")}
     truth = {kind: exact_neighbours(snapshot, vectors_QD, K) for kind, vectors_QD in kinds.items()}
     report: dict[str, Any] = {

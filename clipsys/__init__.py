@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from clipsys.models.encoder import Encoder, load
     from clipsys.models.zeroshot import Prediction, ZeroShotClassifier
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ClipsysError",

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from clipsys import __version__
 from clipsys.errors import ClipsysError
+from clipsys.printing import printable
 from clipsys.processes.interruption import Interruption
 
 #: verb -> (module, function). This table is the only place where `clipsys` names its siblings.
@@ -126,7 +127,7 @@ class _Formatter(logging.Formatter):
     """Plain sentences for information, the level before anything graver."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record), keep="\n\t")  # it may hold names of files
         rank = os.environ.get("RANK", "0")
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         return f"[rank {rank}] {prefix}{text}" if rank != "0" else f"{prefix}{text}"
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ClipsysError as error:
         if debug:
             raise
-        for line in str(error).splitlines():
+        for line in printable(error, keep="\n\t").split("\n"):
             print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
 

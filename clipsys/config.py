@@ -221,7 +221,9 @@ def _plain_details(error: ValidationError, document: object) -> list[dict[str, A
     Where a setting may be of several types, pydantic adds their names to the location, and reports
     what is wrong with each; only what is wrong with the one that was meant is of use.
     """
-    details = [{**detail, "loc": _location(document, detail["loc"])} for detail in error.errors()]
+    details: list[dict[str, Any]] = [
+        {**detail, "loc": _location(document, detail["loc"])} for detail in error.errors()
+    ]
     return [
         one
         for one in details

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from clipsys.printing import printable
+
 #: Seconds between two lines where there is no terminal to draw a bar on.
 LINE_INTERVAL_S = 15.0
 
@@ -53,19 +55,20 @@ def progress(
     a job of hours is never silent. ``total=None`` shows a count without an end.
     """
     console = Console(stderr=True)
+    description = printable(description)  # it may hold the name of a folder
     if not console.is_terminal:
         yield _line_writer(description, total, unit)
         return
     counter = MofNCompleteColumn() if total else TextColumn("{task.completed:,.0f}")
     columns = (
         SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=None),
         counter,
         _RateColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task(description, total=total, note="")
@@ -74,7 +77,7 @@ def progress(
             if note is None:
                 bar.update(task, advance=n)
             else:
-                bar.update(task, advance=n, note=note)
+                bar.update(task, advance=n, note=printable(note))
 
         yield advance
 
@@ -100,7 +103,7 @@ def _line_writer(description: str, total: int | None, unit: str) -> Callable[...
             left = f", {(total - done) / rate:,.0f} s left" if total and done < total else ""
             speed = f", {rate:.3g}/s{left}"
         print(
-            f"{description}: {share} {unit}{speed} {note or ''}".rstrip(),
+            f"{description}: {share} {unit}{speed} {printable(note or '')}".rstrip(),
             file=sys.stderr,
             flush=True,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import io
 import json
 import os
@@ -101,7 +103,40 @@ def _help(*verb: str) -> str:
     return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
 
 
-PAGES = {"configuration.md": configuration, "command-line.md": command_line}
+#: Modules whose ``__all__`` is the public interface, and what each is for.
+PUBLIC = {
+    "clipsys": "Models, encoders, zero-shot classification and the tree of errors.",
+    "clipsys.training.losses": "Losses over the rows of every rank, exact in value and gradient.",
+    "clipsys.retrieval": "Collections and searching them.",
+}
+
+
+def api() -> str:
+    """Every public name with the first sentence of its docstring."""
+    lines = [
+        "# Python",
+        "",
+        "The names below are the public interface; everything else may change between versions. "
+        "They load when they are first used: `import clipsys` imports no torch.",
+        "On a code host this page lists them, each with its first sentence; the documentation site "
+        "(`make docs`) has their signatures and docstrings here.",
+        "This page is generated from the code by `python docs/generate.py`.",
+    ]
+    for module, purpose in PUBLIC.items():
+        lines += ["", f"## {module}", "", purpose]
+        names = importlib.import_module(module).__all__
+        # Functions and classes that are used come before the errors that they raise.
+        for name in sorted(names, key=lambda one: (one.endswith("Error"), one.lower())):
+            lines += ["", f"### `{module}.{name}`", "", _summary(module, name)]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(module: str, name: str) -> str:
+    text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+PAGES = {"configuration.md": configuration, "command-line.md": command_line, "api.md": api}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -13,7 +13,9 @@ one's docstring names its modules:
     encoders     what is needed of an encoder, and the text tower without torch
     indexes      the FAISS index, derived from the vectors: planned, built, measured, opened
     search       from a query to its hits: filter, rank, fuse, fold, cut
-    upkeep       what fills, changes and checks a collection
+    writing      the one writer: commits, index generations, compaction
+    ingest       from sources to committed items
+    maintenance  verification, repair, migration, duplicates, figures
     collection   all of it behind one class
     commands     the command line
 
@@ -28,13 +30,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clipsys.retrieval.collection import Collection
     from clipsys.retrieval.indexes.planning import IndexPlan, plan_index
+    from clipsys.retrieval.ingest.report import AddReport
+    from clipsys.retrieval.maintenance.duplicates import DuplicateGroup
+    from clipsys.retrieval.maintenance.info import CollectionInfo
     from clipsys.retrieval.search.query import Hit, Part, Query
     from clipsys.retrieval.search.searching import Options
     from clipsys.retrieval.storage.filters import Condition
     from clipsys.retrieval.storage.items import Failure, Item
-    from clipsys.retrieval.upkeep.duplicates import DuplicateGroup
-    from clipsys.retrieval.upkeep.info import CollectionInfo
-    from clipsys.retrieval.upkeep.report import AddReport
 
 __all__ = [
     "AddReport",
@@ -53,11 +55,11 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AddReport": "upkeep.report",
+    "AddReport": "ingest.report",
     "Collection": "collection",
-    "CollectionInfo": "upkeep.info",
+    "CollectionInfo": "maintenance.info",
     "Condition": "storage.filters",
-    "DuplicateGroup": "upkeep.duplicates",
+    "DuplicateGroup": "maintenance.duplicates",
     "Failure": "storage.items",
     "Hit": "search.query",
     "IndexPlan": "indexes.planning",

@@ -16,22 +16,32 @@ commit by commit: a search that starts after `Collection.add` returned finds wha
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clipsys.errors import QueryError
-from clipsys.inference.numpy_text_tower import LightTextTower
-from clipsys.retrieval.encoders import light
+from clipsys.progress import progress
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder, check_encoder, pin_of
+from clipsys.retrieval.encoders.pinned import PinnedEncoder
+from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
+from clipsys.retrieval.ingest import adding
+from clipsys.retrieval.ingest.embedding import EmbeddingOptions
+from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
+from clipsys.retrieval.ingest.report import AddReport
+from clipsys.retrieval.maintenance.info import CollectionInfo, describe
 from clipsys.retrieval.search.grammar import compose, parse_query
 from clipsys.retrieval.search.query import Hit, ImageSource, Query, embed_queries
 from clipsys.retrieval.search.searching import NEAR_DUPLICATE, Options, Searcher, Sought
+from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage import filters
 from clipsys.retrieval.storage.creation import create_folder
 from clipsys.retrieval.storage.items import Failure, Item
@@ -41,17 +51,60 @@ from clipsys.retrieval.storage.snapshot import Snapshot
 from clipsys.retrieval.storage.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.storage.upgrading import upgrade_database
-from clipsys.retrieval.upkeep.info import CollectionInfo, describe
-from clipsys.retrieval.upkeep.keeping import KeptCollection
+from clipsys.retrieval.writing.compaction import CompactionReport
+from clipsys.retrieval.writing.writer import Writer, writing
+
+if TYPE_CHECKING:
+    from clipsys.retrieval.indexes.tuning import TuningQueries
+    from clipsys.retrieval.maintenance.duplicates import DuplicateGroup
+    from clipsys.retrieval.maintenance.migration import MigrationOptions
+    from clipsys.retrieval.maintenance.repair import RepairReport
+    from clipsys.retrieval.maintenance.verification import Fault
 
 
-class Collection(KeptCollection):
+class Collection:
     """An open collection. Made by `create` or `open`; close it, or use it as a context manager.
 
-    Thread-safe: searches run concurrently, the encoder takes one call at a time.
+    Thread-safe: searches run concurrently, the encoder takes one call at a time. What each method
+    does is done by a function of the package that it belongs to; here stands what they share.
     """
 
-    _light: LightTextTower | None = None
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        store: Store,
+        encoder: ImageTextEncoder | None,
+        *,
+        few_searches: bool = False,
+        precision: str = "fast",
+    ) -> None:
+        """Use `create` or `open`."""
+        self.path = path
+        self._pin = manifest.encoder
+        self._store = store
+        self._encoder = PinnedEncoder(
+            path, path / manifest.edition, manifest.encoder, encoder, precision=precision
+        )
+        self._view = View(path, manifest, store, few_searches=few_searches)
+
+    def __len__(self) -> int:
+        return self._store.count_items()
+
+    @property
+    def encoder(self) -> ImageTextEncoder:
+        """The encoder, loaded now if it was not yet.
+
+        Raises:
+            ModelError: the manifest's model cannot be loaded.
+            CollectionError: another model lies there now.
+        """
+        return self._encoder.get()
+
+    @property
+    def encoder_lock(self) -> threading.Lock:
+        """Held around each call of the encoder; hold it to call the same encoder from elsewhere."""
+        return self._encoder.lock
 
     @cached_property
     def _searcher(self) -> Searcher:
@@ -230,25 +283,15 @@ class Collection(KeptCollection):
 
     def embed_batch(self, queries: Sequence[Query]) -> list[Floats | None]:
         """Encodes queries: (D,) of unit norm each, None where there are words alone."""
-        tower = self._light_tower(queries)
-        if tower is not None:
-            return embed_queries(queries, self._turns(), self.vector, encode_text=tower.encode_text)
-        vectors = embed_queries(queries, self._turns(), self.vector)
-        if self._encoder is not None:
-            self._remember_light_tower()  # the next process needs no torch
-        return vectors
-
-    def _light_tower(self, queries: Sequence[Query]) -> LightTextTower | None:
-        """The text tower in numpy, where it saves loading the model for these queries."""
-        if self._encoder is not None:
-            return None
         parts = [part for query in queries for part in query.parts]
-        num_texts = sum(part.text is not None for part in parts)
-        if any(part.image is not None for part in parts) or not 0 < num_texts <= light.MAX_TEXTS:
-            return None
-        if self._light is None:
-            self._light = light.open_light(self._data, self._pin)
-        return self._light
+        if not any(part.image is not None for part in parts):
+            tower = self._encoder.light_tower(sum(part.text is not None for part in parts))
+            if tower is not None:
+                turns, encode_text = self._encoder.turns(), tower.encode_text
+                return embed_queries(queries, turns, self.vector, encode_text=encode_text)
+        vectors = embed_queries(queries, self._encoder.turns(), self.vector)
+        self._encoder.remember_light_tower()  # the next process needs no torch
+        return vectors
 
     def search_vector(
         self, query_D: Floats, *, k: int = 10, where: filters.Where = None
@@ -325,6 +368,207 @@ class Collection(KeptCollection):
     def info(self) -> CollectionInfo:
         """Counts, model, index and size."""
         return describe(self.path, self._store)
+
+    # ---- changing --------------------------------------------------------------------------
+
+    def add(
+        self,
+        *sources: str | Path,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        show_progress: bool = True,
+        prune_vanished: bool = False,
+        prune_limit: float = PRUNE_LIMIT,
+    ) -> AddReport:
+        """Brings the collection up to date with folders, tables or shards.
+
+        Files that are known and unchanged are recognised by size and modification time without
+        being read, others by a hash of their content; changed ones are encoded again, moved ones
+        keep their vector, new ones are added. What a source no longer has stays, unless pruning is
+        asked for: it may be an unmounted drive. Images that cannot be used go to the failure
+        ledger. Interrupted at any moment, it loses at most the batch in flight and ends without
+        making an index of what it added, which is searched exactly until then; a second call
+        resumes.
+
+        Args:
+            sources: see `clipsys.corpora.sources.iterate_source`.
+            batch_size: images encoded at once.
+            num_workers: decoding threads; None: one a processor.
+            show_progress: draws a bar on stderr.
+            prune_vanished: removes items that these sources gave once and no source gives now.
+            prune_limit: the largest share of a source that pruning may remove.
+
+        Raises:
+            CollectionError: another writer is at work, the disk is full, or more has vanished than
+                ``prune_limit`` allows; what was added until then stays.
+            DataError: a source is missing, empty or unreadable; said before anything is written,
+                except for a shard that turns out to be cut off.
+        """
+        return adding.add_sources(
+            self._target(),
+            sources,
+            EmbeddingOptions(batch_size, num_workers),
+            prune_limit=prune_limit if prune_vanished else None,
+            show_progress=show_progress,
+        )
+
+    def retry_failures(
+        self,
+        *,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        show_progress: bool = True,
+    ) -> AddReport:
+        """Tries every file of the failure ledger again, changed or not; see `add`."""
+        options = EmbeddingOptions(batch_size, num_workers, retry_failures=True)
+        return adding.retry_failures(self._target(), options, show_progress=show_progress)
+
+    def remove(self, ids: Sequence[int]) -> int:
+        """Deletes items; they are never returned again. Returns how many there were.
+
+        A file that is still in its source comes back, under a new id, when that is indexed again.
+        """
+        with self._writing() as writer:
+            num_removed = writer.delete(ids)
+            writer.refresh_index()
+        return num_removed
+
+    def select(self, where: filters.Where) -> list[int]:
+        """Ids of the items whose metadata match a filter, ascending.
+
+        Raises:
+            QueryError: the filter is malformed, or empty.
+        """
+        conditions = filters.parse_where(where)
+        if not conditions:
+            raise QueryError("an empty filter selects nothing; give a condition such as year<2020")
+        ids: list[int] = self._store.select_ids(conditions).tolist()
+        return ids
+
+    def compact(self) -> CompactionReport:
+        """Drops the vectors of deleted items, joins small segments, renews the index.
+
+        Replaced files are deleted by the writer that comes after, a minute later at the earliest:
+        searches that are under way, in other processes too, read them to their end.
+
+        Raises:
+            CollectionError: another writer is at work, a segment is damaged, or the disk is full.
+        """
+        with self._writing() as writer:
+            return writer.compact()
+
+    def migrate(
+        self,
+        encoder: ImageTextEncoder,
+        *,
+        model: str | None = None,
+        options: MigrationOptions | None = None,
+        show_progress: bool = True,
+    ) -> AddReport:
+        """Encodes every image anew with another model, beside the old vectors, then swaps.
+
+        Items keep their ids. Readers, this object too, go on with the old vectors: open the
+        collection again to search the new ones. A migration that was killed goes on when it is
+        called again.
+
+        Args:
+            encoder: the new model.
+            model: what `clipsys.load` takes to load it again; `encoder.spec` if None.
+            options: how to encode, and what may be lost.
+            show_progress: draws a bar on stderr.
+
+        Raises:
+            CollectionError: another writer is at work, the collection has this model already, or
+                too many images cannot be read; the collection is as it was.
+        """
+        from clipsys.retrieval.maintenance.migration import MigrationOptions, migrate
+
+        with _shown(f"migrating {self.path.name}", len(self), show_progress) as advance:
+            return migrate(
+                self.path,
+                encoder,
+                pin_of(encoder, model),
+                options=options or MigrationOptions(),
+                advance=advance,
+            )
+
+    def build_index(
+        self, *, memory_bytes: int | None = None, recall: float = DEFAULT_RECALL
+    ) -> IndexPlan:
+        """Builds a new index generation over all live items and publishes it.
+
+        Args:
+            memory_bytes: what building and holding it may take; None: half of the machine's.
+            recall: recall@10 that is to be reached on held-out queries; 1 for an exact index.
+
+        Returns:
+            What was built, and why.
+
+        Raises:
+            CollectionError: the memory does not suffice, or the recall is not reached.
+        """
+        with self._writing() as writer:
+            return writer.publish_index(memory_bytes=memory_bytes, recall=recall)
+
+    def _target(self) -> adding.Target:
+        return adding.Target(self.path.name, self._store, self._encoder, self._writing)
+
+    def _writing(self) -> AbstractContextManager[Writer]:
+        return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)
+
+    def _tuning_queries(self) -> TuningQueries:
+        from clipsys.retrieval.indexes.tuning import caption_queries
+
+        return caption_queries(self._encoder.turns(), self._store, self._view.snapshot())
+
+    # ---- checking --------------------------------------------------------------------------
+
+    def verify(self) -> list[Fault]:
+        """Checks every invariant, reading every file. Returns what is wrong; empty when sound."""
+        from clipsys.retrieval.maintenance.verification import verify
+
+        return verify(self.path)
+
+    def repair(self) -> RepairReport:
+        """Mends what `verify` finds, as far as it can be mended without a backup.
+
+        Items whose vector is lost go to the failure ledger; `retry_failures` encodes them again.
+
+        Raises:
+            CollectionError: another writer is at work, or the database itself is damaged.
+        """
+        from clipsys.retrieval.maintenance.repair import repair
+
+        with self._writing() as writer:
+            return repair(self.path, self._store, writer)
+
+    def duplicates(
+        self, threshold: float | None = None, *, show_progress: bool = True
+    ) -> list[DuplicateGroup]:
+        """Groups of items that are nearly the same; see `clipsys.retrieval.maintenance.duplicates`.
+
+        Args:
+            threshold: cosine from which two count as nearly the same; None: 0.95.
+            show_progress: draws a bar on stderr.
+
+        Raises:
+            QueryError: the threshold is not a cosine above 0.
+        """
+        from clipsys.retrieval.maintenance.duplicates import list_groups
+
+        snapshot = self._view.snapshot()
+        threshold = NEAR_DUPLICATE if threshold is None else threshold
+        with _shown(f"comparing {self.path.name}", len(snapshot), show_progress) as advance:
+            return list_groups(snapshot, self._store, threshold, advance=advance)
+
+
+@contextmanager
+def _shown(what: str, total: int, show: bool) -> Iterator[Callable[[int], object]]:
+    if not show:
+        yield lambda _: None
+        return
+    with progress(what, total) as advance:
+        yield advance
 
 
 def _cosine(diverse: bool | float) -> float | None:

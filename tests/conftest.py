@@ -21,6 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Indexes of the tests' shards stay out of the user's cache folder; subprocesses inherit it.
 _CACHE = tempfile.TemporaryDirectory(prefix="clipsys-tests-")
 os.environ["CLIPSYS_CACHE"] = _CACHE.name
+# What `auto` is must not depend on the machine that runs the tests; nor may they touch the user's
+# stored measurements. Tests of the probe measure on purpose, into a folder of their own.
+os.environ["CLIPSYS_PROBE"] = "off"
 _SHARED = "PYTEST_XDIST_WORKER" in os.environ
 #: The files that take longest, about a minute each.
 _LONGEST = (

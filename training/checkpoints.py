@@ -1,13 +1,15 @@
 """Checkpoints: complete or absent, the newest few kept, found again for `--resume`.
 
 RUN/checkpoints/step-00001200/     DeepSpeed's state of all ranks, the averaged weights,
-                                   and model/, a model folder that open_clip loads
+                                   model/, a model folder that open_clip loads, and
+                                   checkpoint.json, the manifest of all these files
 RUN/checkpoints/latest             the name of the newest complete one
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +21,29 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from clipsys.config import Settings
 from clipsys.errors import TrainingError
 from clipsys.models.open_clip_models import ModelParts, save_model
-from clipsys.training.distributed.collectives import on_first_rank
+from clipsys.training.distributed.collectives import (
+    gather_objects,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.engine.repartition import SavedBy, read_saved_by
+from clipsys.training.manifest import (
+    FileRecord,
+    Manifest,
+    altered,
+    describe_files,
+    list_files,
+    missing_or_resized,
+    read_manifest,
+)
 
 FOLDER = "checkpoints"
 _LATEST = "latest"
+_NAME = "step-????????"
+#: DeepSpeed names the files that a rank has written by its number.
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 class CheckpointConfig(Settings):
@@ -56,10 +76,14 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
+
+    Attributes:
+        folder: the folder that they are in.
+    """
 
     def __init__(self, run: Path, *, keep: int) -> None:
-        self._folder = run / FOLDER
+        self.folder = run / FOLDER
         self._keep = keep
 
     def save(
@@ -72,57 +96,146 @@ class Checkpoints:
         """Writes a checkpoint, from every rank together. It counts only when it is complete."""
         name = f"step-{state.step:08d}"
         partial = f"{name}.partial"
-        on_first_rank(lambda: shutil.rmtree(self._folder / partial, ignore_errors=True))
-        engine.save(self._folder, partial, asdict(state))
+        on_first_rank(lambda: shutil.rmtree(self.folder / partial, ignore_errors=True))
+        engine.save(self.folder, partial, asdict(state))
         weights = engine.state_dict()
-        _wait_for_all()
+        files = self._describe_own(self.folder / partial)
 
         def publish() -> None:
-            parts.model.load_state_dict(weights)
-            save_model(parts, self._folder / partial / "model", provenance=provenance)
-            final = self._folder / name
+            written = self.folder / partial
+            save_model(parts, written / "model", weights=weights, provenance=provenance)
+            rest = set(list_files(written)) - files.keys()
+            Manifest(
+                step=state.step,
+                world_size=state.world_size,
+                zero_stage=engine.config.zero_stage,
+                precision=engine.module.precision,
+                files=dict(sorted({**files, **describe_files(written, rest)}.items())),
+            ).write(written)
+            final = self.folder / name
             shutil.rmtree(final, ignore_errors=True)
-            (self._folder / partial).rename(final)
+            written.rename(final)
             self._point_to(name)
-            self._forget_old()
-            for script in self._folder.glob("zero_to_*.py"):
+            self._forget_old(name)
+            for script in self.folder.glob("zero_to_*.py"):
                 script.unlink()  # DeepSpeed's recovery scripts; model/ makes them needless
 
         on_first_rank(publish)
-        return self._folder / name
+        return self.folder / name
+
+    def _describe_own(self, written: Path) -> dict[str, FileRecord]:
+        """Size and checksum of what all ranks have written; each looks at its own files."""
+        _wait_for_all()
+        own = [name for name in list_files(written) if _writer(name) == rank()]
+        gathered = gather_objects(describe_files(written, own))
+        return {name: record for records in gathered for name, record in records.items()}
 
     def _point_to(self, name: str) -> None:
-        pointer = self._folder / f"{_LATEST}.partial"
+        pointer = self.folder / f"{_LATEST}.partial"
         pointer.write_text(name + "\n", encoding="utf-8")
-        pointer.replace(self._folder / _LATEST)
+        pointer.replace(self.folder / _LATEST)
 
-    def _forget_old(self) -> None:
-        complete = sorted(self._folder.glob("step-????????"))
+    def _forget_old(self, newest: str) -> None:
+        # Later ones may be there, if the run was resumed from an earlier one: they are left alone.
+        complete = [name for name in self._names() if name <= newest]
         for old in complete[: -self._keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(self.folder / old)
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob(_NAME))
 
     def latest(self) -> str | None:
-        """The name of the newest complete checkpoint."""
-        pointer = self._folder / _LATEST
+        """The name of the newest complete checkpoint.
+
+        Raises:
+            TrainingError: the file that names it is damaged, or names none that is there.
+        """
+        pointer = self.folder / _LATEST
         if not pointer.is_file():
             return None
-        name = pointer.read_text(encoding="utf-8").strip()
-        if not (self._folder / name).is_dir():
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if name not in self._names():
+            there = ", ".join(self._names()) or "none"
             raise TrainingError(
-                f"{pointer}: names {name!r}, which is not there; write another name of "
-                f"{self._folder} into it, or delete it to start anew"
+                f"{pointer}: names {name!r}, which is no checkpoint of {self.folder} (there are: "
+                f"{there}); write the name of one into it, or delete it to start anew"
             )
         return name
 
-    def load(self, engine: Engine, name: str) -> TrainState:
+    def check(self, name: str) -> SavedBy:
+        """Compares a checkpoint with its manifest, on every rank together; says who saved it.
+
+        Every rank reads a part of the files. Checkpoints of versions without a manifest are
+        checked for the files of all the ranks that saved them.
+
+        Raises:
+            TrainingError: a file is missing, short, altered or one too many; the message names it
+                and the checkpoint before, if that is whole.
+        """
+        saved, files, faults = on_first_rank(lambda: self._look(name))
+        if not faults:
+            own = {file: record for file, record in files.items() if _reader(file) == rank()}
+            faults = [fault for found in gather_objects(altered(self.folder / name, own))
+                      for fault in found]  # fmt: skip
+        if faults or saved is None:
+            raise on_first_rank(lambda: self._refusal(name, faults))
+        return saved
+
+    def _look(self, name: str) -> tuple[SavedBy | None, dict[str, FileRecord], list[str]]:
+        folder = self.folder / name
+        try:
+            manifest = read_manifest(folder)
+            if manifest is None:
+                return read_saved_by(folder), {}, []
+        except TrainingError as error:
+            return None, {}, [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")]
+        faults = missing_or_resized(folder, manifest.files)
+        saved = SavedBy(manifest.world_size, manifest.zero_stage, manifest.precision)
+        return saved, manifest.files, faults
+
+    def _refusal(self, name: str, faults: list[str]) -> TrainingError:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        text = f"{self.folder / name}: the checkpoint is not whole: {', '.join(faults[:3])}{more}"
+        before = next((one for one in reversed(self._names()) if self._is_whole(one, name)), None)
+        if before is None:
+            return TrainingError(f"{text}; no checkpoint before it is whole, start a new run")
+        return TrainingError(
+            f"{text}; the one before it, {before}, is whole: to go on from there, write its name "
+            f"into {self.folder / _LATEST} (echo {before} > {self.folder / _LATEST}) and "
+            "resume again"
+        )
+
+    def _is_whole(self, name: str, before: str) -> bool:
+        if name >= before:
+            return False
+        _, files, faults = self._look(name)
+        return not faults and not altered(self.folder / name, files)
+
+    def load(self, engine: Engine, name: str, saved: SavedBy) -> TrainState:
         """Puts a checkpoint into the engine, on every rank together.
+
+        Args:
+            engine: as it was made; its weights are replaced.
+            name: of the checkpoint.
+            saved: what `check` returned.
 
         Raises:
             ConfigError: it does not fit the model, the ZeRO stage or the number of ranks.
         """
-        saved = engine.load(self._folder, name)
-        known = TrainState.__dataclass_fields__.keys() & saved.keys()
-        return TrainState(**{name: saved[name] for name in known})
+        state = engine.load(self.folder, name, saved)
+        known = TrainState.__dataclass_fields__.keys() & state.keys()
+        return TrainState(**{name: state[name] for name in known})
+
+
+def _writer(name: str) -> int:
+    """The rank that has written a file of DeepSpeed's."""
+    found = _OF_RANK.search(name)
+    return int(found[1]) if found else 0
+
+
+def _reader(name: str) -> int:
+    """The rank that checks a file: where possible the one that will load it."""
+    return _writer(name) % world_size()
 
 
 def latest_model(run: Path, step: int | None = None) -> Path:
@@ -139,9 +252,7 @@ def latest_model(run: Path, step: int | None = None) -> Path:
     if step is not None:
         found = folder / f"step-{step:08d}" / "model"
         if not found.is_dir():
-            there = ", ".join(
-                str(int(path.name[5:])) for path in sorted(folder.glob("step-????????"))
-            )
+            there = ", ".join(str(int(path.name[5:])) for path in sorted(folder.glob(_NAME)))
             raise TrainingError(f"{run}: no checkpoint at step {step}; there are {there or 'none'}")
         return found
     if (run / "model").is_dir():

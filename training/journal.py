@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from clipsys.training.json_lines import format_line, read_lines, rewrite
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -16,13 +17,12 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter
 
         run.mkdir(parents=True, exist_ok=True)
-        self._run = run
-        self._metrics = (run / METRICS_NAME).open("a", encoding="utf-8")
+        self._metrics = _open_to_append(run / METRICS_NAME)
         self._board = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl, and its numbers to TensorBoard."""
-        self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
+        self._metrics.write(format_line({"step": step, **figures}))
         self._metrics.flush()
         for name, value in figures.items():
             if isinstance(value, int | float):
@@ -36,14 +36,17 @@ class Journal:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; steps that a resumed run did again count once, the last time."""
-    path = run / METRICS_NAME
-    if not path.is_file():
-        return []
     latest: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for entry in read_lines(run / METRICS_NAME):
         latest[entry["step"], "loss" in entry] = entry
     return [latest[key] for key in sorted(latest)]
+
+
+def _open_to_append(path: Path) -> TextIO:
+    """Opens a file of lines; the next one must not be joined to one that a crash has cut."""
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        rewrite(path, read_lines(path))
+    return path.open("a", encoding="utf-8")
 
 
 def plot_curves(run: Path, out: Path) -> None:
@@ -52,7 +55,7 @@ def plot_curves(run: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
     entries = read_metrics(run)
-    losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    losses = _points(entries, "loss")
     shown = {
         "val/text_to_image/recall@1": "text → image, recall@1",
         "val/text_to_image/recall@10": "text → image, recall@10",
@@ -65,8 +68,7 @@ def plot_curves(run: Path, out: Path) -> None:
         left.plot(*zip(*losses, strict=True), color="#3565a9", linewidth=1.4)
     left.set(title="Training loss", xlabel="step", ylabel="symmetric InfoNCE")
     for name, label in shown.items():
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        if points:
+        if points := _points(entries, name):
             right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     right.set(title="Held-out data", xlabel="step", ylim=(0, 1))
     if right.lines:
@@ -75,3 +77,7 @@ def plot_curves(run: Path, out: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     figure.savefig(out)
+
+
+def _points(entries: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]

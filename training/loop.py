@@ -1,6 +1,6 @@
 """The training loop: from a recipe to a run folder.
 
-RUN/config.yaml       the resolved recipe
+RUN/config.yaml       the resolved recipe, below what was changed by a resumed run
 RUN/metrics.jsonl     loss, rate, temperature, validation figures
 RUN/skipped.jsonl     samples that could not be used, with the reason
 RUN/checkpoints/      what --resume goes on from
@@ -22,31 +22,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from clipsys import __version__
-from clipsys.config import dump_settings
 from clipsys.errors import TrainingError
-from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.devices import choose_training_precision
-from clipsys.models.open_clip_models import ModelParts
 from clipsys.progress import Advance, progress
-from clipsys.training.checkpoints import Checkpoints, TrainState
-from clipsys.training.data.batches import TrainingBatches, open_shards, sample_order
-from clipsys.training.data.loader import load_batches
-from clipsys.training.data.samples import Batch, Decoder, Skipped
-from clipsys.training.data.skips import SkipLedger
+from clipsys.training.checkpoints import TrainState
+from clipsys.training.data.samples import Batch, Skipped
+from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
 from clipsys.training.distributed.process_group import start_processes
-from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.schedule import lr_factor
 from clipsys.training.journal import Journal, plot_curves
-from clipsys.training.model.initial import initial_model
-from clipsys.training.model.towers import ContrastiveModel, TowerOptions
-from clipsys.training.plan import Plan, StepClock, plan_run
+from clipsys.training.plan import StepClock
+from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
-from clipsys.training.step import StepFigures, TrainingStep
-from clipsys.training.validation import Validation
+from clipsys.training.resuming import Resumption, find_resumption, write_recipe
+from clipsys.training.run import Run, agree_on_recipe, build_run
+from clipsys.training.step import StepFigures
 
 _logger = logging.getLogger(__name__)
 
@@ -65,16 +56,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """
     recipe.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     device = start_processes(recipe.engine.device)
-    run = recipe.run_folder
-    on_first_rank(lambda: _check_folder(run, resume=resume))
-    torch.manual_seed(recipe.seed)
-    trainer = _Trainer(recipe, run, device)
-    if resume:
-        trainer.resume()
+    recipe = agree_on_recipe(recipe)
+    on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
+    require_shared(recipe.run_folder)
+    resumption = find_resumption(recipe.run_folder, recipe) if resume else None
+    loop = TrainingLoop(build_run(recipe, device))
+    if resumption:
+        loop.resume(resumption)
+    elif resume:
+        _logger.info("%s: no checkpoint yet, starting at the first step", recipe.run_folder)
     # Only now, when data and model are known to be usable, something is written.
-    on_first_rank(lambda: _write_recipe(run, recipe))
-    trainer.run_all()
-    return run
+    on_first_rank(lambda: write_recipe(recipe.run_folder, loop.recipe, resumption))
+    loop.train()
+    return recipe.run_folder
 
 
 def _check_folder(run: Path, *, resume: bool) -> None:
@@ -89,11 +83,6 @@ def _check_folder(run: Path, *, resume: bool) -> None:
         )
 
 
-def _write_recipe(run: Path, recipe: Recipe) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(dump_settings(recipe), encoding="utf-8")
-
-
 @dataclass
 class _Window:
     """Sums since the last line of metrics.jsonl."""
@@ -104,167 +93,80 @@ class _Window:
     waited_s: float = 0.0
 
 
-class _Trainer:
-    def __init__(self, recipe: Recipe, run: Path, device: torch.device) -> None:
-        self.recipe, self.run, self.device = recipe, run, device
-        self.parts = self._new_model()
-        self.shard_set = on_first_rank(lambda: open_shards(recipe.data))
-        self.order = sample_order(recipe.data, self.shard_set, recipe.seed)
-        self.steps_per_epoch = self.order.steps_per_epoch(recipe.data.batch_size)
-        self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
-        self.validation = Validation(
-            recipe.evaluation,
-            recipe.data.validation,
-            self.parts.preprocessing,
-            self.parts.tokenizer,
-            caption_key=recipe.data.caption_key,
-        )
-        precision = choose_training_precision(recipe.engine.precision, device)
-        options = TowerOptions(precision, recipe.engine.grad_checkpointing, recipe.engine.compile)
-        self.engine = Engine(
-            ContrastiveModel(self.parts, options),
-            config=recipe.engine,
-            optimizer=recipe.optimizer,
-            local_batch_size=recipe.data.batch_size // world_size(),
-            device=device,
-        )
-        # The engine trains its own copy's parameters in place; this one is for export, so that
-        # averaged or gathered weights never pass through the model that trains.
-        self.export_parts = self._new_model() if rank() == 0 else self.parts
-        self.train_step = TrainingStep(
-            self.engine,
-            self.parts.preprocessing,
-            objective=recipe.objective,
-            augmentation=recipe.augmentation,
-            batch_size=recipe.data.batch_size,
-            seed=recipe.seed,
-        )
-        self.checkpoints = Checkpoints(run, keep=recipe.checkpoint.keep)
-        self.journal: Journal | None = None
-        self.window = _Window()
+class TrainingLoop:
+    """Takes the steps of a run; evaluates, saves and writes down on the way."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.recipe = run.recipe
         self.step = 0
-        self.skips = SkipLedger(
-            run,
-            max_share=recipe.data.max_bad_share,
-            epoch_samples=self.order.num_positions,
-            writes=rank() == 0,
-        )
         self.figures: dict[str, float] = {}
-        self.plan = self._plan(precision)
-        self._announce(precision)
+        self._window = _Window()
+        self._journal: Journal | None = None
 
-    def _new_model(self) -> ModelParts:
-        return initial_model(self.recipe.model, loss=self.recipe.objective.loss)
+    def resume(self, resumption: Resumption) -> None:
+        """Goes back to a checkpoint.
 
-    def _plan(self, precision: str) -> Plan:
-        preprocessing = self.parts.preprocessing
-        side = self.recipe.data.load_size
-        return plan_run(
-            self.recipe,
-            self.export_parts.model,
-            precision=precision,
-            world_size=world_size(),
-            num_samples=self.order.num_positions,
-            embed_dim=int(self.parts.config["embed_dim"]),
-            image_size=(side, side) if side else preprocessing.size,
-            tile_size=self.train_step.tile_size,
-        )
-
-    def _announce(self, precision: str) -> None:
-        """Says what the run is and what it takes; only rank 0 speaks."""
-        if rank() != 0:
-            return
-        data, epochs = self.recipe.data, self.recipe.schedule.epochs
-        _logger.info(
-            "%d process(es) on %s, %s, ZeRO stage %d; %s samples in %d shards, %d epochs of %d "
-            "steps, %d pairs each, %d rows of logits at once",
-            world_size(),
-            self.device.type,
-            precision,
-            self.recipe.engine.zero_stage,
-            f"{self.shard_set.num_samples:,}",
-            len(self.shard_set.shards),
-            epochs,
-            self.steps_per_epoch,
-            data.batch_size,
-            min(self.train_step.tile_size, data.batch_size),
-        )
-        _logger.info("%s", self.plan)
-        for warning in self.plan.warnings:
-            _logger.warning("%s", warning)
-        dropped = self.order.num_positions - self.steps_per_epoch * data.batch_size
-        if dropped:
-            _logger.info("the last %d samples of each epoch's order are dropped", dropped)
-
-    def resume(self) -> None:
-        latest = self.checkpoints.latest()
-        if latest is None:
-            _logger.info("%s: no checkpoint yet, starting at the first step", self.run)
-            return
-        state = self.checkpoints.load(self.engine, latest)
-        expected = self._state()
-        for name in ("seed", "batch_size", "steps_per_epoch"):
-            was, now = getattr(state, name), getattr(expected, name)
-            if was != now:
-                raise TrainingError(
-                    f"{self.run}: the run was started with {name} {was}, now it is {now}; "
-                    "resume it as it was, or start a new run from its model (model.pretrained)"
-                )
-        if state.order not in ("", expected.order):
+        Raises:
+            TrainingError: it has seen other samples.
+        """
+        state = self.run.checkpoints.load(self.run.engine, resumption.name, resumption.saved)
+        _check_same_run(self.run.folder, state, self._state())
+        if state.step > self.run.total_steps:
             raise TrainingError(
-                f"{self.run}: the samples or their order have changed since the run was started "
-                "(the shards of data.train, their sizes or weights, data.shuffle_shards, "
-                "data.resampled or data.samples_per_epoch); resume it as it was, or start a new "
-                "run from its model (model.pretrained)"
+                f"{self.run.folder}: step {state.step} is done, and schedule.epochs "
+                f"{self.recipe.schedule.epochs} ends at step {self.run.total_steps}; raise it"
             )
         self.step = state.step
-        self.skips.resume(state.step, state.skipped)
-        _logger.info("resuming after step %d of %d", self.step, self.total_steps)
-        if state.world_size != expected.world_size:
+        self.run.skips.resume(state.step, state.skipped)
+        _logger.info("resuming after step %d of %d", self.step, self.run.total_steps)
+        if state.world_size != world_size():
             _logger.info(
                 "%d process(es) instead of %d: the batches go on with the samples that they would "
                 "have had; augmentation and dropout are drawn per process, so they differ",
-                expected.world_size,
+                world_size(),
                 state.world_size,
             )
 
     def _state(self) -> TrainState:
         return TrainState(
             step=self.step,
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=self.run.steps_per_epoch,
             batch_size=self.recipe.data.batch_size,
             world_size=world_size(),
             seed=self.recipe.seed,
-            order=self.order.fingerprint(),
-            skipped=dict(self.skips.reasons),
+            order=self.run.order.fingerprint(),
+            skipped=dict(self.run.skips.reasons),
         )
 
-    def run_all(self) -> None:
-        """Trains to the end, evaluating and saving on the way."""
+    def train(self) -> None:
+        """Trains to the end."""
+        run = self.run
         if rank() == 0:
-            self.journal = Journal(self.run)
+            self._journal = Journal(run.folder)
         if self.step == 0:
-            self.skips.resume(0, {})
-            self.skips.note(self.shard_set.faults, step=0)
-        self.engine.train()
-        remaining = self.total_steps - self.step
-        self.window = _Window()
-        data = self.recipe.data
-        batches = load_batches(self._dataset(), data.workers, timeout_s=data.timeout_s)
+            run.skips.resume(0, {})
+            run.skips.note(run.shard_set.faults, step=0)
+        run.engine.train()
+        remaining = run.total_steps - self.step
+        self._window = _Window()
+        batches = run.batches(self.step)
         title = "Training" if rank() == 0 else None
         clock = StepClock(remaining_steps=remaining, batch_size=self.recipe.data.batch_size)
         with _bar(title, remaining) as advance:
-            while self.step < self.total_steps:
+            while self.step < run.total_steps:
                 asked = time.monotonic()
-                own = list(islice(batches, self.plan.micro_batches))
-                self.window.waited_s += time.monotonic() - asked
+                own = list(islice(batches, run.plan.micro_batches))
+                self._window.waited_s += time.monotonic() - asked
+                if self.step == 0 and run.checks_precision:
+                    self._check_precision(own[0])
                 self._train_step(own)
                 clock.tick()
                 advance(1, note=self._note())
                 if self._due(self.recipe.evaluation.every_epochs):
                     with self._pause():
                         self._evaluate()
-                if self._saving_is_due() and self.step < self.total_steps:
+                if self._saving_is_due() and self.step < run.total_steps:
                     with self._pause():
                         self._save()
         self._finish()
@@ -274,41 +176,12 @@ class _Trainer:
         """Keeps evaluation and saving out of the training rate."""
         paused = time.monotonic()
         yield
-        self.window.started += time.monotonic() - paused
-
-    def _dataset(self) -> TrainingBatches:
-        data = self.recipe.data
-        side = data.load_size
-        target = self.parts.preprocessing
-        loading = Preprocessing(**{**vars(target), "size": (side, side) if side else target.size})
-        return TrainingBatches(
-            self.shard_set,
-            self.order,
-            Decoder(
-                preprocessing=loading,
-                tokenizer=self.parts.tokenizer,
-                captions=data.captions,
-                positives=self.recipe.objective.positives,
-                label_key=data.label_key,
-                max_image_pixels=data.max_image_pixels,
-                seed=self.recipe.seed,
-                decode=data.decode,
-                caption_key=data.caption_key,
-            ),
-            cache=data.shard_cache,
-            pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
-            batch_size=data.batch_size,
-            micro_batch_size=data.micro_batch_size,
-            rank=rank(),
-            world_size=world_size(),
-            epochs=self.recipe.schedule.epochs,
-            start_step=self.step,
-        )
+        self._window.started += time.monotonic() - paused
 
     def _due(self, every_epochs: int) -> bool:
-        if self.step == self.total_steps:
+        if self.step == self.run.total_steps:
             return True
-        return bool(every_epochs) and self.step % (self.steps_per_epoch * every_epochs) == 0
+        return bool(every_epochs) and self.step % (self.run.steps_per_epoch * every_epochs) == 0
 
     def _saving_is_due(self) -> bool:
         config = self.recipe.checkpoint
@@ -316,29 +189,44 @@ class _Trainer:
         return inside or self._due(config.every_epochs)
 
     def _train_step(self, batches: Sequence[Batch]) -> None:
-        factor = lr_factor(self.step, self.total_steps, self.recipe.schedule)
-        figures = self.train_step(batches, self.step, factor)
+        factor = lr_factor(self.step, self.run.total_steps, self.recipe.schedule)
+        figures = self.run.step(batches, self.step, factor)
         self.step += 1
-        self.window.loss += figures.loss
-        self.window.steps += 1
+        self._window.loss += figures.loss
+        self._window.steps += 1
         if figures.num_skipped:
             self._count_skipped([one for batch in batches for one in batch.skipped])
-        if self.step % LOG_INTERVAL == 0 or self.step == self.total_steps:
+        if self.step % LOG_INTERVAL == 0 or self.step == self.run.total_steps:
             self._log(factor, figures)
+
+    def _check_precision(self, batch: Batch) -> None:
+        """Goes on in fp32 where the first loss in bf16 is another one."""
+        exact, loss = self.run.step.losses_in(("fp32", "bf16"), batch, self.step)
+        if agrees(loss, exact):
+            _logger.info("precision: bf16 (first loss %.4f; %.4f in fp32)", loss, exact)
+            return
+        _logger.warning(
+            "precision: fp32, not bf16 (the first loss is %.4f in bf16 and %.4f in fp32)",
+            *(loss, exact),
+        )
+        self.run.engine.module.precision = "fp32"
+        engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
+        self.recipe = self.recipe.model_copy(update={"engine": engine})
+        on_first_rank(lambda: write_recipe(self.run.folder, self.recipe, None))
 
     def _count_skipped(self, own: Sequence[Skipped]) -> None:
         gathered = gather_objects(own)
-        self.skips.add(
+        self.run.skips.add(
             [one for skipped in gathered for one in skipped],
             step=self.step,
             seen=self.step * self.recipe.data.batch_size,
         )
 
     def _log(self, factor: float, figures: StepFigures) -> None:
-        window = self.window
+        window = self._window
         elapsed = time.monotonic() - window.started
         self.figures = {
-            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "epoch": round(self.step / self.run.steps_per_epoch, 4),
             "loss": window.loss / window.steps,
             "lr": self.recipe.optimizer.lr * factor,
             "logit_scale": figures.logit_scale,
@@ -346,9 +234,9 @@ class _Trainer:
             "samples_per_s": window.steps * self.recipe.data.batch_size / elapsed,
             "data_wait_share": window.waited_s / elapsed,
         }
-        if self.journal:
-            self.journal.write(self.step, self.figures)
-        self.window = _Window()
+        if self._journal:
+            self._journal.write(self.step, self.figures)
+        self._window = _Window()
 
     def _note(self) -> str:
         if not self.figures:
@@ -356,45 +244,65 @@ class _Trainer:
         return f"loss {self.figures['loss']:.3f}  epoch {self.figures['epoch']:.1f}"
 
     def _evaluate(self) -> None:
-        if not self.validation:
+        if not self.run.validation:
             return
-        figures = self.validation.measure(self.engine)
-        if self.journal:
-            self.journal.write(self.step, {f"val/{name}": value for name, value in figures.items()})
+        figures = self.run.validation.measure(self.run.engine)
+        if self._journal:
+            self._journal.write(
+                self.step, {f"val/{name}": value for name, value in figures.items()}
+            )
             shown = ("text_to_image/recall@10", "image_to_text/recall@10", "zeroshot/accuracy@1")
             texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
-            _logger.info("epoch %.3g: %s", self.step / self.steps_per_epoch, ", ".join(texts))
+            epoch = self.step / self.run.steps_per_epoch
+            _logger.info("epoch %.3g: %s", epoch, ", ".join(texts))
 
     def _save(self) -> Path:
-        return self.checkpoints.save(
-            self.engine, self._state(), self.export_parts, self._provenance()
+        return self.run.checkpoints.save(
+            self.run.engine, self._state(), self.run.model, self._provenance()
         )
 
     def _provenance(self) -> dict[str, Any]:
         return {
-            "run": str(self.run.resolve()),
+            "run": str(self.run.folder.resolve()),
             "step": self.step,
-            "epochs": round(self.step / self.steps_per_epoch, 4),
+            "epochs": round(self.step / self.run.steps_per_epoch, 4),
             "clipsys": __version__,
             "recipe": self.recipe.model_dump(mode="json"),
         }
 
     def _finish(self) -> None:
-        folder = self._save()
+        checkpoint, run = self._save(), self.run.folder
 
         def publish() -> None:
-            partial = self.run / ".model.partial"
+            partial = run / ".model.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(folder / "model", partial)
-            shutil.rmtree(self.run / "model", ignore_errors=True)
-            partial.rename(self.run / "model")
-            plot_curves(self.run, self.run / "curves.png")
-            if summary := self.skips.summary():
+            shutil.copytree(checkpoint / "model", partial)
+            shutil.rmtree(run / "model", ignore_errors=True)
+            partial.rename(run / "model")
+            plot_curves(run, run / "curves.png")
+            if summary := self.run.skips.summary():
                 _logger.warning("%s", summary)
-            if self.journal:
-                self.journal.close()
+            if self._journal:
+                self._journal.close()
 
         on_first_rank(publish)
+
+
+def _check_same_run(run: Path, saved: TrainState, now: TrainState) -> None:
+    """Refuses to go on with another number or order of samples."""
+    if saved.steps_per_epoch != now.steps_per_epoch:
+        raise TrainingError(
+            f"{run}: an epoch had {saved.steps_per_epoch} steps, now it has "
+            f"{now.steps_per_epoch}: the shards of data.train hold another number of samples; "
+            "resume it as it was, or start a new run from its model (model.pretrained)"
+        )
+    if saved.order not in ("", now.order):
+        raise TrainingError(
+            f"{run}: the samples or their order have changed since the run was started "
+            "(the shards of data.train, their sizes or weights, data.shuffle_shards, "
+            "data.resampled or data.samples_per_epoch); resume it as it was, or start a new "
+            "run from its model (model.pretrained)"
+        )
 
 
 def _bar(title: str | None, total: int) -> AbstractContextManager[Advance]:

@@ -86,7 +86,7 @@ def plan_run(
     Args:
         recipe: the run.
         model: before ZeRO partitions it.
-        precision: what `choose_training_precision` chose.
+        precision: what `choose_training_precision` chose: never ``auto``.
         world_size: number of ranks.
         num_samples: of the training data.
         embed_dim: D.

@@ -19,7 +19,7 @@ from clipsys.training.data.order import step_seed
 from clipsys.training.data.samples import Batch, Positives
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Inputs
-from clipsys.training.losses import auto_tile_size, info_nce, sigmoid_loss
+from clipsys.training.losses import info_nce, sigmoid_loss
 from clipsys.training.model.towers import Features
 
 
@@ -71,7 +71,7 @@ class TrainingStep:
         *,
         objective: ObjectiveConfig,
         augmentation: AugmentationConfig,
-        batch_size: int,
+        tile_size: int,
         seed: int,
     ) -> None:
         self._engine = engine
@@ -80,7 +80,7 @@ class TrainingStep:
         self._seed = seed
         self._size = preprocessing.size
         self._mean, self._std = normalisation(preprocessing, engine.device)
-        self.tile_size = objective.tile_size or auto_tile_size(batch_size, engine.device)
+        self._tile_size = tile_size
 
     def __call__(self, batches: Sequence[Batch], step: int, lr_factor: float) -> StepFigures:
         """Trains on the micro-batches of a step (0-based). Every rank calls it.
@@ -88,19 +88,37 @@ class TrainingStep:
         Raises:
             TrainingError: the loss is not finite; weights and checkpoints are as they were.
         """
-        # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
-        seed = step_seed(self._seed, step, rank())
-        torch.manual_seed(seed)
-        inputs = [
-            self._inputs(batch, (seed * 65_537 + number) % (1 << 63))
-            for number, batch in enumerate(batches)
-        ]
+        inputs = self._seeded_inputs(batches, step)
         groups_B = torch.cat([batch.groups_B for batch in batches]).to(self._engine.device)
-        loss = objective(self._objective, groups_B, self.tile_size)
+        loss = objective(self._objective, groups_B, self._tile_size)
         share, logit_scale = self._engine.accumulate(inputs, loss)
         value, num_skipped = self._over_ranks(share, batches, step)
         norm = self._engine.update(lr_factor)
         return StepFigures(value, logit_scale, norm, num_skipped)
+
+    def losses_in(self, precisions: Sequence[str], batch: Batch, step: int) -> list[float]:
+        """Loss of one micro-batch over all ranks in fp32 or bf16, without an update.
+
+        Every rank calls it. `__call__` draws the same random numbers afterwards.
+        """
+        losses = []
+        loss = objective(self._objective, batch.groups_B.to(self._engine.device), self._tile_size)
+        for precision in precisions:
+            (inputs,) = self._seeded_inputs([batch], step)
+            share = self._engine.loss_in(precision, inputs, loss)
+            if world_size() > 1:
+                dist.all_reduce(share)
+            losses.append(float(share) / world_size())
+        return losses
+
+    def _seeded_inputs(self, batches: Sequence[Batch], step: int) -> list[Inputs]:
+        # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
+        seed = step_seed(self._seed, step, rank())
+        torch.manual_seed(seed)
+        return [
+            self._inputs(batch, (seed * 65_537 + number) % (1 << 63))
+            for number, batch in enumerate(batches)
+        ]
 
     def _inputs(self, batch: Batch, seed: int) -> Inputs:
         def make() -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ from clipsys.evaluation.figures import (
 from clipsys.evaluation.metrics import Floats
 from clipsys.images.decoding import decode_image
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.open_clip_models import Tokenizer
+from clipsys.models.tokenization import Tokenizer
 from clipsys.models.zeroshot import class_vectors
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
@@ -105,6 +105,13 @@ class Validation:
     def __bool__(self) -> bool:
         return self._targets is not None or bool(self._labels)
 
+    def fingerprint(self) -> str:
+        """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
+        texts = self._targets.texts if self._targets else []
+        images = self._num_images if self._targets else 0
+        held = repr((images, texts, self._labels)).encode()
+        return hashlib.blake2b(held, digest_size=8).hexdigest()
+
     def measure(self, engine: Engine) -> dict[str, float]:
         """Recall and zero-shot accuracy of the model as it is. Every rank must call it."""
         figures: dict[str, float] = {}
@@ -158,8 +165,8 @@ class Validation:
         local = torch.cat(parts).numpy()[: len(range(rank(), total, ranks))]
         gathered = gather_objects(local)
         result = np.empty((total, local.shape[1]), np.float32)
-        for number, rows in enumerate(gathered):
-            result[number::ranks] = rows
+        for number, part in enumerate(gathered):
+            result[number::ranks] = part
         return result
 
 

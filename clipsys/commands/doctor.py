@@ -28,6 +28,7 @@ def examine() -> list[Finding]:
         *_devices(),
         *_codecs(),
         *_faiss(),
+        *_untested(),
         *_deepspeed(),
         *_threads(),
         *_disk(),
@@ -101,6 +102,15 @@ def _faiss() -> list[Finding]:
         use = "CLIPSYS_INDEX_DEVICE=cpu keeps indexes off them"
     text = f"{faiss.__version__} ({', '.join(installed)}), {gpus} GPUs; {use}"
     return [Finding("ok", "faiss", text)]
+
+
+#: What no machine with a GPU has run yet; `make gpu` does.
+UNTESTED = "the loss in Triton kernels, FAISS on GPUs, and NCCL between ranks"
+
+
+def _untested() -> list[Finding]:
+    text = f"untested: {UNTESTED}; `make gpu` tests and measures them on one NVIDIA GPU"
+    return [Finding("note", "GPU paths", text)]
 
 
 def _deepspeed() -> list[Finding]:

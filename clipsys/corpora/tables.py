@@ -1,244 +1,253 @@
-"""Tables of images: CSV, TSV, JSON lines and Parquet, with a path or a bytes column.
+"""Tables of images: CSV, TSV, JSON Lines and Parquet, with a path or an image column.
 
 What a column means is recognised by its name, unless `Columns` says it. Parquet may hold the
-encoded images themselves, as bytes or, as Hugging Face's datasets do, as ``{bytes, path}``.
+encoded images themselves. A row that cannot be used is a record that fails when it is read, so that
+it is counted and the others are used; a table that cannot be understood is an error with its line.
 """
 
 from __future__ import annotations
 
-import csv
-import itertools
-import json
 import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+from urllib.parse import quote, unquote
 
-from clipsys.corpora.parquet_cells import read_cell
+from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles
+from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
+from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
 from clipsys.corpora.records import Record, file_record
-from clipsys.errors import DataError
+from clipsys.errors import ConfigError, DataError
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+__all__ = ["TABLE_SUFFIXES", "Columns", "iterate_table", "locate", "read_table_image"]
 
-#: Column names, in lower case, that are taken for the path of the image, the first one found.
-PATH_COLUMNS = (
-    "path", "filepath", "file_path", "file", "filename", "file_name", "image_path", "image", "img",
-    "uri", "image_file",
-)  # fmt: skip
-#: Column names that are taken for captions; so are ``caption_1``, ``caption_2`` and so on.
-CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence")
-_NUMBERED_CAPTION = re.compile(r"caption_?\d+")
-#: Column names that are taken for the class label.
-LABEL_COLUMNS = ("label", "class", "cls")
-#: Column names that are looked at first for the encoded image itself.
-BYTES_COLUMNS = ("image_bytes", "bytes", "image", "jpg")
+#: What makes metadata of a cell.
+_Clean: TypeAlias = Callable[[Any], Any]
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table mean what; empty means: recognise them.
-
-    ``path`` may also name a Parquet column of encoded images.
-    """
-
-    path: str = ""
-    captions: tuple[str, ...] = ()
-    label: str = ""
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".tab")
 
 
 def iterate_table(path: Path, columns: Columns) -> Iterator[Record]:
     """Reads a table as records; rows that name the same file are one.
 
     Raises:
-        DataError: it cannot be read, or its columns are not understood.
+        DataError: it cannot be read, has no rows, or its columns are not understood.
+        ConfigError: its encoding is unknown, or named for a Parquet table.
     """
-    rows = _read_rows(path)
-    first = next(rows, None)
-    if first is None:
-        return
-    path_column = _find_column(path, first, columns.path, PATH_COLUMNS)
-    bytes_column = (
-        _bytes_column(first, named=path_column is not None)
-        if not columns.path
-        else path_column
-        if _is_image(first.get(columns.path))
-        else None
-    )
-    if path_column is None and bytes_column is None:
-        raise DataError(
-            f"{path}: no column names the image file; the columns are {', '.join(first)}; "
-            f"expected one of {', '.join(PATH_COLUMNS)}"
-        )
-    roles = _Roles(
-        path=None if path_column == bytes_column else path_column,
-        bytes=bytes_column,
-        captions=_caption_columns(path, first, columns.captions),
-        label=_find_column(path, first, columns.label, LABEL_COLUMNS),
-    )
-    if bytes_column is not None:
-        yield from _bytes_records(path, itertools.chain([first], rows), roles)
-        return
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    assert path_column is not None
-    for row in (first, *rows):
-        grouped.setdefault(str(row.get(path_column) or ""), []).append(row)
-    for name, group in grouped.items():
-        file = path.parent / Path(name).expanduser()
-        captions = tuple(dict.fromkeys(text for row in group for text in roles.row_captions(row)))
-        yield file_record(
-            file,
-            captions=captions,
-            label=roles.row_label(group[0]),
-            metadata=roles.row_metadata(group[0]),
-        )
+    records = _parquet_records if path.suffix.lower() == ".parquet" else _text_records
+    return records(path, columns)
 
 
-@dataclass(frozen=True)
-class _Roles:
-    path: str | None
-    bytes: str | None
-    captions: tuple[str, ...]
-    label: str | None
+def locate(table: Path, cell: object) -> Path:
+    """The file that a cell names, relative to the table's folder.
 
-    def row_captions(self, row: dict[str, Any]) -> list[str]:
-        texts: list[str] = []
-        for column in self.captions:
-            value = row.get(column)
-            texts += [str(v) for v in value] if isinstance(value, list) else [str(value or "")]
-        return [text.strip() for text in texts if text.strip()]
+    Blanks around the name, backslashes and ``file://`` addresses are understood.
 
-    def row_label(self, row: dict[str, Any]) -> str | None:
-        value = row.get(self.label) if self.label else None
-        return None if value is None else str(value)
-
-    def row_metadata(self, row: dict[str, Any]) -> dict[str, Any]:
-        used = {self.path, self.bytes, self.label, *self.captions}
-        return {
-            name: value
-            for name, value in row.items()
-            if name not in used and value not in (None, "") and not _is_image(value)
-        }
-
-
-def _bytes_records(path: Path, rows: Iterator[dict[str, Any]], roles: _Roles) -> Iterator[Record]:
-    assert roles.bytes is not None
-    for number, row in enumerate(rows):
-        yield Record(
-            uri=f"{path}#{number}",
-            read=partial(read_cell, path, roles.bytes, number),
-            captions=tuple(roles.row_captions(row)),
-            label=roles.row_label(row),
-            metadata=roles.row_metadata(row),
-        )
+    Raises:
+        DataError: the cell is empty, an address of the network, or no name of a file.
+    """
+    if isinstance(cell, dict):  # {"bytes": null, "path": "a.jpg"}, in JSON Lines too
+        if cell.get("path") is None and cell.get("bytes") is not None:
+            raise DataError("images inside JSON are not read; name a file, or use Parquet")
+        cell = cell.get("path")
+    if cell is None or cell == "":
+        raise DataError("the row names no image")
+    if isinstance(cell, list | bool):
+        raise DataError(f"expected the path of a file, found {type(cell).__name__}")
+    text = str(cell)
+    if "\0" in text:
+        raise DataError("the path holds a NUL character")
+    scheme, has_scheme, rest = text.strip().partition("://")
+    if has_scheme and scheme.lower() == "file":
+        host, slash, name = rest.partition("/")
+        if host.lower() not in ("", "localhost") or not slash:
+            raise DataError("a file:// address needs three slashes and an absolute path")
+        return Path("/" + unquote(name, errors="surrogateescape"))
+    if has_scheme and scheme.isalnum():
+        raise DataError(FETCH_FIRST)
+    forms = dict.fromkeys((text, text.strip(), text.strip().replace("\\", "/")))
+    paths = [table.parent / Path(form).expanduser() for form in forms if form.strip()]
+    if not paths:
+        raise DataError("the row names no image")
+    # Mostly there is one form. A name that really ends in a blank is taken as it is.
+    return next((path for path in paths[:-1] if path.is_file()), paths[-1])
 
 
-def read_table_image(table: Path, row: str) -> bytes:
-    """Reads the image in a row of a Parquet table again.
+def read_table_image(table: Path, member: str) -> bytes:
+    """Reads the image in a cell of a Parquet table again; ``member`` is what `_member` made.
 
     Raises:
         DataError: the table or the row is gone.
     """
-    column = _bytes_column(next(_read_rows(table), {}))
-    if column is None or not row.isdigit():
-        raise DataError(f"{table}#{row}: the table has no such row any more")
-    return read_cell(table, column, int(row))
+    name, _, place = member.rpartition(":")
+    row, _, element = place.partition(".")
+    if not row.isdigit() or not (element.isdigit() or not element):
+        raise DataError(f"{table}#{member}: the table has no such row any more")
+    column = unquote(name) if name else _default_image(ParquetTable(table))
+    if column is None:
+        raise DataError(f"{table}#{member}: the table has no column of images any more")
+    return read_cell(table, column, int(row), int(element) if element else None)
 
 
-def _bytes_column(row: dict[str, Any], *, named: bool = False) -> str | None:
-    """The column that holds encoded images: by its name, or else, if allowed, by its content."""
-    holding = [name for name, value in row.items() if _is_image(value)]
-    known = [name for name in BYTES_COLUMNS if name in holding]
-    return next(iter(known or ([] if named else holding)), None)
+# ---- text tables -------------------------------------------------------------------------------
 
 
-def _is_image(value: object) -> bool:
-    return isinstance(value, bytes) or (
-        isinstance(value, dict) and isinstance(value.get("bytes"), bytes)
-    )
+def _text_records(path: Path, columns: Columns) -> Iterator[Record]:
+    rows = list(read_text_rows(path, columns))
+    if not rows:
+        raise DataError(f"{path}: has no rows; expected one an image below the header")
+    # In JSON Lines each row has names of its own.
+    names = list(dict.fromkeys(name for row in rows for name in row.cells))
+    roles = find_roles(path, names, columns)
+    clean = _as_json if path.suffix.lower() in JSON_SUFFIXES else _as_cell
+    grouped: dict[str, list[Row]] = {}
+    files: dict[str, Path] = {}
+    for row in rows:
+        cell = row.cells.get(roles.path or "")
+        key = str(cell)
+        if key not in grouped:
+            try:
+                files[key] = locate(path, cell)
+            except DataError as error:
+                yield _unusable(f"{path}#{row.number}", error, row.cells, roles)
+                continue
+            grouped[key] = []
+        grouped[key].append(row)
+    for key, group in grouped.items():
+        yield _of_file(files[key], [row.cells for row in group], roles, clean)
 
 
-def _find_column(table: Path, row: dict[str, Any], asked: str, known: Sequence[str]) -> str | None:
-    if asked:
-        if asked not in row:
-            raise DataError(f"{table}: no column {asked!r}; the columns are {', '.join(row)}")
-        return asked
-    by_lower = {name.lower(): name for name in row}
-    return next(
-        (
-            by_lower[name]
-            for name in known
-            if name in by_lower and not _is_image(row[by_lower[name]])
-        ),
-        None,
-    )
+def _as_json(value: Any) -> Any:
+    return value
 
 
-def _caption_columns(table: Path, row: dict[str, Any], asked: Sequence[str]) -> tuple[str, ...]:
-    if asked:
-        found = [_find_column(table, row, name, ()) for name in asked]
-        return tuple(name for name in found if name)
-    return tuple(
-        name
-        for name in row
-        if name.lower() in CAPTION_COLUMNS or _NUMBERED_CAPTION.fullmatch(name.lower())
-    )
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix in (".jsonl", ".ndjson"):
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _json_row(path, number, line)
-                return
-            reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
-            for number, row in enumerate(reader, 2):
-                if None in row:
-                    raise DataError(f"{path}:{number}: more cells than the header has columns")
-                yield {name: _number(value) for name, value in row.items()}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-
-
-def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error})") from error
-
-
-def _number(text: str | None) -> Any:
-    """CSV cells that are plainly numbers become numbers, so that ``year >= 2020`` can be asked."""
-    if text is None or not text or text != text.strip() or text[0] not in "-0123456789":
+def _as_cell(text: Any) -> Any:
+    """Cells that are plainly numbers become numbers, so that ``year >= 2020`` can be asked."""
+    if not isinstance(text, str):
+        return text
+    text = text.strip()
+    if not text or text[0] not in "-0123456789":
         return text
     if text.lstrip("-").isdigit():
-        # 007 and 0012 are article numbers, not integers.
-        return int(text) if str(int(text)) == text else text
+        # 007 and 0012 are article numbers, not integers; thousands of digits are none either.
+        return int(text) if len(text) < 20 and str(int(text)) == text else text
     try:
         number = float(text)
     except ValueError:
         return text
     return number if math.isfinite(number) and "e" not in text.lower() else text
+
+
+# ---- Parquet -----------------------------------------------------------------------------------
+
+
+def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
+    table = ParquetTable(path)
+    if columns.encoding:
+        raise ConfigError(f"{path}: the text of Parquet is UTF-8; leave out --encoding")
+    roles = _parquet_roles(path, table, columns)
+    grouped: dict[Path, list[dict[str, Any]]] = {}
+    num_rows = 0
+    for row in table.rows(roles.image):
+        num_rows += 1
+        for place, cell in enumerate(_images(row, roles)):
+            element = place if roles.image in table.list_names else None
+            member = _member(table, roles.image, row.number, element)
+            if cell.has_bytes:
+                assert roles.image is not None
+                yield Record(
+                    uri=f"{path}#{member}",
+                    read=partial(read_cell, path, roles.image, row.number, element),
+                    captions=_captions([row.cells], roles),
+                    label=_label(row.cells, roles),
+                    metadata=_metadata(row.cells, roles, _as_json),
+                )
+                continue
+            try:
+                grouped.setdefault(locate(path, cell.path), []).append(row.cells)
+            except DataError as error:
+                yield _unusable(f"{path}#{member}", error, row.cells, roles)
+    if not num_rows:
+        raise DataError(f"{path}: has no rows; expected one an image")
+    for file, group in grouped.items():
+        yield _of_file(file, group, roles, _as_json)
+
+
+def _images(row: ParquetRow, roles: Roles) -> list[ImageCell]:
+    """The images of a row; where it has neither bytes nor a path of its own, the path column's."""
+    if any(cell.has_bytes or cell.path for cell in row.images):
+        return row.images
+    return [ImageCell(has_bytes=False, path=row.cells.get(roles.path) if roles.path else None)]
+
+
+def _parquet_roles(path: Path, table: ParquetTable, columns: Columns) -> Roles:
+    names = table.names
+    roles = find_roles(path, names, columns, images=table.image_names, paths=table.text_names)
+    if roles.path is not None and roles.path not in table.text_names:
+        raise DataError(
+            f"{path}: column {roles.path!r} is of type {table.type_of(roles.path)}; expected "
+            "paths (text) or encoded images (binary)"
+        )
+    return roles
+
+
+def _member(table: ParquetTable, column: str | None, row: int, element: int | None) -> str:
+    """A row, and where they are not clear, its column of images and which of a list it is."""
+    is_default = column is None or column == _default_image(table)
+    name = "" if is_default else f"{quote(str(column), safe='')}:"
+    return f"{name}{row}" if element is None else f"{name}{row}.{element}"
+
+
+def _default_image(table: ParquetTable) -> str | None:
+    """The column of images that is meant where none is named."""
+    images, paths = table.image_names, table.text_names
+    try:
+        return find_roles(Path(), table.names, Columns(), images=images, paths=paths).image
+    except DataError:
+        return None
+
+
+# ---- records -----------------------------------------------------------------------------------
+
+
+def _of_file(file: Path, rows: list[dict[str, Any]], roles: Roles, clean: _Clean) -> Record:
+    return file_record(
+        file,
+        captions=_captions(rows, roles),
+        label=_label(rows[0], roles),
+        metadata=_metadata(rows[0], roles, clean),
+    )
+
+
+def _unusable(uri: str, error: DataError, cells: dict[str, Any], roles: Roles) -> Record:
+    """The record of a row that names no image: counted, never lost."""
+    failure = DataError(f"{uri}: {error}")
+
+    def fail() -> bytes:
+        raise failure
+
+    return Record(uri, fail, _captions([cells], roles), _label(cells, roles))
+
+
+def _captions(rows: list[dict[str, Any]], roles: Roles) -> tuple[str, ...]:
+    texts: list[str] = []
+    for row in rows:
+        for column in roles.captions:
+            value = row.get(column)
+            texts += ["" if one is None else str(one).strip() for one in _listed(value)]
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _label(row: dict[str, Any], roles: Roles) -> str | None:
+    value = row.get(roles.label) if roles.label else None
+    return str(value).strip() if value is not None and str(value).strip() else None
+
+
+def _metadata(row: dict[str, Any], roles: Roles, clean: _Clean) -> dict[str, Any]:
+    cells = {name: clean(value) for name, value in row.items() if name not in roles.used}
+    return {name: value for name, value in cells.items() if value is not None and value != ""}

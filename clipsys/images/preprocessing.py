@@ -7,14 +7,16 @@ encoder's device. Together they equal open_clip's evaluation transform to the bi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from clipsys.errors import ModelError
+from clipsys.errors import ConfigError, ModelError
 from clipsys.images.decoding import UPRIGHT_TURNS, StoredImage
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -175,6 +177,58 @@ class Preprocessing:
         # open_clip's ResizeKeepRatio for sizes that are not square.
         ratio = 1 / max(width / size[0], height / size[1])
         return round(size[0] / ratio), round(size[1] / ratio)
+
+
+def check_preprocess(config: Mapping[str, Any], *, setting: str) -> None:
+    """Checks settings that a person wrote, key by key.
+
+    Raises:
+        ConfigError: a key is not open_clip's, or a value is none for it; names the setting.
+    """
+    for key, value in config.items():
+        expected = _CHECKS.get(key)
+        if expected is None:
+            near = get_close_matches(key, _CHECKS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_CHECKS)}"
+            raise ConfigError(f"{setting}.{key} is not a setting; {hint}")
+        passes, words = expected
+        if not passes(value):
+            raise ConfigError(f"{setting}.{key} is {value!r}; expected {words}")
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_channels(value: Any) -> bool:
+    numbers = isinstance(value, (list, tuple)) and len(value) == 3
+    return numbers and all(isinstance(one, (int, float)) for one in value)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "size": (
+        lambda value: (
+            _is_side(value)
+            or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_side, value)))
+        ),
+        "pixels, or [height, width]",
+    ),
+    "mode": (lambda value: value == "RGB", "RGB"),
+    "mean": (_are_channels, "three numbers, one a channel"),
+    "std": (
+        lambda value: _are_channels(value) and min(value) > 0,
+        "three numbers above 0, one a channel",
+    ),
+    "interpolation": (lambda value: value in _RESAMPLING, f"one of {', '.join(_RESAMPLING)}"),
+    "resize_mode": (
+        lambda value: value in ("shortest", "longest", "squash"),
+        "shortest, longest or squash",
+    ),
+    "fill_color": (
+        lambda value: isinstance(value, int) and 0 <= value <= 255,
+        "a grey value from 0 to 255",
+    ),
+}
 
 
 def _channels_first(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """Fast ways through a tower, each checked against the plain one before it is used.
 
 equal_outputs       whether two ways through a tower give the same output
+checking            an approximation, used where the first images agree with the exact tower
 threads             which thread encodes which rows
 text_tower          a causal text tower on batches cut to their longest caption
 image_tower         vision transformers, from the class token's last block to int8

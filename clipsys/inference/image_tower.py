@@ -62,12 +62,17 @@ def int8_image_encoder(model: Any) -> EncodeImage | None:
     return _ClassTokenTower(model.visual, Int8Linear)
 
 
+def may_be_in_int8(model: Any) -> bool:
+    """Whether the image tower has the parts that `int8_image_encoder` needs; outputs decide."""
+    return _class_token_parts(model) is not None
+
+
 def _float_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> Product:
     return partial(F.linear, weight=weight_OI, bias=bias_O)
 
 
-def _class_token_tower(model: Any, make: MakeProduct) -> _ClassTokenTower | None:
-    """The image tower, if it is a vision transformer that is pooled at its class token."""
+def _class_token_parts(model: Any) -> Any:
+    """The image tower, if it has the parts of a vision transformer with a class token."""
     tower: Any = getattr(model, "visual", None)
     needed = (
         "conv1",
@@ -79,7 +84,13 @@ def _class_token_tower(model: Any, make: MakeProduct) -> _ClassTokenTower | None
     )
     if any(getattr(tower, name, None) is None for name in needed):
         return None
-    if getattr(tower, "attn_pool", None) is not None:
+    return None if getattr(tower, "attn_pool", None) is not None else tower
+
+
+def _class_token_tower(model: Any, make: MakeProduct) -> _ClassTokenTower | None:
+    """The image tower, if it is a vision transformer that is pooled at its class token."""
+    tower = _class_token_parts(model)
+    if tower is None:
         return None
     size = getattr(tower, "image_size", None)
     height, width = size if isinstance(size, tuple) else (size, size)

@@ -11,29 +11,15 @@ al., arXiv 2309.16588), so costs the others no precision, nothing has to be cali
 result does not depend on what else is in the batch.
 
 It is an approximation, so it is compared with the exact tower on the first images that come, and
-given up where they do not agree: `CheckedInt8`.
+given up where they do not agree: `clipsys.inference.checking`.
 
 N rows (tokens), I input and O output channels, B images.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-
 import torch
-from torch.nn import functional as F  # noqa: N812
 
-from clipsys.inference.threads import EncodeImage
-
-_logger = logging.getLogger(__name__)
-
-#: Cosine with the exact vector below which int8 is given up. At 0.99 the error has a length of
-#: 0.14, of which a query sees 0.14 / sqrt(D): 0.006 at D = 512, a fifth of the spread that the
-#: cosines of CLIP's texts and images have among themselves.
-MIN_AGREEMENT = 0.99
-#: Images that are compared; fewer than this many decide nothing and are encoded exactly.
-_COMPARED_MIN, _COMPARED_MAX = 8, 16
 #: Stands for zero in the unsigned bytes that the processor multiplies with signed ones.
 _ZERO = 128
 #: A float of this size is a whole number: adding it rounds, and the last byte of the sum's bits is
@@ -83,45 +69,3 @@ def _scales(rows_NI: torch.Tensor) -> torch.Tensor:
     # Two passes that write nothing are faster than abs() and one.
     largest_N1 = torch.maximum(rows_NI.amax(1, keepdim=True), rows_NI.amin(1, keepdim=True).neg_())
     return largest_N1.clamp_min_(1e-12).div_(127)
-
-
-class CheckedInt8:
-    """A tower in int8 that is compared with the exact one on the first images it gets.
-
-    Args:
-        exact: image (B, C, H, W) float -> features (B, D).
-        make_approximate: gives the same in int8, or None where that is not possible; called when
-            enough images came to decide.
-    """
-
-    def __init__(
-        self, exact: EncodeImage, make_approximate: Callable[[], EncodeImage | None]
-    ) -> None:
-        self._exact = exact
-        self._make_approximate = make_approximate
-        self._chosen: EncodeImage | None = None
-
-    def __call__(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """Features (B, D) of the images; exact ones until enough images came to decide."""
-        if self._chosen is None:
-            if len(image_BCHW) < _COMPARED_MIN:
-                return self._exact(image_BCHW)
-            self._chosen = self._choose(image_BCHW[:_COMPARED_MAX])
-        return self._chosen(image_BCHW)
-
-    def _choose(self, image_BCHW: torch.Tensor) -> EncodeImage:
-        approximate = self._make_approximate()
-        if approximate is None:
-            _logger.info("precision: fp32 (int8 is for class-token vision transformers)")
-            return self._exact
-        cosines_B = F.cosine_similarity(self._exact(image_BCHW), approximate(image_BCHW))
-        agreement = float(cosines_B.min())
-        compared = f"the first {len(image_BCHW)} images agree with fp32 to a cosine of"
-        if agreement >= MIN_AGREEMENT:  # false for NaN as well
-            _logger.info("precision: int8 (%s %.4f)", compared, agreement)
-            return approximate
-        _logger.warning(
-            "precision: fp32, not int8 (%s %.4f only; %s is asked)",
-            *(compared, agreement, MIN_AGREEMENT),
-        )
-        return self._exact

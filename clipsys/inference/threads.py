@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -21,13 +23,35 @@ import torch
 EncodeImage = Callable[[torch.Tensor], torch.Tensor]
 
 
-def in_chunks(encode: EncodeImage, chunk: int) -> EncodeImage:
+@dataclass(frozen=True)
+class Arrangement:
+    """How threads divide the work.
+
+    Attributes:
+        threads: how many there are.
+        apart: each takes images of its own through the whole tower; otherwise all share each
+            operation.
+    """
+
+    threads: int
+    apart: bool = False
+
+    def __str__(self) -> str:
+        if self.threads == 1:
+            return "1 thread"
+        return f"{self.threads} threads" + (" apart" if self.apart else "")
+
+
+def in_chunks(
+    encode: EncodeImage, chunk: int, arrangement: Arrangement | None = None
+) -> EncodeImage:
     """``encode`` for batches of any size: on a CPU up to ``chunk`` images a thread at once.
 
     Args:
         encode: must be free of state, each image's features depending on that image alone. Runs
             without gradients.
         chunk: images that pass together.
+        arrangement: default as many threads as torch has, apart.
     """
     pool: ThreadPoolExecutor | None = None
 
@@ -35,14 +59,15 @@ def in_chunks(encode: EncodeImage, chunk: int) -> EncodeImage:
         nonlocal pool
         if image_BCHW.device.type != "cpu" or len(image_BCHW) <= chunk:
             return encode(image_BCHW)
-        num_threads = torch.get_num_threads()
+        chosen = arrangement or Arrangement(torch.get_num_threads(), apart=True)
         # A multiple of the threads, all of a size: no thread waits at the end.
-        num_parts = math.ceil(math.ceil(len(image_BCHW) / chunk) / num_threads) * num_threads
+        num_parts = math.ceil(math.ceil(len(image_BCHW) / chunk) / chosen.threads) * chosen.threads
         parts = torch.tensor_split(image_BCHW, min(num_parts, len(image_BCHW)))
-        if num_threads == 1:
-            return torch.cat([encode(part) for part in parts])
+        if chosen.threads == 1 or not chosen.apart:
+            with limited_threads(chosen.threads):
+                return torch.cat([encode(part) for part in parts])
         if pool is None:
-            pool = _single_threads(num_threads)
+            pool = single_threads(chosen.threads)
         autocast = torch.is_autocast_enabled("cpu")
 
         def encode_part(part: torch.Tensor) -> torch.Tensor:
@@ -55,8 +80,20 @@ def in_chunks(encode: EncodeImage, chunk: int) -> EncodeImage:
     return encode_in_chunks
 
 
-def _single_threads(count: int) -> ThreadPoolExecutor:
+@contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Lets torch's operations of this thread use that many threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def single_threads(count: int) -> ThreadPoolExecutor:
     """Threads in each of which torch's operations use that thread alone."""
+    before = torch.get_num_threads()
     all_started = threading.Barrier(count + 1)
 
     def start() -> None:
@@ -70,5 +107,5 @@ def _single_threads(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(lambda: None)
     all_started.wait()
-    torch.set_num_threads(count)  # for threads that start later, and for this one as it was
+    torch.set_num_threads(before)  # for threads that start later, and for this one as it was
     return pool

@@ -1,6 +1,9 @@
 """From weights to an encoder.
 
 devices             which device, precision and number of threads
+hub                 the Hugging Face hub, quietly and within seconds
+tokenization        the tokenizer of a text tower
+architectures       open_clip's model_cfg: found, checked, made to fit
 open_clip_models    building, loading and saving models in open_clip's local format
 encoder             `Encoder`: images and texts to unit vectors
 zeroshot            `ZeroShotClassifier`

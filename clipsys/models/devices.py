@@ -1,14 +1,20 @@
-"""Which device and precision an encoder or a run uses, and why."""
+"""Which device, precision and threads an encoder uses, and why."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from clipsys.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
+from clipsys.inference import int8
+from clipsys.inference.image_tower import CPU_CHUNK, may_be_in_int8
+from clipsys.inference.threads import Arrangement
+from clipsys.probe.figures import acceptable
+from clipsys.probe.probing import Work, probe, signature
+from clipsys.probe.products import Product, record
 
 #: What an encoder may be asked to compute in.
 PRECISIONS = ("auto", "fast", "fp32", "bf16", "int8")
@@ -16,14 +22,27 @@ PRECISIONS = ("auto", "fast", "fp32", "bf16", "int8")
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class EncodingChoice:
+    """How an encoder computes.
+
+    Attributes:
+        precisions: the one that is used, then what takes its place where results are refused.
+        is_checked: whether the first images are compared with fp32.
+        arrangement: of threads; None: as many as torch has, apart.
+    """
+
+    precisions: tuple[str, ...]
+    is_checked: bool = False
+    arrangement: Arrangement | None = None
+
+
 def choose_device(asked: str = "auto") -> torch.device:
     """The device asked for; ``auto`` takes CUDA, then MPS, then the CPU, and logs the choice.
 
     Raises:
-        ConfigError: the device asked for is not there.
+        ConfigError: the device asked for is unavailable.
     """
-    import torch
-
     if asked == "auto":
         if torch.cuda.is_available():
             asked = "cuda"
@@ -43,81 +62,75 @@ def choose_device(asked: str = "auto") -> torch.device:
     return device
 
 
-def choose_precision(asked: str, device: torch.device) -> str:
-    """``fp32``, ``bf16`` (autocast) or ``int8`` (images on the CPU), and says why.
+def choose_encoding(
+    asked: str, device: torch.device, model: Any, *, name: str, image_size: tuple[int, int]
+) -> EncodingChoice:
+    """The precision asked for; ``auto`` and ``fast`` are decided by a measurement on a CPU.
+
+    A GPU with instructions for bf16 is many times as fast in it, which needs no measurement.
 
     Args:
-        asked: ``auto`` decides between fp32 and bf16 by what the device multiplies fast; ``fast``
-            takes int8 too, where that is faster still.
+        asked: ``auto`` decides between fp32 and bf16, ``fast`` takes int8 into account too.
         device: where the model runs.
+        model: open_clip's, with whole weights.
+        name: what the log calls the model.
+        image_size: (height, width) of its images.
 
     Raises:
-        ConfigError: the precision is not known, or not to be had on this device.
+        ConfigError: the precision is not known, or this device cannot compute in it.
     """
     if asked not in PRECISIONS:
         raise ConfigError(f"precision {asked!r} is not known; expected {', '.join(PRECISIONS)}")
     if asked == "int8":
-        _check_int8(device)
+        _check_int8(device, model, name)
     if asked not in ("auto", "fast"):
-        return asked
-    fast, reason = _bf16_is_fast(device)
-    if asked == "fast" and not fast and _int8_is_fast(device):
-        return "int8"  # said with the first images, which decide
-    chosen = "bf16" if fast else "fp32"
-    _logger.info("precision: %s (%s)", chosen, reason)
-    return chosen
+        return EncodingChoice((asked,), is_checked=asked == "int8")
+    if device.type != "cpu":
+        chosen, reason = choose_by_device(device)
+        _logger.info("precision: %s (%s)", chosen, reason)
+        return EncodingChoice(("bf16", "fp32") if chosen == "bf16" else ("fp32",), is_checked=True)
+    with_int8 = asked == "fast" and int8.is_fast() and may_be_in_int8(model)
+    figures = probe(encoding_work(model, name, image_size, with_int8=with_int8))
+    if figures is None:
+        return EncodingChoice(("fp32",))
+    return EncodingChoice(
+        acceptable(figures.gflops), is_checked=True, arrangement=figures.arrangement
+    )
 
 
-def _check_int8(device: torch.device) -> None:
+def encoding_work(model: Any, name: str, image_size: tuple[int, int], *, with_int8: bool) -> Work:
+    """What encoding images with this model computes over and over."""
+    shape = (CPU_CHUNK, 3, *image_size)
+
+    def products() -> tuple[Product, ...]:
+        return record(model, lambda same: same.encode_image(torch.empty(shape, device="meta")))
+
+    return Work(
+        name=f"encoding with {name}",
+        signature=signature(model, shape),
+        products=products,
+        precisions=("fp32", "bf16", "int8") if with_int8 else ("fp32", "bf16"),
+    )
+
+
+def _check_int8(device: torch.device, model: Any, name: str) -> None:
     if device.type != "cpu":
         raise ConfigError(f"precision int8 is for CPUs, not for {device}; use bf16 or fp32")
-    if not _int8_is_fast(device):
+    if not int8.is_fast():
         raise ConfigError(
             "precision int8: this processor has no instructions for it (VNNI); use fp32"
         )
+    if not may_be_in_int8(model):
+        raise ConfigError(
+            f"precision int8: the image tower of {name} is not a vision transformer "
+            "pooled at its class token, the only kind that it is for; use fp32"
+        )
 
 
-def choose_training_precision(asked: str, device: torch.device) -> str:
-    """What a run computes in; ``auto`` decides by the device, and says why.
-
-    Returns:
-        ``fp32``; ``bf16`` (autocast over float32 parameters); ``bf16_params``; or ``fp16``.
-
-    Raises:
-        ConfigError: the device cannot compute in what was asked for.
-    """
-    import torch
-
-    if asked == "auto":
-        fast, reason = _bf16_is_fast(device)
-        old_gpu = device.type == "cuda" and not fast
-        chosen = "bf16" if fast else "fp16" if old_gpu else "fp32"
-        _logger.info("precision: %s (%s)", chosen, reason)
-        return chosen
-    if (
-        asked == "fp16"
-        and device.type == "cpu"
-        and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    ):
-        raise ConfigError("engine.precision fp16: this processor cannot compute in fp16; use fp32")
-    return asked
-
-
-def _bf16_is_fast(device: torch.device) -> tuple[bool, str]:
-    import torch
-
+def choose_by_device(device: torch.device) -> tuple[str, str]:
+    """``bf16`` or ``fp32`` by what a GPU has, and the reason in words."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return fast, "the GPU multiplies bf16 natively" if fast else "the GPU has no native bf16"
-    if device.type == "cpu":
-        # AVX512-BF16 alone converts and multiplies, but was measured slower than fp32 on the small
-        # convolutions of our CPU recipes; AMX tiles are what pays.
-        amx = torch.cpu._is_amx_tile_supported()
-        return amx, "the processor has AMX" if amx else "the processor has no AMX tiles"
-    return False, f"autocast to bf16 is not used on {device.type}"
-
-
-def _int8_is_fast(device: torch.device) -> bool:
-    from clipsys.inference import int8
-
-    return device.type == "cpu" and int8.is_fast()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU multiplies bf16 natively"
+        return "fp32", "the GPU has no native bf16"
+    return "fp32", f"autocast to bf16 is not used on {device.type}"

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
-from clipsys.errors import ConfigError
 from clipsys.images.decoding import decode_image, decode_stored
+from clipsys.inference.checking import CheckedEncoder, MakeEncoder
 from clipsys.inference.image_tower import CPU_CHUNK, INT8_CHUNK, image_encoder, int8_image_encoder
-from clipsys.inference.int8 import CheckedInt8
 from clipsys.inference.text_tower import text_encoder
 from clipsys.inference.threads import EncodeImage, in_chunks
 from clipsys.models import open_clip_models as models
-from clipsys.models.devices import choose_device, choose_precision
+from clipsys.models.devices import choose_device, choose_encoding
+from clipsys.models.tokenization import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -38,8 +38,8 @@ class Encoder:
         fingerprint: SHA-256 of weights, architecture, tokenizer and preprocessing.
         dim: D, the width of the vectors.
         device: where the model runs.
-        precision: ``fp32``, ``bf16``, or ``int8``: images in int8 where the first of them agree
-            with fp32, texts in fp32.
+        precision: ``fp32``, ``bf16``, or ``int8`` (images in int8, texts in fp32): what was asked
+            for or chosen, until the first images that are compared with fp32 decide otherwise.
     """
 
     def __init__(
@@ -50,14 +50,16 @@ class Encoder:
         self.fingerprint = parts.loaded_fingerprint or models.fingerprint(parts)
         self.preprocessing = parts.preprocessing
         self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device)
         self._read_fast = precision == "fast"
         self._model: Any = parts.model.eval().requires_grad_(False).to(self.device)
-        if precision == "int8" and int8_image_encoder(self._model) is None:
-            raise ConfigError(
-                f"precision int8: the image tower of {self.name} is not a vision transformer "
-                "pooled at its class token, the only kind that it is for; use fp32"
-            )
+        self._choice = choose_encoding(
+            precision,
+            self.device,
+            self._model,
+            name=self.name,
+            image_size=parts.preprocessing.size,
+        )
+        self.precision = self._choice.precisions[0]
         self._encode_tokens = text_encoder(self._model)
         self._tokenizer = parts.tokenizer
         shape = (3, 1, 1)
@@ -76,7 +78,7 @@ class Encoder:
         return self._model
 
     @property
-    def tokenizer(self) -> models.Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Texts to int64 (N, context_length)."""
         return self._tokenizer
 
@@ -85,22 +87,51 @@ class Encoder:
         """What similarities are multiplied with before a softmax, as trained (no logarithm)."""
         return float(self._model.logit_scale.detach().exp())
 
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to scaled similarities before a sigmoid; None of a softmax model."""
+        bias = getattr(self._model, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
+
     @cached_property
     def _encode_pixels(self) -> EncodeImage:
         # When first needed: a search by text must not wait for it.
-        exact = self._from_pixels(image_encoder(self._model), CPU_CHUNK)
-        if self.precision != "int8":
-            return exact
-        return CheckedInt8(exact, self._make_int8)
+        exact = image_encoder(self._model)
+        forms: dict[str, MakeEncoder] = {
+            "fp32": lambda: self._from_pixels(exact, CPU_CHUNK),
+            "bf16": lambda: self._from_pixels(self._in_bf16(exact), CPU_CHUNK),
+            "int8": self._make_int8,
+        }
+        encode = forms["fp32"]()
+        assert encode is not None
+        names = [name for name in self._choice.precisions if name != "fp32"]
+        if not names:
+            return encode
+        if self._choice.is_checked:
+            approximations = {name: forms[name] for name in names}
+            return CheckedEncoder(encode, approximations, self._settle)
+        return forms[names[0]]() or encode
+
+    def _settle(self, precision: str) -> None:
+        self.precision = precision
 
     def _make_int8(self) -> EncodeImage | None:
         tower = int8_image_encoder(self._model)
         return None if tower is None else self._from_pixels(tower, INT8_CHUNK)
 
+    def _in_bf16(self, encode: EncodeImage) -> EncodeImage:
+        def encode_in_bf16(image_BCHW: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                return encode(image_BCHW)
+
+        return encode_in_bf16
+
     def _from_pixels(self, encode: EncodeImage, chunk: int) -> EncodeImage:
         # Floats are four times the bytes: they are made when their images' turn has come.
         return in_chunks(
-            lambda pixels: encode((pixels.float() / 255 - self._mean) / self._std), chunk
+            lambda pixels: encode((pixels.float() / 255 - self._mean) / self._std),
+            chunk,
+            self._choice.arrangement,
         )
 
     def preprocess(self, image: Image.Image) -> Pixels:
@@ -129,7 +160,7 @@ class Encoder:
     def encode_pixels(self, pixels_BCHW: Pixels) -> Vectors:
         """Encodes what `preprocess` or `read_pixels` made: (B, 3, H, W) uint8 -> (B, D) float32."""
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_BCHW)).to(self.device)
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode():
             return _unit(self._encode_pixels(pixels))
 
     def encode_image(
@@ -154,14 +185,12 @@ class Encoder:
         batches = []
         for start in range(0, len(texts), batch_size):
             tokens_BL = self._tokenizer(list(texts[start : start + batch_size])).to(self.device)
-            with torch.inference_mode(), self._autocast():
+            in_bf16 = torch.autocast(
+                self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+            )
+            with torch.inference_mode(), in_bf16:
                 batches.append(_unit(self._encode_tokens(tokens_BL)))
         return np.concatenate(batches) if batches else np.zeros((0, self.dim), np.float32)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-        )
 
 
 def _unit(features: torch.Tensor) -> Vectors:
@@ -176,11 +205,11 @@ def load(spec: str | Path, *, device: str = "auto", precision: str = "auto") -> 
         spec: ``NAME/TAG`` of open_clip (``ViT-B-32/laion2b_s34b_b79k``), ``hf-hub:ORG/REPO``, a
             model folder or a run folder.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        precision: ``fp32``, ``bf16``, or ``int8``, which encodes images 2 to 3 times as fast on
-            processors with VNNI and is given up where the first images do not agree with fp32 to a
-            cosine of 0.99; ``auto``: bf16 where the device is fast at it, else fp32; ``fast``: bf16
-            or int8 where the device is fast at it, else fp32, and files are read as in
-            `Encoder.read_pixels`.
+        precision: ``fp32``, ``bf16``, or ``int8`` (for processors with VNNI); ``auto``: fp32 or
+            bf16, on a CPU by a measurement on the model's own products, which takes half a second
+            once and is stored; ``fast``: int8 too, and files are read as in `Encoder.read_pixels`.
+            Whatever is chosen, and int8 always, is given up where the first images do not agree
+            with fp32 to a cosine of 0.99.
 
     Raises:
         ModelError: there is no such model, or its files are damaged or altered.

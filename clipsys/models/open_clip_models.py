@@ -6,8 +6,11 @@ A model folder is open_clip's own local format plus one file of ours::
     open_clip_model.safetensors    the weights
     clipsys.json                   fingerprint and provenance
     tokenizer files                only where the text tower uses a Hugging Face tokenizer
+    config.json                    only where the text tower is a Hugging Face model
 
-Stock open_clip loads it: ``open_clip.create_model_from_pretrained("local-dir:PATH")``.
+Stock open_clip loads it: ``open_clip.create_model_from_pretrained("local-dir:PATH")``. For a text
+tower of Hugging Face it asks the hub for ``text_cfg.hf_model_name``; to clipsys ``config.json`` is
+enough.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,14 @@ import numpy as np
 
 from clipsys.errors import ModelError
 from clipsys.images.preprocessing import Preprocessing
+from clipsys.models import hub
+from clipsys.models.architectures import (
+    architecture_config,
+    contrastive_pair,
+    image_size_of,
+    unknown_name,
+)
+from clipsys.models.tokenization import Tokenizer, make_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +50,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CARD_NAME = "clipsys.json"
-
-#: texts -> int64 (N, context_length)
-Tokenizer = Callable[[list[str]], "torch.Tensor"]
+TEXT_CONFIG_NAME = "config.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -75,53 +84,80 @@ def build_model(
     *,
     preprocess: Mapping[str, Any] | None = None,
     for_training: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> ModelParts:
     """Makes a model with random weights.
+
+    A tower starts with the weights of its own library where the ``model_cfg`` asks for them
+    (``text_cfg.hf_model_pretrained``, ``vision_cfg.timm_model_pretrained``). Of CoCa, the two
+    towers are made without the decoder.
 
     Args:
         architecture: a name that open_clip knows (``ViT-B-32``), or a ``model_cfg``.
         preprocess: settings that differ from open_clip's default ``preprocess_cfg``.
         for_training: makes ``logit_scale`` 1-D, since DeepSpeed cannot handle 0-D parameters.
+        tokenizer: the one to go with the model; None makes that of the ``model_cfg``.
 
     Raises:
         ModelError: the name is not known, or open_clip cannot build the configuration.
     """
     import open_clip
 
-    config = architecture_config(architecture)
+    config = contrastive_pair(architecture_config(architecture))
     name = architecture if isinstance(architecture, str) else "custom"
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config)
+        _check_vocabulary(config, tokenizer)
     document = {"model_cfg": config, "preprocess_cfg": dict(preprocess or {})}
+    options: dict[str, Any] = {"nonscalar_logit_scale": True} if for_training else {}
+    options["pretrained_image"] = bool(config["vision_cfg"].get("timm_model_pretrained"))
+    options["pretrained_text"] = bool(config["text_cfg"].get("hf_model_pretrained"))
     with tempfile.TemporaryDirectory(prefix="clipsys-model-") as folder:
         Path(folder, CONFIG_NAME).write_text(json.dumps(document), encoding="utf-8")
-        arguments = {"nonscalar_logit_scale": True} if for_training else {}
-        with _quiet_open_clip():
+        with _quiet_open_clip(), _hub_for(config) as unreachable:
             try:
-                model = open_clip.create_model(
-                    f"local-dir:{folder}", load_weights=False, **arguments
-                )
-            except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-                raise ModelError(
-                    f"model {name}: open_clip cannot build this configuration ({error})"
-                ) from error
-        tokenizer = _tokenizer(name if name != "custom" else f"local-dir:{folder}", config)
+                model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, **options)
+            except (
+                *(TypeError, ValueError, KeyError, RuntimeError, AssertionError, IndexError),
+                *(OSError, AttributeError, ImportError),
+            ) as error:
+                raise ModelError(_why_not_built(name, config, unreachable, error)) from error
     preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     return ModelParts(model, tokenizer, config, preprocessing, name)
 
 
-def architecture_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's ``model_cfg`` of a name that it knows; a copy of what is one already.
+@contextmanager
+def _hub_for(config: Mapping[str, Any]) -> Iterator[str]:
+    """The hub, for an architecture that needs a file of it; else nothing."""
+    text_model = config["text_cfg"].get("hf_model_name")
+    local = not text_model or Path(text_model).expanduser().is_dir()
+    if local and not config["vision_cfg"].get("timm_model_pretrained"):
+        yield ""
+        return
+    with hub.quiet_hub() as unreachable:
+        yield unreachable
 
-    Raises:
-        ModelError: the name is not known.
-    """
-    import open_clip
 
-    if not isinstance(architecture, str):
-        return deepcopy(dict(architecture))
-    config: dict[str, Any] | None = open_clip.get_model_config(architecture)
-    if config is None:
-        raise ModelError(_unknown_name(architecture))
-    return deepcopy(config)
+def _why_not_built(
+    name: str, config: Mapping[str, Any], unreachable: str, error: BaseException
+) -> str:
+    if unreachable and isinstance(error, OSError):
+        needed = config["text_cfg"].get("hf_model_name") or config["vision_cfg"]["timm_model_name"]
+        return (
+            f"model {name}: {needed} is not on this machine, and {unreachable}; set "
+            f"text_cfg.hf_model_name to a folder with its config.json, or {hub.hint()}"
+        )
+    return f"model {name}: open_clip cannot build this configuration ({_one_line(error)})"
+
+
+def _check_vocabulary(config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    text = config["text_cfg"]
+    known, declared = vocabulary_size(tokenizer), text.get("vocab_size", 49408)
+    if not text.get("hf_model_name") and known is not None and declared < known:
+        raise ModelError(
+            f"model_cfg: text_cfg.vocab_size is {declared}, fewer than the {known} tokens of the "
+            f"tokenizer ({text.get('hf_tokenizer_name') or 'of CLIP'})"
+        )
 
 
 def load_model(spec: str | Path) -> ModelParts:
@@ -150,11 +186,11 @@ def load_model(spec: str | Path) -> ModelParts:
             or folder.suffix
             or folder.parent.is_dir()
         ):
-            hint = _unknown_name(name) if _looks_like_name(name) else ""
+            hint = unknown_name(name) if _looks_like_name(name) else ""
             raise ModelError(
                 f"{text}: there is no such model folder" + (f", and {hint}" if hint else "")
             )
-        raise ModelError(_unknown_name(name))
+        raise ModelError(unknown_name(name))
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
         known = ", ".join(f"{name}/{known}" for known in tags[:8]) or "none"
@@ -165,14 +201,6 @@ def load_model(spec: str | Path) -> ModelParts:
 
 def _looks_like_name(name: str) -> bool:
     return bool(name) and name[0].isalnum() and "/" not in name
-
-
-def _unknown_name(name: str) -> str:
-    import open_clip
-
-    near = get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{name!r} is not a model that open_clip knows{hint}"
 
 
 def _load_folder(folder: Path) -> ModelParts:
@@ -187,14 +215,22 @@ def _load_folder(folder: Path) -> ModelParts:
     weights = folder / WEIGHTS_NAME
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ModelError(f"{folder}: the model folder has no weights ({weights.name} is missing)")
+    unreachable = ""
     try:
-        with _quiet_open_clip(), _without_random_values():
-            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
-        tokenizer = _tokenizer(f"local-dir:{folder}", config)
+        own = _own_text_config(config, folder)
+        with _quiet_open_clip(), _without_random_values(), _hub_for({**config, **own}) as reason:
+            unreachable = reason
+            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True, **own)
     except Exception as error:
         # open_clip, torch and safetensors raise anything here; all of it means: unusable folder.
+        if unreachable:
+            raise ModelError(
+                f"{folder}: the model was written without the config.json of its text tower "
+                f"{config['text_cfg']['hf_model_name']}, and {unreachable}; {hub.hint()}"
+            ) from error
         raise ModelError(f"{folder}: the model cannot be loaded ({_one_line(error)})") from error
+    tokenizer = make_tokenizer(config, folder=folder)
     preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     # A run's own model folder is always called "model"; the run says more.
     name = folder.parent.name if folder.name == "model" else folder.name
@@ -202,6 +238,17 @@ def _load_folder(folder: Path) -> ModelParts:
     mark = fingerprint(parts)
     _check_card(folder, mark)
     return replace(parts, loaded_fingerprint=mark)
+
+
+def _own_text_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What replaces ``text_cfg`` where the folder holds the configuration of a Hugging Face model.
+
+    open_clip takes ``hf_model_name`` for a name of the hub, or for a folder that may have moved.
+    """
+    text = config["text_cfg"]
+    if not text.get("hf_model_name") or not (folder / TEXT_CONFIG_NAME).is_file():
+        return {}
+    return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
 
 
 def _check_card(folder: Path, actual: str) -> None:
@@ -217,30 +264,52 @@ def _check_card(folder: Path, actual: str) -> None:
 def _load_hub(name: str, pretrained: str | None) -> ModelParts:
     import open_clip
 
-    try:
-        with _quiet_open_clip(), _without_random_values():
-            model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:
-        # Whatever the hub client raises (offline, not found, no rights), the user's next step is
-        # the same.
-        raise ModelError(
-            f"model {name}{'/' + pretrained if pretrained else ''}: the weights cannot be fetched "
-            f"({_one_line(error)}); check the name and the network, or name a model folder"
-        ) from error
-    config = open_clip.get_model_config(name) or {}
-    preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     label = f"{name}/{pretrained}" if pretrained else name
+    quick_gelu = _is_of_quick_gelu(name, pretrained)
+    with hub.quiet_hub() as unreachable:
+        try:
+            with _quiet_open_clip(), _without_random_values(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided above
+                model = open_clip.create_model(
+                    name,
+                    pretrained=pretrained,
+                    require_pretrained=True,
+                    force_quick_gelu=quick_gelu,
+                )
+            if pretrained is None:
+                config = open_clip.get_model_config(name)
+            else:
+                config = architecture_config(name)
+        except Exception as error:
+            # Whatever the hub client raises (offline, not found, no rights), the user's next step
+            # is the same.
+            if unreachable:
+                raise ModelError(
+                    f"model {label}: its weights are not on this machine, and {unreachable}; "
+                    f"{hub.hint()}"
+                ) from error
+            raise ModelError(
+                f"model {label}: the weights cannot be fetched ({_one_line(error)}); check the "
+                "name and the network, or name a model folder"
+            ) from error
+        if quick_gelu:
+            config["quick_gelu"] = True
+        tokenizer = make_tokenizer(config)
+    preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
+    preprocessing = replace(preprocessing, size=image_size_of(config))
     return ModelParts(model, tokenizer, config, preprocessing, label, label)
 
 
-def _tokenizer(source: str, config: Mapping[str, Any]) -> Tokenizer:
+def _is_of_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Whether the weights of a tag were trained with QuickGELU, whatever the architecture says.
+
+    open_clip lists OpenAI's, DFN's and MetaCLIP's weights under architectures with the exact GELU
+    as well (``ViT-B-32/openai``), and only warns that embeddings then are not those of the weights.
+    """
     import open_clip
 
-    length = config.get("text_cfg", {}).get("context_length")
-    with _quiet_open_clip():
-        tokenizer: Tokenizer = open_clip.get_tokenizer(source, context_length=length)
-    return tokenizer
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    return bool((tag or {}).get("quick_gelu"))
 
 
 @contextmanager
@@ -292,11 +361,15 @@ def _without_random_values() -> TorchFunctionMode:
     return WithoutRandomValues()
 
 
-def fingerprint(parts: ModelParts) -> str:
+def fingerprint(parts: ModelParts, weights: Mapping[str, torch.Tensor] | None = None) -> str:
     """SHA-256 over weights, architecture and preprocessing: equal if and only if embeddings are.
 
     Independent of the file format, of the order of the tensors and of the shape ([] or [1]) that
     ``logit_scale`` has in and out of training.
+
+    Args:
+        parts: the model.
+        weights: its state dict where the module does not hold it; None takes the module's own.
     """
     digest = hashlib.sha256()
     identity = {
@@ -308,7 +381,8 @@ def fingerprint(parts: ModelParts) -> str:
         "preprocessing": {**parts.preprocessing.to_open_clip(), "fill_color": None},
     }
     digest.update(json.dumps(identity, sort_keys=True).encode())
-    for name, tensor in sorted(parts.model.state_dict().items()):
+    state = parts.model.state_dict() if weights is None else weights
+    for name, tensor in sorted(state.items()):
         if name == "attn_mask" or name.endswith("num_batches_tracked"):
             continue
         array = tensor.detach().cpu().contiguous()
@@ -359,10 +433,18 @@ def save_model(
     parts: ModelParts,
     out: str | Path,
     *,
+    weights: Mapping[str, torch.Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Writes a model folder, complete or not at all. Returns the model's fingerprint.
+
+    Args:
+        parts: the model.
+        out: the folder.
+        weights: its whole state dict where the module does not hold it, as while ZeRO trains it.
+        provenance: what ``clipsys.json`` says of the model's origin.
+        overwrite: replaces ``out`` where it exists.
 
     Raises:
         ModelError: ``out`` exists and is not an empty folder, and ``overwrite`` is not given.
@@ -373,13 +455,21 @@ def save_model(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
         raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(parts)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    weights = parts.model.state_dict() if weights is None else weights
+    mark = fingerprint(parts, weights)
+    # Not by tempfile, whose folders are private: who may read a model is decided by the umask.
+    folder = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    folder.mkdir()
     try:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(parts.model)}
-        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        document = {"model_cfg": parts.config, "preprocess_cfg": parts.preprocessing.to_open_clip()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(weights)}
+        document = {
+            "model_cfg": _config_in(target, parts.config),
+            "preprocess_cfg": parts.preprocessing.to_open_clip(),
+        }
         (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        # safetensors 0.8 makes its file private (mode 0600) whatever the umask.
+        (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
         card = {
             "format": "clipsys-model/1",
             "fingerprint": mark,
@@ -390,7 +480,8 @@ def save_model(
         )
         if hasattr(parts.tokenizer, "save_pretrained"):  # Hugging Face tokenizers only
             parts.tokenizer.save_pretrained(str(folder))
-        folder.chmod(0o755)  # mkdtemp made it private
+        if parts.config["text_cfg"].get("hf_model_name"):
+            parts.model.text.config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
         if target.exists():
             shutil.rmtree(target)
         folder.rename(target)
@@ -400,8 +491,21 @@ def save_model(
     return mark
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in model.state_dict().items():
+def _config_in(target: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The ``model_cfg`` as it stands in a folder.
+
+    Stock open_clip looks for the text tower's configuration under ``hf_model_name``. A folder that
+    is gone since is replaced by this one, which holds that configuration too.
+    """
+    text = config["text_cfg"]
+    name = text.get("hf_model_name") or ""
+    if not Path(name).is_absolute() or Path(name).is_dir():
+        return config
+    return {**config, "text_cfg": {**text, "hf_model_name": str(target.absolute())}}
+
+
+def _stored(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights.items():
         # Stock open_clip expects the 0-D scale; DeepSpeed needed 1-D.
         yield name, tensor.reshape(()) if name in ("logit_scale", "logit_bias") else tensor
 

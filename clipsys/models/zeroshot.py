@@ -26,13 +26,17 @@ class Prediction:
 
     Attributes:
         label: the class with the highest probability.
-        probability: of that class, in [0, 1]; a softmax over the classes that were offered.
+        probability: of that class, in [0, 1].
         scores: cosine similarity to each class, in the order of the classes.
+        probabilities: of each class. Of a model trained with a softmax they are one over the
+            classes that were offered, and sum to 1. A model trained with the sigmoid loss (SigLIP)
+            decides on each class by itself: they need not sum to 1, and may all be near 0.
     """
 
     label: str
     probability: float
     scores: dict[str, float]
+    probabilities: dict[str, float]
 
 
 class ZeroShotClassifier:
@@ -49,15 +53,8 @@ class ZeroShotClassifier:
         templates: Sequence[str] = DEFAULT_TEMPLATES,
     ) -> None:
         self.encoder = encoder
-        self.classes = list(dict.fromkeys(name.strip() for name in classes if name.strip()))
-        if len(self.classes) < 2:
-            raise ConfigError(
-                f"zero-shot classification needs two different classes or more, got {list(classes)}"
-            )
-        for template in templates or [""]:
-            if template.count("{}") != 1:
-                raise ConfigError(f"template {template!r}: expected one {{}} for the class name")
-        texts = [template.format(name) for name in self.classes for template in templates]
+        self.classes = check_prompts(classes, templates)
+        texts = [template.replace("{}", name) for name in self.classes for template in templates]
         self.class_CD = class_vectors(encoder.encode_text(texts), len(templates))
 
     def scores(self, image_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -74,12 +71,37 @@ class ZeroShotClassifier:
         return [self._prediction(row) for row in scores_NC]
 
     def _prediction(self, scores_C: npt.NDArray[np.float32]) -> Prediction:
-        logits = self.encoder.logit_scale * scores_C.astype(np.float64)
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
-        best = int(probabilities.argmax())
-        scores = {name: float(score) for name, score in zip(self.classes, scores_C, strict=True)}
-        return Prediction(self.classes[best], float(probabilities[best]), scores)
+        logits_C = self.encoder.logit_scale * scores_C.astype(np.float64)
+        best = int(logits_C.argmax())
+        bias = self.encoder.logit_bias
+        if bias is None:
+            powers_C = np.exp(logits_C - logits_C.max())
+            probability_C = powers_C / powers_C.sum()
+        else:
+            probability_C = 1 / (1 + np.exp(-np.clip(logits_C + bias, -700, 700)))
+        return Prediction(
+            self.classes[best],
+            float(probability_C[best]),
+            dict(zip(self.classes, map(float, scores_C), strict=True)),
+            dict(zip(self.classes, map(float, probability_C), strict=True)),
+        )
+
+
+def check_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The classes, each once and without blanks around it.
+
+    Raises:
+        ConfigError: there are fewer than two, or a template has no place for them.
+    """
+    names = list(dict.fromkeys(name.strip() for name in classes if name.strip()))
+    if len(names) < 2:
+        raise ConfigError(
+            f"zero-shot classification needs two different classes or more, got {list(classes)}"
+        )
+    for template in templates or [""]:
+        if template.count("{}") != 1:
+            raise ConfigError(f"template {template!r}: expected one {{}} for the class name")
+    return names
 
 
 def class_vectors(text_ND: npt.NDArray[np.float32], num_templates: int) -> npt.NDArray[np.float32]:

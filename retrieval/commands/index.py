@@ -60,11 +60,11 @@ def index(
     """Creates a collection, or brings it up to date with its sources."""
     from clipsys.errors import DataError
     from clipsys.processes.interruption import ending_in_order
+    from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
+    from clipsys.retrieval.ingest.sources import check_sources
+    from clipsys.retrieval.maintenance.migration import LOSS_LIMIT
     from clipsys.retrieval.storage.creation import destroy_folder
     from clipsys.retrieval.storage.manifest import FILE_NAME
-    from clipsys.retrieval.upkeep.corpora import check_sources
-    from clipsys.retrieval.upkeep.migration import LOSS_LIMIT
-    from clipsys.retrieval.upkeep.pruning import PRUNE_LIMIT
 
     sources = sources or []
     if sources or not migrate:
@@ -117,7 +117,7 @@ def _migrate(
     from clipsys.errors import ModelError
     from clipsys.processes.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.upkeep.migration import MigrationOptions
+    from clipsys.retrieval.maintenance.migration import MigrationOptions
 
     if model is None:
         raise ModelError(f"{path}: --migrate needs the new model; name it with --model")

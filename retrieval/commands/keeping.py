@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
-    from clipsys.retrieval.upkeep.info import CollectionInfo
+    from clipsys.retrieval.maintenance.info import CollectionInfo
 
 _Folder = Annotated[Path, typer.Argument(help="Folder of the collection.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -158,7 +158,7 @@ def remove(
 def compact(collection: _Folder) -> None:
     """Drops the vectors of deleted items, joins small segments, renews the index."""
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.upkeep.compaction import GRACE_S
+    from clipsys.retrieval.writing.compaction import GRACE_S
 
     with Collection.open(collection) as photos:
         report = photos.compact()
@@ -176,8 +176,8 @@ def compact(collection: _Folder) -> None:
 
 def verify(collection: _Folder, *, as_json: _Json = False) -> None:
     """Checks every invariant of a collection against its files; exit status 1 if one is broken."""
+    from clipsys.retrieval.maintenance.verification import verify as find_faults
     from clipsys.retrieval.storage.manifest import read_manifest
-    from clipsys.retrieval.upkeep.verification import verify as find_faults
 
     folder = collection.expanduser().absolute()
     if not folder.is_dir():

@@ -2,4 +2,5 @@
 
 encoding         an encoder's interface, and which one is the right one
 light            the text tower without torch, for a cold process
+pinned           the one encoder of an open collection, loaded when first needed
 """

@@ -9,6 +9,7 @@ gpu              placing an index on GPUs, and searching there
 generation       index files, opened and searched
 tuning           measuring an index, and the effort that reaches a recall
 clustering       k-means by matrix products
+new_file         an index file that appears whole or not at all
 inverted_file    an index larger than memory, written list by list
 building         training, filling, extending and writing an index
 """

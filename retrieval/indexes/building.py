@@ -15,10 +15,7 @@ Shapes: N indexed items, L lists, D embedding width.
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,12 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from clipsys.errors import CollectionError, RecallError
+from clipsys.errors import RecallError
 from clipsys.retrieval.indexes import fastscan, gpu, memory
 from clipsys.retrieval.indexes.clustering import Halves, nearest, spherical_kmeans
-from clipsys.retrieval.indexes.generation import SUFFIX, read_file, searchable
+from clipsys.retrieval.indexes.generation import read_file, searchable
 from clipsys.retrieval.indexes.inverted_file import InvertedFile, MappedLists, fill
+from clipsys.retrieval.indexes.new_file import new_file
 from clipsys.retrieval.indexes.planning import (
     CODE_SAMPLE,
     DEFAULT_RECALL,
@@ -42,7 +40,6 @@ from clipsys.retrieval.indexes.planning import (
     plan_of_kind,
 )
 from clipsys.retrieval.indexes.tuning import TuningQueries, tune
-from clipsys.retrieval.storage import durable
 from clipsys.retrieval.storage.manifest import IndexGeneration, Kind
 from clipsys.retrieval.storage.segments import Ints
 from clipsys.retrieval.storage.snapshot import Snapshot, unit_rows
@@ -87,7 +84,7 @@ def build_index(
     if plan.num_training:
         _train(index, plan, snapshot)
     effort = None
-    with _new_file(folder, generation) as file:
+    with new_file(folder, generation) as file:
         if plan.kind in STREAMED_KINDS:
             allowed = default_memory_bytes() if memory_bytes is None else memory_bytes
             _stream(file.beside, index, snapshot, buffer_bytes=plan.buffer_bytes(allowed))
@@ -181,7 +178,7 @@ def extend_index(
         CollectionError: the index cannot be written.
     """
     allowed_bytes = default_memory_bytes() if memory_bytes is None else memory_bytes
-    with _new_file(folder, previous.generation + 1) as file:
+    with new_file(folder, previous.generation + 1) as file:
         index = read_file(folder / previous.file, mapped=True)
         _stream(
             file.beside,
@@ -307,30 +304,3 @@ def _train(index: Any, plan: IndexPlan, snapshot: Snapshot) -> None:
         centroids_LD = centroids_LD @ rotation_DD
     inverted.quantizer.add(centroids_LD)
     index.train(code_sample_ND)
-
-
-@dataclass
-class _NewFile:
-    """An index file that is being made: where it is written, its name and its hash afterwards."""
-
-    beside: Path
-    name: str
-    sha256: str = ""
-
-
-@contextmanager
-def _new_file(folder: Path, generation: int) -> Iterator[_NewFile]:
-    """Makes what is written durable at the end; on an error nothing stays."""
-    name = f"{generation:06d}-{secrets.token_hex(4)}{SUFFIX}"
-    file = _NewFile(folder / f".{name}.new", name)
-    try:
-        yield file
-        file.sha256 = durable.sha256_of(file.beside)
-        durable.publish(file.beside, folder / name)
-    except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError where it cannot write
-        raise CollectionError(
-            f"{folder / name}: the index cannot be written ({' '.join(str(error).split())}); "
-            "the collection works without it, more slowly"
-        ) from error
-    finally:
-        file.beside.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from clipsys.errors import CollectionError
 
 _CHUNK_BYTES = 1 << 20
@@ -66,35 +68,43 @@ def sha256_of(path: Path) -> str:
 def writer_lock(path: Path, *, holder: str) -> Iterator[None]:
     """Holds an exclusive lock on a file for as long as the context lasts.
 
-    The kernel releases it when the process ends, however it ends, so there is no stale lock to
-    clear by hand. The holder's process id is kept in the file for the message of the next comer.
+    It is the kernel's ``flock``, as in every earlier version: released when the process ends,
+    however it ends, so there is no stale lock to clear by hand. The file keeps the holder's process
+    id, for the message that another writer gets.
 
     Args:
         path: the lock file; created if absent, never deleted (deleting it would race).
         holder: what is being locked, for the message.
 
     Raises:
-        CollectionError: somebody else holds it, or it cannot be made. Raised at once; this never
+        CollectionError: another process holds it, or it cannot be made. Raised at once; this never
             waits.
     """
-    import fcntl
 
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise CollectionError(f"{holder}: cannot be written to ({error.strerror})") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 64).decode("ascii", "replace").strip() or "unknown"
-            raise CollectionError(
-                f"{holder}: another writer (process {owner}) is at work on it; "
-                "wait until it ends, then try again"
-            ) from None
+    def note_process(descriptor: int) -> None:
         with contextlib.suppress(OSError):  # a full disk; the lock holds without the number
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
+
+    # Without flock a lock file would stay behind a killed writer, so there is no such fallback.
+    lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=note_process)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CollectionError(
+            f"{holder}: another writer (process {_owner_of(path)}) is at work on it; "
+            "wait until it ends, then try again"
+        ) from None
+    except OSError as error:
+        raise CollectionError(f"{holder}: cannot be written to ({error.strerror})") from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
+
+
+def _owner_of(path: Path) -> str:
+    try:
+        return path.read_bytes()[:64].decode("ascii", "replace").strip() or "unknown"
+    except OSError:
+        return "unknown"

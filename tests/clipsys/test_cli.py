@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import clipsys
 from clipsys.cli import VERBS, main
 from tests.conftest import noise_image, write_training_shards
 
@@ -46,7 +47,7 @@ def test_help_and_import_load_no_heavy_library() -> None:
 
 
 def test_version_and_wrong_usage_have_their_statuses(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--version", capsys=capsys)[:2] == (0, "clipsys 0.1.0\n")
+    assert run("--version", capsys=capsys)[:2] == (0, f"clipsys {clipsys.__version__}\n")
     assert run("train", capsys=capsys)[0] == 2
     assert run("nonsense", capsys=capsys)[0] == 2
 

@@ -37,6 +37,7 @@ class ColourEncoder:
         self.fingerprint = hashlib.sha256(f"{dim}/{seed}".encode()).hexdigest()
         self.num_encoded = 0
         self.logit_scale = 20.0
+        self.logit_bias: float | None = None
         generator = np.random.default_rng(seed)
         self._projection = generator.normal(size=(3 * SIDE * SIDE, dim))
 

@@ -23,7 +23,8 @@ import numpy as np
 from clipsys.images.decoding import decode_image
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import planning
-from clipsys.retrieval.upkeep import compaction, embedding, writing
+from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.writing import compaction, writer
 from tests.retrieval.colours import ColourEncoder, paint
 
 
@@ -53,8 +54,8 @@ def describe(photos: Collection, encoder: ColourEncoder) -> dict[str, object]:
 
 def main(collection: Path, pictures: Path, seed: int) -> None:
     embedding.COMMIT_INTERVAL_S = 0.0
-    compaction.GRACE_S = writing.GRACE_S = 0.0
-    compaction.SEGMENTS_PER_TIER = writing.SEGMENTS_PER_TIER = 8
+    compaction.GRACE_S = writer.GRACE_S = 0.0
+    compaction.SEGMENTS_PER_TIER = writer.SEGMENTS_PER_TIER = 8
     planning.EXACT_ITEMS = 12
     generator = random.Random(seed)
     encoder = ColourEncoder()

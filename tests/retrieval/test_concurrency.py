@@ -15,7 +15,7 @@ from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
 from clipsys.retrieval.storage.items import Batch, NewItem
 from clipsys.retrieval.storage.store import Store
-from clipsys.retrieval.upkeep import compaction
+from clipsys.retrieval.writing import compaction
 from tests.retrieval.colours import ColourEncoder, paint, paint_folder
 
 ROOT = Path(__file__).parents[2]

@@ -24,10 +24,10 @@ import pytest
 from clipsys.errors import ClipsysError, CollectionError
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes.generation import SUFFIX
+from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.maintenance.migration import MigrationOptions
 from clipsys.retrieval.storage.items import Batch, NewItem
 from clipsys.retrieval.storage.manifest import Kind
-from clipsys.retrieval.upkeep import embedding
-from clipsys.retrieval.upkeep.migration import MigrationOptions
 from tests.retrieval.clustered import clustered
 from tests.retrieval.colours import ColourEncoder, paint_folder
 

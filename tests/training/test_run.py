@@ -167,7 +167,7 @@ def test_a_run_folder_is_neither_overwritten_nor_resumed_as_another_run(finished
     attempts = [Attempt(recipe), Attempt(recipe, ("seed=5",), resume=True)]
     for used, other in train_in_group(attempts, 2):
         assert "the run folder is not empty; go on with --resume" in used.error
-        assert "the run was started with seed 0, now it is 5" in other.error
+        assert "seed was 0 at step 12, now it is 5" in other.error
 
 
 def test_micro_batches_change_no_result(shards: str, tmp_path: Path) -> None:

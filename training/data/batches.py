@@ -199,7 +199,8 @@ def open_shards(config: DataConfig) -> ShardSet:
         DataError: there are none, or one is not a tar file.
     """
     expanded = [
-        (shard, number)
+        # Absolute: ranks may run in other folders.
+        (shard if is_remote(shard) else str(Path(shard).absolute()), number)
         for number, source in enumerate(config.sources)
         for shard in expand_shards(source.shards)
     ]

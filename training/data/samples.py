@@ -14,7 +14,7 @@ import torch
 from clipsys.errors import SampleError
 from clipsys.images.decoding import decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.open_clip_models import Tokenizer
+from clipsys.models.tokenization import Tokenizer
 from clipsys.shards.samples import NUMBER, Sample, parse_sample, place_of, require_captions
 
 Pixels = npt.NDArray[np.uint8]

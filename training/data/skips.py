@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from clipsys.errors import TrainingError
 from clipsys.training.data.samples import Skipped
+from clipsys.training.json_lines import format_line, read_lines, rewrite
 
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -56,18 +56,14 @@ class SkipLedger:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 for one in skipped:
-                    file.write(json.dumps({"step": step, **vars(one)}, ensure_ascii=False) + "\n")
+                    file.write(format_line({"step": step, **vars(one)}))
 
     def resume(self, step: int, reasons: dict[str, int]) -> None:
         """Goes back to what a checkpoint knew: later lines belong to steps that are done again."""
         self.reasons = Counter(reasons)
         if self._writes and self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A line without an end was being written when the run was killed.
-            kept = [one for one in lines if one.endswith("\n") and json.loads(one)["step"] <= step]
-            partial = self._path.with_suffix(".jsonl.partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self._path)
+            kept = [entry for entry in read_lines(self._path) if entry["step"] <= step]
+            rewrite(self._path, kept)
 
     def summary(self) -> str | None:
         """What was skipped and why, in one line; None if nothing was."""

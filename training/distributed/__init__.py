@@ -1,5 +1,6 @@
 """Processes that train together.
 
+agreement           proof that all ranks run the same and see the same files
 collectives         ranks, gathering with gradients, and what rank 0 decides
 launch              starting one process for each device of this machine
 process_group       joining the group that a launcher prepared

@@ -8,13 +8,15 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from clipsys.errors import TrainingError
+
+T = TypeVar("T")
 
 #: How often rank 0 says that it is at work while the others wait for it.
 _HEARTBEAT_S = 5.0
@@ -79,7 +81,22 @@ class _GatherRows(torch.autograd.Function):
         return total_NX[start : start + ctx.num_rows], None
 
 
-def gather_objects(value: Any) -> list[Any]:
+def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Averages tensors over ranks, in place; doing it twice changes no bit.
+
+    In float64: the mean of equal float32 values is that value, for any number of ranks.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    means = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def gather_objects(value: T) -> list[T]:
     """Every rank's picklable value, in rank order, on all ranks."""
     if world_size() == 1:
         return [value]
@@ -88,7 +105,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: T) -> T:
     """Rank 0's picklable value, on all ranks."""
     if world_size() == 1:
         return value
@@ -97,23 +114,24 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def on_first_rank(action: Any) -> Any:
+def on_first_rank(action: Callable[[], T]) -> T:
     """Runs ``action()`` on rank 0 and gives its result, or raises its exception, on all ranks.
 
     Without this an exception on rank 0 leaves the others waiting in their next collective. The
     action may take longer than a collective waits: counting shards can take hours.
     """
-    outcome: tuple[bool, Any] = (True, None)
+    result: T | None = None
+    failure: Exception | None = None
     with _first_rank_at_work():
         if rank() == 0:
             try:
-                outcome = (True, action())
+                result = action()
             except Exception as error:
-                outcome = (False, _picklable(error))
-    succeeded, result = broadcast_object(outcome)
-    if not succeeded:
-        raise result
-    return result
+                failure = _picklable(error)
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return cast("T", result)
 
 
 @contextlib.contextmanager

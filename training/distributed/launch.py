@@ -23,6 +23,7 @@ from typing import Any
 
 from clipsys import errors
 from clipsys.errors import ClipsysError, ConfigError, TrainingError
+from clipsys.probe.machine import SHARED_CORES, available_cores
 
 _ERROR_FILE = "CLIPSYS_ERROR_FILE"
 _PARENT = "CLIPSYS_LAUNCHER_PID"
@@ -93,8 +94,9 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
         }
         # Gloo otherwise resolves the host's name, which fails on many laptops and containers.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-        threads = max(1, (os.cpu_count() or 1) // nproc)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        if "OMP_NUM_THREADS" not in environment:
+            threads = max(1, available_cores() // nproc)
+            environment |= {"OMP_NUM_THREADS": str(threads), SHARED_CORES: str(nproc)}
         # A rank that is ended leaves semaphores to its tracker, which cleans up and complains.
         environment.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         ranks = []

@@ -31,6 +31,9 @@ def start_processes(asked_device: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        # Else cuDNN takes the products of convolutions in TF32, whose 10 bits are not the fp32 that
+        # a recipe asks for; matrix products are float32 already. Other precisions do not notice.
+        torch.backends.cudnn.allow_tf32 = False
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):

@@ -17,22 +17,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.config import Settings
 from clipsys.errors import ConfigError
-from clipsys.training.distributed.collectives import rank, world_size
+from clipsys.training.distributed.collectives import average_over_ranks, rank, world_size
 from clipsys.training.distributed.process_group import import_deepspeed
-from clipsys.training.engine.ema import WeightAverage
+from clipsys.training.engine.ema import WeightAverage, running_statistics
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
-from clipsys.training.engine.repartition import load_parts, parts_to_divide
+from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
 from clipsys.training.model.towers import ContrastiveModel, Features
 
 _logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class EngineConfig(Settings):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     precision: Literal["auto", "fp32", "bf16", "bf16_params", "fp16"] = Field(
         "auto",
-        description="bf16 is autocast over fp32 parameters; bf16_params and fp16 (with loss "
+        description="auto is fp32 or bf16, on a CPU whichever is measured to be faster; bf16 is "
+        "autocast over fp32 parameters; bf16_params and fp16 (with loss "
         "scaling) have parameters of 16 bits and fp32 masters in the optimizer",
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global norm; 0 clips nothing")
@@ -60,6 +61,11 @@ class EngineConfig(Settings):
     )
     grad_checkpointing: bool = Field(
         False, description="compute the activations of transformer blocks twice to save memory"
+    )
+    threads: PositiveInt | None = Field(
+        None,
+        description="threads of each process on a CPU; default OMP_NUM_THREADS, else what is "
+        "measured to be fastest where precision is auto, else a thread for each core",
     )
     compile: bool = Field(False, description="torch.compile both towers; needs a C++ compiler")
     cache_on_host: bool = Field(
@@ -108,7 +114,7 @@ class Engine:
         return {
             "train_micro_batch_size_per_gpu": local_batch_size,
             "gradient_accumulation_steps": 1,
-            # DeepSpeed clips at 1.0 unless a value is said.
+            # DeepSpeed clips at 1.0 unless one is set.
             "gradient_clipping": self.config.gradient_clipping,
             "zero_optimization": {"stage": self.config.zero_stage},
             "zero_allow_untested_optimizer": True,
@@ -181,6 +187,19 @@ class Engine:
             return
         with self._engine.coalesce_grad_reduction():
             yield lambda last: None
+
+    def loss_in(self, precision: str, inputs: Inputs, loss: Loss) -> torch.Tensor:
+        """This rank's share of a loss in fp32 or bf16 (autocast); leaves no gradient and no trace.
+
+        Every rank calls it. Random numbers are drawn; the caller seeds them.
+        """
+        module = self.module
+        usual, module.precision = module.precision, precision
+        try:
+            with torch.no_grad(), _kept_statistics(module), _uncompiled(self.config.compile):
+                return loss(self._forward(inputs)).detach()
+        finally:
+            module.precision = usual
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients by parameter, between `accumulate` and `update`; on every rank."""
@@ -256,34 +275,36 @@ class Engine:
 
     def _share_buffers(self) -> None:
         """Averages running statistics (batch norm) over ranks: each saw its part of the data."""
-        if world_size() == 1:
-            return
-        for name, buffer in self.module.named_buffers():
-            if "running_" in name:
-                dist.all_reduce(buffer)
-                buffer.div_(world_size())
+        average_over_ranks(running_statistics(self.module))
+        if self._average:
+            average_over_ranks(self._average.statistics(self.module))
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Writes ``folder/tag``, from every rank together."""
+        # Rank 0's are saved for all: a resumed run must begin with what this one goes on with.
+        self._share_buffers()
         if self._average:
             state = {**state, "average": self._average.state()}
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+    def load(self, folder: Path, tag: str, saved: SavedBy) -> dict[str, Any]:
         """Reads what `save` wrote, on every rank together, and returns the state given then.
 
         Raises:
             ConfigError: it was written with another ZeRO stage, or at stage 3 by another number of
                 ranks.
         """
-        parts = parts_to_divide(folder / tag, zero_stage=self.config.zero_stage)
+        self._check_layout(folder / tag, saved)
+        parts = parts_to_divide(folder / tag, saved)
+        settings = [_settings_of(group) for group in self._optimizer.param_groups]
         try:
             path, state = self._engine.load_checkpoint(
                 str(folder), tag=tag, load_optimizer_states=not parts
             )
             if parts:
                 load_parts(self._optimizer, parts)
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+        except (RuntimeError, LookupError, ValueError, AssertionError, OSError, EOFError,
+                UnpicklingError) as error:  # fmt: skip
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
                 f"{folder / tag}: the checkpoint does not fit this run ({first}); resume with the "
@@ -291,11 +312,34 @@ class Engine:
             ) from error
         if path is None:
             raise ConfigError(f"{folder / tag}: DeepSpeed cannot load this checkpoint")
+        self._keep_settings(settings)
         average = state.pop("average", None)
-        if self._average and average is not None:
-            self._average.load(average)
+        if self._average:
+            self._average.load(average or WeightAverage.beginning(self.module))
         self._refresh_scale()
         return dict(state)
+
+    def _check_layout(self, checkpoint: Path, saved: SavedBy) -> None:
+        """Refuses what DeepSpeed would load into weights or parts of another kind."""
+        stage, precision = self.config.zero_stage, self.module.precision
+        if saved.zero_stage != stage and {saved.zero_stage, stage} != {1, 2}:
+            raise ConfigError(
+                f"{checkpoint}: was saved with engine.zero_stage {saved.zero_stage}, now it is "
+                f"{stage}; resume with {saved.zero_stage}"
+            )
+        sixteen_bits = ("bf16_params", "fp16")
+        if saved.precision != precision and {saved.precision, precision} & set(sixteen_bits):
+            raise ConfigError(
+                f"{checkpoint}: was saved with engine.precision {saved.precision}, now it is "
+                f"{precision}; resume with engine.precision={saved.precision}"
+            )
+
+    def _keep_settings(self, settings: list[dict[str, Any]]) -> None:
+        """Puts this run's settings in the place of those that DeepSpeed loads with the state."""
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if hasattr(self._optimizer, "clip_grad"):
+            self._optimizer.clip_grad = self.config.gradient_clipping
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole float32 weights of the open_clip model, averaged ones where they are kept.
@@ -326,6 +370,11 @@ def _exact_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters and without LAMB's count of steps."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
+
+
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: tensor.detach().float().cpu().clone().contiguous()
@@ -333,6 +382,11 @@ def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else tensor.detach().cpu().clone()
         for name, tensor in state.items()
     }
+
+
+def _uncompiled(compiled: bool) -> AbstractContextManager[Any]:
+    """Runs compiled towers as they are written: a forward pass or two are not worth compiling."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

@@ -18,8 +18,14 @@ class WeightAverage:
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self._decay = decay
-        self._updates = 0
-        self._shadow = [tensor.detach().clone() for tensor in _averaged(model)]
+        state = self.beginning(model)
+        self._updates: int = state["updates"]
+        self._shadow: list[torch.Tensor] = state["shadow"]
+
+    @staticmethod
+    def beginning(model: torch.nn.Module) -> dict[str, Any]:
+        """The state of an average that begins with a model as it is."""
+        return {"updates": 0, "shadow": [tensor.clone() for tensor in _averaged(model)]}
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module) -> None:
@@ -44,6 +50,11 @@ class WeightAverage:
             tensor.copy_(shadow)
             shadow.copy_(kept)
 
+    def statistics(self, model: torch.nn.Module) -> list[torch.Tensor]:
+        """The averages of running statistics, which each rank has taken of its own."""
+        number = len(running_statistics(model))
+        return self._shadow[len(self._shadow) - number :]
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"updates": self._updates, "shadow": self._shadow}
@@ -57,6 +68,10 @@ class WeightAverage:
 
 
 def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
-    parameters = [parameter.detach() for parameter in model.parameters()]
     # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
-    return parameters + [buffer for name, buffer in model.named_buffers() if "running_" in name]
+    return [parameter.detach() for parameter in model.parameters()] + running_statistics(model)
+
+
+def running_statistics(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The buffers in which batch norm keeps mean and variance of what it has seen."""
+    return [buffer for name, buffer in model.named_buffers() if "running_" in name]

@@ -1,6 +1,8 @@
 """What is trained.
 
 layers              the layers of a tower, from its top to its bottom
+positions           position embeddings for another image size or context length
+pretrained          what comes with pretrained weights, and what a recipe changes of it
 initial             the model that a run begins with
 towers              both towers and the temperature in one forward
 """

@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from clipsys.config import PathText, Settings
-from clipsys.errors import ConfigError, TrainingError
-from clipsys.models.open_clip_models import ModelParts, architecture_config, build_model, load_model
+from clipsys.errors import ConfigError
+from clipsys.images.preprocessing import check_preprocess
+from clipsys.models.architectures import (
+    architecture_config,
+    check_patch_dropout,
+    image_size_of,
+    with_image_size,
+)
+from clipsys.models.open_clip_models import ModelParts, build_model, load_model
+from clipsys.models.tokenization import Tokenizer, with_context_length
 from clipsys.training.model.layers import Tower, tower_depths
+from clipsys.training.model.pretrained import config_of_weights, load_weights
 
 #: Where Zhai et al. 2023 (section 3.2) start the sigmoid loss: a bias of -10, since nearly all
 #: pairs are negatives, and a scale of 10.
 SIGMOID_BIAS, SIGMOID_SCALE = -10.0, 10.0
+DEFAULT_ARCHITECTURE = "ViT-B-32"
+
+_logger = logging.getLogger(__name__)
 
 
 class ModelConfig(Settings):
     """What is trained."""
 
-    architecture: str | dict[str, Any] = Field(
-        "ViT-B-32", description="a name that open_clip knows, or a model_cfg of its own"
+    architecture: str | dict[str, Any] | None = Field(
+        None,
+        description="a name that open_clip knows, or a model_cfg of its own; default that of "
+        "model.pretrained, else ViT-B-32",
     )
     pretrained: PathText | None = Field(
         None, description="start from these weights: NAME/TAG, hf-hub:ORG/REPO or a model folder"
     )
     preprocess: dict[str, Any] = Field(
-        default_factory=dict, description="what differs from open_clip's default preprocess_cfg"
+        default_factory=dict,
+        description="what differs from the preprocess_cfg of model.pretrained, or from open_clip's "
+        "default",
     )
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="side, or height and width, of the images that the tower takes; default the "
+        "architecture's; positions of pretrained weights are interpolated",
+    )
+    context_length: PositiveInt | None = Field(None, description="tokens of a text, likewise")
     initial_logit_scale: PositiveFloat | None = Field(
         None, description="inverse temperature at the start; default the model's (1/0.07)"
     )
@@ -60,12 +85,20 @@ def initial_model(settings: ModelConfig, *, loss: str = "infonce") -> ModelParts
     Raises:
         ModelError: the architecture or the weights are not known or do not load.
         TrainingError: the weights are of another architecture.
-        ConfigError: a tower to be locked has no blocks that could stay unlocked.
+        ConfigError: a tower to be locked has no blocks that could stay unlocked, or
+            ``model.preprocess`` does not fit.
     """
-    config = _configuration(settings, with_bias=loss == "sigmoid")
-    parts = build_model(config, preprocess=settings.preprocess, for_training=True)
-    if settings.pretrained:
-        _load_weights(parts.model, settings.pretrained)
+    source = load_model(settings.pretrained) if settings.pretrained else None
+    config = _configuration(settings, source, with_bias=loss == "sigmoid")
+    parts = build_model(
+        config,
+        preprocess=_preprocessing(settings.preprocess, source, image_size_of(config)),
+        for_training=True,
+        tokenizer=None if source is None else _tokenizer_for(source.tokenizer, config),
+    )
+    if source is not None:
+        load_weights(parts.model, source)
+        _announce(settings, source, parts, loss)
     _set(parts.model, "logit_scale", settings.initial_logit_scale, math.log)
     _set(parts.model, "logit_bias", settings.initial_logit_bias, float)
     if settings.unlocked_image_blocks is not None:
@@ -75,34 +108,101 @@ def initial_model(settings: ModelConfig, *, loss: str = "infonce") -> ModelParts
     return parts
 
 
-def _configuration(settings: ModelConfig, *, with_bias: bool) -> str | dict[str, Any]:
-    """The architecture with what the recipe adds to it; its name where it adds nothing."""
-    if not with_bias and not settings.patch_dropout:
-        return settings.architecture
-    config = architecture_config(settings.architecture)
-    if with_bias and config.get("init_logit_bias") is None:
-        config |= {"init_logit_bias": SIGMOID_BIAS, "init_logit_scale": math.log(SIGMOID_SCALE)}
+def fingerprint(parts: ModelParts, *, weights: bool) -> str:
+    """Equal for equal architectures, preprocessings and, with ``weights``, parameters.
+
+    The sum of the bits of each tensor, at the speed of memory; for comparing ranks, not files.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((parts.config, parts.preprocessing)).encode())
+    for name, tensor in parts.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if weights:
+            bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            words = bits[: len(bits) - len(bits) % 4].view(torch.int32)
+            digest.update(f"{int(words.sum())} {int(bits[len(words) * 4 :].sum())}".encode())
+    return digest.hexdigest()
+
+
+def _configuration(
+    settings: ModelConfig, source: ModelParts | None, *, with_bias: bool
+) -> dict[str, Any]:
+    """The architecture, the weights' own or the recipe's, with what the recipe adds to it."""
+    if source is None:
+        config = architecture_config(settings.architecture or DEFAULT_ARCHITECTURE)
+    else:
+        config = config_of_weights(source, settings.architecture)
     if settings.patch_dropout:
+        check_patch_dropout(config, "model.patch_dropout")
         config["vision_cfg"] = {**config["vision_cfg"], "patch_dropout": settings.patch_dropout}
+    if settings.image_size is not None:
+        config = with_image_size(config, settings.image_size)
+    if settings.context_length is not None:
+        config["text_cfg"] = {**config["text_cfg"], "context_length": settings.context_length}
+    if with_bias:
+        if config.get("init_logit_bias") is None:
+            config["init_logit_bias"] = SIGMOID_BIAS
+        if config.get("init_logit_scale") is None:
+            config["init_logit_scale"] = math.log(SIGMOID_SCALE)
     return config
 
 
-def _load_weights(model: nn.Module, pretrained: str) -> None:
-    state = load_model(pretrained).model.state_dict()
-    for name, parameter in model.named_parameters():
-        if name in ("logit_scale", "logit_bias"):
-            # A model without a bias may go on with the sigmoid loss, and the reverse.
-            state[name] = state.get(name, parameter.detach()).reshape(parameter.shape)
-    if "logit_bias" in state and getattr(model, "logit_bias", None) is None:
-        del state["logit_bias"]
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1:2] or [str(error)]
-        raise TrainingError(
-            f"model.pretrained {pretrained}: the weights do not fit "
-            f"model.architecture ({first[0].strip()})"
-        ) from error
+def _preprocessing(
+    asked: Mapping[str, Any], source: ModelParts | None, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """open_clip's ``preprocess_cfg``: the weights' own with what the recipe sets.
+
+    Raises:
+        ConfigError: a key is not known, or a value is none for it.
+    """
+    check_preprocess(asked, setting="model.preprocess")
+    size = asked.get("size", image_size)
+    if ((size, size) if isinstance(size, int) else tuple(size)) != image_size:
+        raise ConfigError(
+            f"model.preprocess.size is {size}, and the image tower takes "
+            f"{image_size[0]} x {image_size[1]}; leave it out, and set model.image_size for a "
+            "tower of another size"
+        )
+    base = {} if source is None else source.preprocessing.to_open_clip()
+    for key, value in asked.items():
+        if source is not None and key != "size" and base[key] != _plain(value):
+            _logger.warning(
+                "model.preprocess.%s is %s, and the weights of %s were trained with %s: the "
+                "recipe's is used",
+                *(key, value, source.name, base[key]),
+            )
+    return {**base, **asked}
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tokenizer_for(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+    length = config["text_cfg"].get("context_length")
+    return tokenizer if length is None else with_context_length(tokenizer, length)
+
+
+def _announce(settings: ModelConfig, source: ModelParts, parts: ModelParts, loss: str) -> None:
+    """Says what came with the weights."""
+    look = parts.preprocessing
+    _logger.info(
+        "model.pretrained %s: quick_gelu %s, images of %d x %d px (%s, %s, mean %s), texts of %s "
+        "tokens",
+        source.name,
+        str(bool(parts.config.get("quick_gelu"))).lower(),
+        *look.size,
+        look.resize_mode,
+        look.interpolation,
+        ", ".join(f"{value:g}" for value in look.mean),
+        parts.config["text_cfg"].get("context_length", 77),
+    )
+    if loss == "infonce" and getattr(source.model, "logit_bias", None) is not None:
+        _logger.info(
+            "the weights of %s have a bias, as the sigmoid loss trains it; objective.loss is %s, "
+            "which leaves it as it is",
+            *(source.name, loss),
+        )
 
 
 def _set(model: nn.Module, name: str, value: float | None, transform: Any) -> None:

@@ -11,7 +11,7 @@ import clipsys
 from clipsys.retrieval import Collection
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint_folder
 from tests.retrieval.commands.test_index import run
-from tests.retrieval.upkeep.test_verification import cut, flip_a_bit, only_file
+from tests.retrieval.maintenance.test_verification import cut, flip_a_bit, only_file
 
 
 @pytest.fixture(autouse=True)

@@ -88,7 +88,7 @@ def test_record_that_does_not_hold_is_written_again(
     assert not is_light(collection)
     with Collection.open(collection) as opened:
         assert len(opened.search("red", k=3)) == 3
-        assert opened._encoder is not None
+        assert opened._encoder.loaded is not None
     assert is_light(collection)
 
 
@@ -112,16 +112,18 @@ def test_another_model_is_searched_by_its_own_tower(
         with Collection.open(collection) as opened:
             opened.migrate(other, show_progress=False)
         assert reader.search("red", k=5) == before
-        assert reader._encoder is None
+        assert reader._encoder.loaded is None
     with Collection.open(collection) as opened:
         found = opened.search("red", k=5)
-        assert opened._encoder is None, "the new model's tower is remembered by the migration"
+        assert opened._encoder.loaded is None, (
+            "the new model's tower is remembered by the migration"
+        )
     with Collection.open(collection, other) as opened:
         expected = opened.search("red", k=5)
         assert [hit.id for hit in found] == [hit.id for hit in expected]
         scores = [hit.score for hit in found]
         np.testing.assert_allclose(scores, [hit.score for hit in expected], atol=1e-4)
-        monkeypatch.setattr("clipsys.retrieval.upkeep.writing.GRACE_S", 0.0)
+        monkeypatch.setattr("clipsys.retrieval.writing.writer.GRACE_S", 0.0)
         opened.compact()
     assert not (collection / FILE_NAME).exists()
     assert (collection / "edition-1" / FILE_NAME).exists()
@@ -135,10 +137,10 @@ def test_images_and_great_batches_load_the_model(collection: Path, tmp_path: Pat
     ):
         with Collection.open(collection) as opened:
             ask(opened)
-            assert opened._encoder is not None
+            assert opened._encoder.loaded is not None
     with Collection.open(collection) as opened:
         opened.search("item:1 + red")
-        assert opened._encoder is None
+        assert opened._encoder.loaded is None
 
 
 def test_tower_that_numpy_does_not_understand_is_left_to_torch(tmp_path: Path) -> None:

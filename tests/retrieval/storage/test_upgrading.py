@@ -16,9 +16,9 @@ import pytest
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
+from clipsys.retrieval.maintenance.verification import verify
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.storage.upgrading import upgrade_database
-from clipsys.retrieval.upkeep.verification import verify
 from tests.retrieval.colours import COLOURS, ColourEncoder
 
 _KILLED = """

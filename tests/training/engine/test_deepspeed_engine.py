@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from clipsys.models.open_clip_models import build_model
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.ema import WeightAverage
 from clipsys.training.engine.optimizers import OptimizerConfig
+from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.losses import info_nce
 from clipsys.training.model.towers import ContrastiveModel, TowerOptions
 from clipsys.training.recipe import EngineConfig
@@ -23,9 +25,15 @@ _BATCH = 12
 _MODEL = {**TINY_MODEL, "text_cfg": {**TINY_MODEL["text_cfg"], "vocab_size": 1000}}
 
 
-def _engine(world_size: int, *, precision: str = "fp32", **config: Any) -> Engine:
+_RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+
+
+def _engine(
+    world_size: int, *, precision: str = "fp32", resnet: bool = False, **config: Any
+) -> Engine:
     torch.manual_seed(0)
-    model = ContrastiveModel(build_model(_MODEL, for_training=True), TowerOptions(precision))
+    architecture = {**_MODEL, "vision_cfg": _RESNET} if resnet else _MODEL
+    model = ContrastiveModel(build_model(architecture, for_training=True), TowerOptions(precision))
     return Engine(
         model,
         config=EngineConfig(**config),
@@ -62,11 +70,14 @@ def _save_and_load(
     rank: int, world_size: int, folder: str, precision: str, config: dict[str, Any]
 ) -> bool:
     first = _engine(world_size, precision=precision, **config)
+    first.train()
     _advance(first, range(3), rank, world_size)
     first.save(Path(folder), "tag", {"step": 3})
     _advance(first, range(3, 5), rank, world_size)
     second = _engine(world_size, precision=precision, **config)
-    assert second.load(Path(folder), "tag")["step"] == 3
+    second.train()
+    saved = SavedBy(world_size, config["zero_stage"], precision)
+    assert second.load(Path(folder), "tag", saved)["step"] == 3
     _advance(second, range(3, 5), rank, world_size)
     one, two = first.state_dict(), second.state_dict()
     return all(torch.equal(one[name], two[name]) for name in one)
@@ -84,6 +95,64 @@ def test_a_loaded_engine_goes_on_bit_for_bit(
     tmp_path: Path, precision: str, config: dict[str, Any]
 ) -> None:
     assert run_ranks(_save_and_load, 2, str(tmp_path), precision, config) == [True, True]
+
+
+def _save_masters(
+    rank: int, world_size: int, folder: str, splits: list[tuple[str, int]]
+) -> list[dict[str, Any]]:
+    states = []
+    for precision, stage in splits:
+        engine = _engine(world_size, precision=precision, zero_stage=stage)
+        _advance(engine, range(3), rank, world_size)
+        engine.save(Path(folder), f"{precision}-{stage}", {"step": 3})
+        states.append({name: value.numpy() for name, value in engine.state_dict().items()})
+    return states
+
+
+def _load_masters(
+    rank: int, world_size: int, folder: str, splits: list[tuple[str, int]]
+) -> list[tuple[dict[str, Any], float]]:
+    found = []
+    for precision, stage in splits:
+        engine = _engine(world_size, precision=precision, zero_stage=stage)
+        engine.load(Path(folder), f"{precision}-{stage}", SavedBy(2, stage, precision))
+        state = {name: value.numpy() for name, value in engine.state_dict().items()}
+        (scale,) = _advance(engine, range(3, 4), rank, world_size)
+        found.append((state, scale))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_another_number_of_ranks_goes_on_with_the_same_masters(
+    tmp_path: Path, world_size: int
+) -> None:
+    splits = [("bf16_params", 1), ("bf16_params", 2), ("fp32", 1)]
+    expected = run_ranks(_save_masters, 2, str(tmp_path), splits)[0]
+    for found in run_ranks(_load_masters, world_size, str(tmp_path), splits):
+        for (state, scale), saved in zip(found, expected, strict=True):
+            for name, value in saved.items():
+                np.testing.assert_array_equal(state[name], value, err_msg=name)
+            # The temperature that the next loss is taken at comes from the master too.
+            assert scale == pytest.approx(np.exp(saved["logit_scale"]).item(), rel=1e-7)
+
+
+def test_running_statistics_of_all_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    # Three ranks: the sum of three equal float32 values, divided by three, is not always the value.
+    config = {"zero_stage": 1, "resnet": True, "ema_decay": 0.9}
+    assert run_ranks(_save_and_load, 3, str(tmp_path), "fp32", config) == [True] * 3
+
+
+def _shared_statistics(rank: int, world_size: int) -> list[float]:
+    engine = _engine(world_size, resnet=True, zero_stage=0, ema_decay=0.9)
+    engine.train()
+    _advance(engine, range(2), rank, world_size)
+    with engine.evaluating() as model:
+        return [float(value.sum()) for name, value in model.named_buffers() if "running_" in name]
+
+
+def test_ranks_evaluate_with_the_same_average_of_running_statistics() -> None:
+    first, *others = run_ranks(_shared_statistics, 2)
+    assert others == [first]
 
 
 _MANY_STEPS = 16

@@ -1,0 +1,151 @@
+"""Encoding images in fp32, bf16, our int8 and torchao's int8, alternately in one process.
+
+    python benchmarks/int8.py [--rounds 5]       writes benchmarks/results/int8.json
+
+The peer is torchao's dynamic quantisation (`Int8DynamicActivationInt8WeightConfig`: scales for each
+row and each output channel, as ours), applied to the same forward of the same tower, so that only
+the products differ; once as it is, and once with its products compiled by `torch.compile`, which it
+is made for. Each way runs with threads apart and with operations shared by all threads, and enters
+with the better of both. ViT-B/32 of random weights: speed does not depend on them. A ResNet, which
+has no int8 form, stands beside it in fp32 and bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from clipsys.inference import image_tower
+from clipsys.inference.int8 import Int8Linear
+from clipsys.inference.threads import Arrangement, in_chunks
+from clipsys.models.open_clip_models import build_model
+from clipsys.probe import machine
+
+MODEL, RESNET, BATCH = "ViT-B-32", "RN50", 64
+Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-compile", action="store_true", help="leave compiled torchao out")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    image_BCHW = torch.randn(BATCH, 3, 224, 224)
+    tower = build_model(MODEL).model.eval().requires_grad_(False)
+    resnet = build_model(RESNET).model.eval().requires_grad_(False)
+    cores = machine.available_cores()
+    report = {
+        "batch": BATCH,
+        MODEL: _compare(_ways(tower, compiled=not arguments.no_compile), image_BCHW, arguments),
+        RESNET: _compare(_float_ways(resnet.encode_image), image_BCHW, arguments),
+        "machine": {**machine.describe(), "cores": cores, "instructions": _instructions()},
+    }
+    if machine.waiting_s() > 1:
+        print(f"this process waited {machine.waiting_s():.1f} s for cores", file=sys.stderr)
+    out = Path(__file__).parent / "results" / "int8.json"
+    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+def _float_ways(encode: Encode) -> dict[str, tuple[Encode, int]]:
+    def in_bf16(image_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return encode(image_BCHW)
+
+    chunk = image_tower.CPU_CHUNK
+    return {"fp32": (encode, chunk), "bf16": (in_bf16, chunk)}
+
+
+def _ways(model: Any, *, compiled: bool) -> dict[str, tuple[Encode, int]]:
+    """Name -> how to encode, and how many images pass together."""
+    chunk = image_tower.INT8_CHUNK
+    make = image_tower._ClassTokenTower
+    ways = _float_ways(image_tower.image_encoder(model))
+    ways["int8 of clipsys"] = (make(model.visual, Int8Linear), chunk)
+    ways["int8 of torchao"] = (make(model.visual, _torchao), chunk)
+    if compiled:
+        ways["int8 of torchao, compiled"] = (make(model.visual, _torchao_compiled), chunk)
+    return ways
+
+
+def _torchao(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bias_O is not None)
+    layer.weight = torch.nn.Parameter(weight_OI.detach().contiguous(), requires_grad=False)
+    if bias_O is not None:
+        layer.bias = torch.nn.Parameter(bias_O.detach(), requires_grad=False)
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    return layer.eval()
+
+
+def _torchao_compiled(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.nn.Module:
+    layer = _torchao(weight_OI, bias_O)
+    layer.compile(dynamic=True)
+    return layer
+
+
+def _compare(
+    ways: dict[str, tuple[Encode, int]], image_BCHW: torch.Tensor, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    arranged = {
+        f"{name}, {arrangement}": in_chunks(encode, chunk, arrangement)
+        for name, (encode, chunk) in ways.items()
+        for arrangement in (Arrangement(threads, apart=True), Arrangement(threads))
+    }
+    exact_BD = torch.empty(0)
+    rates: dict[str, list[float]] = {name: [] for name in arranged}
+    cosines: dict[str, float] = {}
+    with torch.inference_mode():
+        for name, encode in arranged.items():  # compiles, packs, warms up
+            features_BD = encode(image_BCHW).float()
+            exact_BD = exact_BD if len(exact_BD) else features_BD
+            cosines[name] = float(F.cosine_similarity(features_BD, exact_BD).min())
+        for _ in range(arguments.rounds):
+            for name, encode in arranged.items():
+                started = time.perf_counter()
+                encode(image_BCHW)
+                rates[name].append(len(image_BCHW) / (time.perf_counter() - started))
+    figures: dict[str, Any] = {}
+    for name in ways:
+        own = {
+            key: statistics.median(rates[key])
+            for key in arranged
+            if key.startswith(f"{name}, {threads}")
+        }
+        best = max(own, key=lambda key: own[key])
+        figures[name] = {
+            "images_per_s": round(own[best], 2),
+            "threads": best.removeprefix(f"{name}, "),
+            "other_arrangement": round(min(own.values()), 2),
+            "cosine_with_fp32": round(cosines[best], 6),
+        }
+    slowest = figures["fp32"]["images_per_s"]
+    for one in figures.values():
+        one["times_fp32"] = round(one["images_per_s"] / slowest, 2)
+    return figures
+
+
+def _instructions() -> dict[str, bool]:
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "vnni": torch.cpu._is_vnni_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+    }
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    main()

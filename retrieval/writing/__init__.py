@@ -1,0 +1,5 @@
+"""The one writer of a collection, for as long as it holds the lock.
+
+compaction       dropping deleted vectors, joining small segments
+writer           commits of items, and the index generations that follow them
+"""

@@ -1,0 +1,284 @@
+"""The parts of a run, made from its recipe; `clipsys.training.loop` turns the crank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipsys import __version__
+from clipsys.images.preprocessing import Preprocessing
+from clipsys.models.open_clip_models import ModelParts
+from clipsys.shards.remote import is_remote
+from clipsys.training.checkpoints import Checkpoints
+from clipsys.training.data.batches import ShardSet, TrainingBatches, open_shards, sample_order
+from clipsys.training.data.loader import load_batches
+from clipsys.training.data.order import SampleOrder
+from clipsys.training.data.samples import Batch, Decoder
+from clipsys.training.data.skips import SkipLedger
+from clipsys.training.distributed.agreement import (
+    on_every_rank,
+    require_equal,
+    require_same_files,
+)
+from clipsys.training.distributed.collectives import (
+    broadcast_object,
+    on_first_rank,
+    rank,
+    world_size,
+)
+from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.losses import auto_tile_size
+from clipsys.training.model.initial import fingerprint, initial_model
+from clipsys.training.model.towers import ContrastiveModel, TowerOptions
+from clipsys.training.plan import Plan, plan_run
+from clipsys.training.precision import choose_training_precision
+from clipsys.training.recipe import Recipe
+from clipsys.training.step import TrainingStep
+from clipsys.training.validation import Validation
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run on this rank.
+
+    Attributes:
+        recipe: what they were made from, with the precision that was chosen.
+        folder: the run folder.
+        model: what is trained, with its tokenizer and preprocessing. Its weights belong to the
+            engine: ask `Engine.state_dict` for them.
+        shard_set: the training data.
+        order: which sample stands where in each epoch.
+        plan: what the run takes.
+        engine: gradients, updates, checkpoints of the weights.
+        step: from decoded micro-batches to an update.
+        validation: what is measured on the way.
+        checkpoints: what ``--resume`` goes on from.
+        skips: samples that could not be used.
+        checks_precision: whether the first loss is compared with that in fp32.
+    """
+
+    recipe: Recipe
+    folder: Path
+    model: ModelParts
+    shard_set: ShardSet
+    order: SampleOrder
+    plan: Plan
+    engine: Engine
+    step: TrainingStep
+    validation: Validation
+    checkpoints: Checkpoints
+    skips: SkipLedger
+    checks_precision: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of each epoch."""
+        return self.order.steps_per_epoch(self.recipe.data.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all epochs."""
+        return self.steps_per_epoch * self.recipe.schedule.epochs
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from a step on, to the end of the run."""
+        data = self.recipe.data
+        dataset = TrainingBatches(
+            self.shard_set,
+            self.order,
+            _decoder(self.recipe, self.model),
+            cache=data.shard_cache,
+            pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
+            batch_size=data.batch_size,
+            micro_batch_size=data.micro_batch_size,
+            rank=rank(),
+            world_size=world_size(),
+            epochs=self.recipe.schedule.epochs,
+            start_step=start_step,
+        )
+        return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
+
+
+#: Settings that may differ between machines.
+_OF_THE_MACHINE = ("nproc", "data.cache_dir")
+
+
+def agree_on_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with the run folder as rank 0 sees it, after proof that all ranks run the same.
+
+    Raises:
+        TrainingError: a setting or a program's version differs between ranks.
+    """
+    versions = {
+        name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "transformers")
+        if find_spec(name.removesuffix("_torch"))
+    }  # fmt: skip
+    require_equal(
+        {"clipsys": __version__, "the programs": versions},
+        remedy="install the same versions on every machine",
+    )
+    settings = dict(_flatten(recipe.model_dump(mode="json")))
+    for name in _OF_THE_MACHINE:
+        settings.pop(name, None)
+    require_equal(
+        {"the settings": sorted(settings)}, remedy="start every rank with the same recipe"
+    )
+    require_equal(settings, remedy="start every rank with the same recipe and overrides")
+    folder = broadcast_object(str(recipe.run_folder.absolute()))
+    return recipe.model_copy(update={"output": folder})
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def build_run(recipe: Recipe, device: torch.device) -> Run:
+    """Makes the parts of a run. Every rank of the process group calls it; nothing is written.
+
+    Raises:
+        ClipsysError: the model, the data or the validation data cannot be used.
+    """
+    torch.manual_seed(recipe.seed)
+    data, folder = recipe.data, recipe.run_folder
+    model = on_every_rank(lambda: initial_model(recipe.model, loss=recipe.objective.loss))
+    require_equal(
+        {"a model with the fingerprint": fingerprint(model, weights=bool(recipe.model.pretrained))},
+        remedy="give every machine the same model.architecture and model.pretrained",
+    )
+    shard_set = on_first_rank(lambda: open_shards(data))
+    local = [shard for shard in shard_set.shards if not is_remote(shard)]
+    require_same_files(local, setting="data.train")
+    order = sample_order(data, shard_set, recipe.seed)
+    order.steps_per_epoch(data.batch_size)  # raises where there is not one
+    validation = on_every_rank(
+        lambda: Validation(
+            recipe.evaluation,
+            data.validation,
+            model.preprocessing,
+            model.tokenizer,
+            caption_key=data.caption_key,
+        )
+    )
+    require_equal(
+        {"validation data with the fingerprint": validation.fingerprint()},
+        remedy="give every machine the same data.validation and evaluation.zeroshot",
+    )
+    asked = recipe.engine.precision
+    recipe = choose_training_precision(recipe, model, device)
+    precision = recipe.engine.precision
+    tile_size = recipe.objective.tile_size or auto_tile_size(data.batch_size, device)
+    # Before the engine partitions the model.
+    plan = _plan(recipe, model, order, precision, tile_size)
+    options = TowerOptions(precision, recipe.engine.grad_checkpointing, recipe.engine.compile)
+    engine = Engine(
+        ContrastiveModel(model, options),
+        config=recipe.engine,
+        optimizer=recipe.optimizer,
+        local_batch_size=data.batch_size // world_size(),
+        device=device,
+    )
+    step = TrainingStep(
+        engine,
+        model.preprocessing,
+        objective=recipe.objective,
+        augmentation=recipe.augmentation,
+        tile_size=tile_size,
+        seed=recipe.seed,
+    )
+    skips = SkipLedger(
+        folder,
+        max_share=data.max_bad_share,
+        epoch_samples=order.num_positions,
+        writes=rank() == 0,
+    )
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        model=model,
+        shard_set=shard_set,
+        order=order,
+        plan=plan,
+        engine=engine,
+        step=step,
+        validation=validation,
+        checkpoints=Checkpoints(folder, keep=recipe.checkpoint.keep),
+        skips=skips,
+        checks_precision=asked == "auto" and precision == "bf16",
+    )
+    if rank() == 0:
+        _announce(run, device, precision, min(tile_size, data.batch_size))
+    return run
+
+
+def _loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, int]:
+    """(height, width) of the images that reach the device."""
+    side = recipe.data.load_size
+    return (side, side) if side else preprocessing.size
+
+
+def _decoder(recipe: Recipe, model: ModelParts) -> Decoder:
+    data, target = recipe.data, model.preprocessing
+    return Decoder(
+        preprocessing=Preprocessing(**{**vars(target), "size": _loading_size(recipe, target)}),
+        tokenizer=model.tokenizer,
+        captions=data.captions,
+        positives=recipe.objective.positives,
+        label_key=data.label_key,
+        max_image_pixels=data.max_image_pixels,
+        seed=recipe.seed,
+        decode=data.decode,
+        caption_key=data.caption_key,
+    )
+
+
+def _plan(
+    recipe: Recipe, model: ModelParts, order: SampleOrder, precision: str, tile_size: int
+) -> Plan:
+    return plan_run(
+        recipe,
+        model.model,
+        precision=precision,
+        world_size=world_size(),
+        num_samples=order.num_positions,
+        embed_dim=int(model.config["embed_dim"]),
+        image_size=_loading_size(recipe, model.preprocessing),
+        tile_size=tile_size,
+    )
+
+
+def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) -> None:
+    """Says what the run is and what it takes."""
+    data = run.recipe.data
+    _logger.info(
+        "%d process(es) on %s, %s, ZeRO stage %d; %s samples in %d shards, %d epochs of %d "
+        "steps, %d pairs each, %d rows of logits at once",
+        world_size(),
+        device.type,
+        precision,
+        run.recipe.engine.zero_stage,
+        f"{run.shard_set.num_samples:,}",
+        len(run.shard_set.shards),
+        run.recipe.schedule.epochs,
+        run.steps_per_epoch,
+        data.batch_size,
+        tile_rows,
+    )
+    _logger.info("%s", run.plan)
+    for warning in run.plan.warnings:
+        _logger.warning("%s", warning)
+    dropped = run.order.num_positions - run.steps_per_epoch * data.batch_size
+    if dropped:
+        _logger.info("the last %d samples of each epoch's order are dropped", dropped)
