@@ -23,7 +23,7 @@ ALLOWED = {
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
         ("errors", "progress"),
-        ("paths",),
+        ("disk", "paths"),
         ("config", "images", "inference", "processes"),
         ("shards", "probe"),
         ("models", "corpora"),

@@ -28,6 +28,8 @@ def train(
     Also starts under `deepspeed`, `torchrun` and SLURM, which then decide the number of processes.
     """
     from clipsys.config import find_recipe, load_settings
+    from clipsys.disk import drive_errors_explained
+    from clipsys.errors import TrainingError
     from clipsys.training.distributed import launch
     from clipsys.training.recipe import Recipe
 
@@ -35,7 +37,11 @@ def train(
     if launch.join_environment():
         from clipsys.training.loop import train as run
 
-        with launch.reporting():
+        remedy = "make room, then go on with --resume; the checkpoints are kept"
+        with (
+            launch.reporting(),
+            drive_errors_explained(recipe.run_folder, TrainingError, remedy),
+        ):
             run(recipe, resume=resume)
         return
     processes = nproc or recipe.nproc or launch.default_nproc()

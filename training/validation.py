@@ -30,7 +30,7 @@ from clipsys.models.zeroshot import class_vectors
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
 from clipsys.shards.remote import is_remote
-from clipsys.shards.samples import REPEATED, Sample, parse_sample, place_of, require_captions
+from clipsys.shards.samples import REPEATED, Sample, check_key, parse_sample, place_of
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
@@ -81,7 +81,7 @@ class Validation:
         self._targets: RetrievalTargets | None = None
         if validation is not None:
             samples = _usable(
-                "data.validation", validation, preprocessing, require_captions, caption_key
+                "data.validation", validation, preprocessing, _require_key, caption_key
             )
             self._targets = retrieval_targets(
                 ((sample.captions, sample.metadata) for sample, _ in samples),
@@ -242,6 +242,10 @@ def _raws(spec: str | list[str]) -> Iterator[dict[str, Any] | DataError]:
         if failures and not num_samples:
             raise failures[0]
         yield from failures
+
+
+def _require_key(sample: Sample, raw: dict[str, Any]) -> None:
+    check_key(raw)  # an image without a caption is a candidate all the same
 
 
 def _require_label(sample: Sample, raw: dict[str, Any]) -> None:

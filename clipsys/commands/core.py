@@ -67,17 +67,21 @@ def shards(
         raise typer.BadParameter("name the folder to write into", param_hint="OUT")
     from clipsys.corpora.packing import pack
     from clipsys.corpora.tables import Columns
+    from clipsys.disk import drive_errors_explained
+    from clipsys.errors import DataError
 
-    report = pack(
-        source,
-        out,
-        prefix=prefix,
-        shard_bytes=int(shard_mb * 1e6),
-        shuffle_seed=shuffle,
-        columns=Columns(path_column, tuple(caption_column or ()), label_column),
-        resize=resize,
-        workers=workers,
-    )
+    remedy = "make room and repeat the command, which goes on from here"
+    with drive_errors_explained(out, DataError, remedy):
+        report = pack(
+            source,
+            out,
+            prefix=prefix,
+            shard_bytes=int(shard_mb * 1e6),
+            shuffle_seed=shuffle,
+            columns=Columns(path_column, tuple(caption_column or ()), label_column),
+            resize=resize,
+            workers=workers,
+        )
     for info in report.shards:
         print(out / info.name)
     total = sum(info.num_samples for info in report.shards)

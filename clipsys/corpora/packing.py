@@ -315,4 +315,6 @@ class _Journal:
             for uri, reason in self.skipped
         ]
         if lines:
-            self.skipped_path.write_text("".join(lines), encoding="utf-8")
+            self.skipped_path.write_text(
+                "".join(lines), encoding="utf-8", errors="backslashreplace"
+            )
