@@ -290,27 +290,44 @@ def _measure_step(case: StepCase, device: torch.device, setting: Setting) -> Non
     from clipsys.models.open_clip_models import build_model
     from clipsys.training.engine.deepspeed_engine import Engine, EngineConfig
     from clipsys.training.engine.optimizers import OptimizerConfig
-    from clipsys.training.losses import info_nce
-    from clipsys.training.model.towers import ContrastiveModel, Features, TowerOptions
+    from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+    from clipsys.training.model.towers import TowerOptions
+    from clipsys.training.model.trained import TrainedModel
+    from clipsys.training.objectives import Labels
+    from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
 
     architecture = _TINY if case.model == "tiny" else case.model
     parts = build_model(architecture, for_training=True)
     flop = _flop_per_pair(parts.model.to(device), device)
+    objective = InfoNCE(InfoNCEConfig(positives="pair"))
     engine = Engine(
-        ContrastiveModel(parts, TowerOptions(case.precision, compile=case.compile)),
+        TrainedModel(
+            parts.model,
+            objective,
+            TowerOptions(case.precision, compile=case.compile),
+            width=int(parts.config["embed_dim"]),
+        ),
         config=EngineConfig(zero_stage=0, precision=case.precision),
         optimizer=OptimizerConfig(),
         local_batch_size=case.batch,
         device=device,
     )
     engine.train()
-    inputs = [
+    pairs = [
         partial(_pairs, parts.model, case.micro_batch, number, device)
         for number in range(case.batch // case.micro_batch)
     ]
 
-    def contrast(features: Features) -> torch.Tensor:
-        return info_nce(features.image_BD, features.text_BD, features.logit_scale)
+    def shown(draw: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> Inputs:
+        image_BCHW, tokens_BL = draw()
+        return Inputs((image_BCHW,), (tokens_BL,))
+
+    inputs = [partial(shown, draw) for draw in pairs]
+    numbers = torch.arange(case.batch, device=device)
+    labels = Labels(numbers, numbers)
+
+    def contrast(outputs: Outputs, targets: Rows, state: State) -> tuple[torch.Tensor, State]:
+        return objective.loss(outputs, targets, labels, state)
 
     def step() -> None:
         engine.accumulate(inputs, contrast)

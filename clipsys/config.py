@@ -7,7 +7,8 @@ they configure and derive from `Settings`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -61,6 +62,18 @@ def _expanded(text: str) -> str:
 
 #: A setting that names a file or folder: ``~`` and ``$NAME`` are expanded.
 PathText = Annotated[str, AfterValidator(_expanded)]
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Marks a section that is read as one of several classes, for messages that name its settings.
+
+    Attributes:
+        choose: from the section of a document to its class; None where it cannot be told.
+    """
+
+    choose: Callable[[object], type[Settings] | None]
+
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -169,8 +182,9 @@ def load_settings(
     try:
         return model.model_validate(document)
     except ValidationError as error:
+        known = list(_paths(model, document))
         details = _plain_details(error, document)
-        faults = [_fault(model, place, origins, detail) for detail in details]
+        faults = [_fault(known, place, origins, detail) for detail in details]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
 
 
@@ -251,7 +265,7 @@ def _location(document: object, parts: Sequence[str | int]) -> tuple[str | int, 
 
 
 def _fault(
-    model: type[Settings],
+    known: Sequence[str],
     place: str,
     origins: Mapping[tuple[str, ...], str],
     detail: Mapping[str, Any],
@@ -260,7 +274,7 @@ def _fault(
     origin = next((text for keys, text in origins.items() if location[: len(keys)] == keys), place)
     name = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        near = _nearest(model, location)
+        near = _nearest(known, location)
         return f"{origin}: {name} is not a setting" + (f"; did you mean {near}?" if near else "")
     if detail["type"] == "missing":
         return f"{origin}: {name} is missing"
@@ -273,8 +287,7 @@ def _fault(
     return f"{origin}: {name}{shown}; {message}"
 
 
-def _nearest(model: type[Settings], location: tuple[str, ...]) -> str | None:
-    known = list(_paths(model))
+def _nearest(known: Sequence[str], location: tuple[str, ...]) -> str | None:
     asked = ".".join(location)
     siblings = [path for path in known if path.rpartition(".")[0] == ".".join(location[:-1])]
     same_last = [path for path in known if path.rpartition(".")[2] == location[-1]]
@@ -283,12 +296,16 @@ def _nearest(model: type[Settings], location: tuple[str, ...]) -> str | None:
     return near[0] if near else None
 
 
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _paths(model: type[Settings], document: object, prefix: str = "") -> Iterator[str]:
+    """Every setting that a document may have, by its dotted name."""
     for name, info in model.model_fields.items():
         yield prefix + name
         inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _paths(inner, f"{prefix}{name}.")
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            section = document.get(name) if isinstance(document, Mapping) else None
+            variants = next((one for one in info.metadata if isinstance(one, Variants)), None)
+            chosen = variants.choose(section) if variants else None
+            yield from _paths(chosen or inner, section, f"{prefix}{name}.")
 
 
 def dump_settings(settings: Settings) -> str:

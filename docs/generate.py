@@ -37,8 +37,29 @@ def configuration() -> str:
     }
     lines += _table(Recipe, skip=set(sections))
     for name, model in sections.items():
-        lines += ["", f"## {name}", "", (model.__doc__ or "").strip(), "", *_table(model)]
+        if name == "objective":
+            lines += _objectives()
+        else:
+            lines += ["", f"## {name}", "", (model.__doc__ or "").strip(), "", *_table(model)]
     return "\n".join(lines) + "\n"
+
+
+def _objectives() -> list[str]:
+    """The settings of each objective of ours."""
+    from clipsys.training.objectives import BUILT_IN, objective_class
+
+    lines = [
+        "",
+        "## objective",
+        "",
+        "What is minimised. `name` chooses, and each objective has settings of its own. "
+        "When to use which: [objectives](objectives.md).",
+    ]
+    for name in BUILT_IN:
+        config = objective_class(name).config
+        text = (config.__doc__ or "").strip().replace("\n    ", "\n")
+        lines += ["", f"### objective.name: {name}", "", text, "", *_table(config)]
+    return lines
 
 
 def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
@@ -55,6 +76,8 @@ def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> list[str]:  
 def _type(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " | ".join(_type(one) for one in schema["anyOf"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if "enum" in schema:
         return " | ".join(f"`{value}`" for value in schema["enum"])
     names = {"integer": "int", "number": "float", "string": "text", "boolean": "bool",

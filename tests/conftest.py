@@ -99,7 +99,9 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
-def write_training_shards(folder: Path, count: int = 64, *, shard_bytes: int = 60_000) -> str:
+def write_training_shards(
+    folder: Path, count: int = 64, *, shard_bytes: int = 60_000, with_captions: bool = True
+) -> str:
     """Shards of noise images with captions, labels and metadata; returns their glob."""
     from clipsys.shards.samples import Sample
     from clipsys.shards.writing import write_shards
@@ -107,7 +109,7 @@ def write_training_shards(folder: Path, count: int = 64, *, shard_bytes: int = 6
     def samples() -> Any:
         for number in range(count):
             image = encode_png(np.asarray(noise_image(number, (32, 32))))
-            captions = (f"picture number {number}", f"image {number}")
+            captions = (f"picture number {number}", f"image {number}") if with_captions else ()
             yield Sample(
                 f"{number:04d}",
                 image,

@@ -38,6 +38,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),
+        ("objectives",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
         ("plan", "precision", "resuming"),

@@ -105,12 +105,13 @@ class Checkpoints:
             unfinished=self.folder / partial,
         ):
             engine.save(self.folder, partial, asdict(state))
-            weights = engine.state_dict()
+            weights, heads = engine.state_dict(), engine.heads_state_dict()
             files = self._describe_own(self.folder / partial)
 
             def publish() -> None:
                 written = self.folder / partial
-                save_model(parts, written / "model", weights=weights, provenance=provenance)
+                target = written / "model"
+                save_model(parts, target, weights=weights, heads=heads, provenance=provenance)
                 rest = set(list_files(written)) - files.keys()
                 Manifest(
                     step=state.step,

@@ -25,23 +25,24 @@ def train(
 ) -> None:
     """Train a model through DeepSpeed.
 
-    Also starts under `deepspeed`, `torchrun` and SLURM, which then decide the number of processes.
+    Also starts under `deepspeed`, `torchrun`, SLURM and MPI, which then decide the number of
+    processes.
     """
     from clipsys.config import find_recipe, load_settings
     from clipsys.disk import drive_errors_explained
     from clipsys.errors import TrainingError
-    from clipsys.training.distributed import launch
+    from clipsys.training.distributed import environment, launch, rank_errors
     from clipsys.training.recipe import Recipe
 
     recipe = load_settings(Recipe, find_recipe(config), overrides or [])
-    if launch.join_environment():
-        from clipsys.training.loop import train as run
-
+    if environment.join_environment(nproc):
         remedy = "make room, then go on with --resume; the checkpoints are kept"
         with (
-            launch.reporting(),
+            rank_errors.reporting(),
             drive_errors_explained(recipe.run_folder, TrainingError, remedy),
         ):
+            from clipsys.training.loop import train as run
+
             run(recipe, resume=resume)
         return
     processes = nproc or recipe.nproc or launch.default_nproc()
@@ -59,12 +60,16 @@ def export(
     step: Annotated[
         int | None, typer.Option(help="The checkpoint of this step; default the newest.")
     ] = None,
+    with_heads: Annotated[
+        bool,
+        typer.Option("--with-heads", help="Write the objective's heads beside the model too."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Write a model folder that clipsys and stock open_clip load."""
     from clipsys.training.export import export_model
 
-    fingerprint = export_model(run, out, step=step, overwrite=overwrite)
+    fingerprint = export_model(run, out, step=step, with_heads=with_heads, overwrite=overwrite)
     print(out)
     print(
         f"fingerprint {fingerprint[:16]}; load it with clipsys.load({str(out)!r})", file=sys.stderr

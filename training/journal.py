@@ -60,13 +60,14 @@ def plot_curves(run: Path, out: Path) -> None:
         "val/text_to_image/recall@1": "text → image, recall@1",
         "val/text_to_image/recall@10": "text → image, recall@10",
         "val/zeroshot/accuracy@1": "zero-shot accuracy",
+        "val/knn/accuracy@1": "nearest neighbours, accuracy",
     }
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     if losses:
         left.plot(*zip(*losses, strict=True), color="#3565a9", linewidth=1.4)
-    left.set(title="Training loss", xlabel="step", ylabel="symmetric InfoNCE")
+    left.set(title="Training loss", xlabel="step", ylabel="loss")
     for name, label in shown.items():
         if points := _points(entries, name):
             right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)

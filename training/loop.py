@@ -229,8 +229,9 @@ class TrainingLoop:
             "epoch": round(self.step / self.run.steps_per_epoch, 4),
             "loss": window.loss / window.steps,
             "lr": self.recipe.optimizer.lr * factor,
-            "logit_scale": figures.logit_scale,
+            **figures.scalars,
             "gradient_norm": figures.gradient_norm,
+            **self.run.engine.scaling_figures(),
             "samples_per_s": window.steps * self.recipe.data.batch_size / elapsed,
             "data_wait_share": window.waited_s / elapsed,
         }
@@ -251,7 +252,12 @@ class TrainingLoop:
             self._journal.write(
                 self.step, {f"val/{name}": value for name, value in figures.items()}
             )
-            shown = ("text_to_image/recall@10", "image_to_text/recall@10", "zeroshot/accuracy@1")
+            shown = (
+                "text_to_image/recall@10",
+                "image_to_text/recall@10",
+                "zeroshot/accuracy@1",
+                "knn/accuracy@1",
+            )
             texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
             epoch = self.step / self.run.steps_per_epoch
             _logger.info("epoch %.3g: %s", epoch, ", ".join(texts))
@@ -271,6 +277,12 @@ class TrainingLoop:
         }
 
     def _finish(self) -> None:
+        if not self.run.engine.num_applied_steps:
+            raise TrainingError(
+                f"{self.run.folder}: every one of the {self.step} steps was left out, because "
+                "gradients overflow in fp16: nothing was learnt, and no model is written; use "
+                "engine.precision bf16 or fp32, or train for longer"
+            )
         checkpoint, run = self._save(), self.run.folder
 
         def publish() -> None:

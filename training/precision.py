@@ -20,6 +20,7 @@ from clipsys.models.open_clip_models import ModelParts
 from clipsys.probe.probing import Work, probe, signature, usual_threads
 from clipsys.probe.products import Product, record
 from clipsys.training.distributed.collectives import on_first_rank, world_size
+from clipsys.training.objectives import make_objective
 from clipsys.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -116,11 +117,14 @@ def training_work(recipe: Recipe, model: ModelParts) -> Work:
     """What a step of this run computes over and over on each rank."""
     share = recipe.data.batch_size // world_size()
     rows = recipe.data.micro_batch_size or share
-    images = (rows, 3, *model.preprocessing.size)
-    texts = tuple(model.tokenizer([""]).shape[1:])
+    objective = make_objective(recipe.objective)
+    images = (rows * len(objective.views(recipe.augmentation)), 3, *model.preprocessing.size)
+    texts = tuple(model.tokenizer([""]).shape[1:]) if objective.num_texts else ()
 
     def products() -> tuple[Product, ...]:
         image = record(model.model, lambda same: same.encode_image(_empty(images)))
+        if not objective.num_texts:
+            return image
         tokens = torch.empty(rows, *texts, dtype=torch.int64, device="meta")
         return image + record(model.model, lambda same: same.encode_text(tokens))
 

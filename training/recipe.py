@@ -16,7 +16,14 @@ from clipsys.training.engine.deepspeed_engine import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
 from clipsys.training.model.initial import ModelConfig
-from clipsys.training.step import ObjectiveConfig
+from clipsys.training.objectives import (
+    Objective,
+    ObjectiveConfig,
+    ObjectiveSection,
+    Surroundings,
+    make_objective,
+)
+from clipsys.training.objectives.infonce import InfoNCEConfig
 from clipsys.training.validation import EvaluationConfig
 
 
@@ -33,7 +40,7 @@ class Recipe(Settings):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     augmentation: AugmentationConfig = AugmentationConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveSection = InfoNCEConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
@@ -42,25 +49,44 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        for fault in (*self._idle_settings(), *self._conflicts()):
+        objective = make_objective(self.objective)
+        surroundings = Surroundings(
+            self.data, self.augmentation, self.model, self.optimizer, self.engine
+        )
+        faults = (
+            *self._idle_settings(objective),
+            *self._conflicts(objective),
+            *objective.faults(surroundings),
+        )
+        for fault in faults:
             raise ValueError(fault)
         return self
 
-    def _idle_settings(self) -> Iterator[str]:
+    def _idle_settings(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Settings that would silently do nothing."""
-        objective, data, model = self.objective, self.data, self.model
+        data, model, name = self.data, self.model, self.objective.name
         if objective.positives != "label" and data.label_key:
             yield (
                 f"data.label_key is {data.label_key!r}, which does nothing unless "
                 "objective.positives is label"
             )
-        if objective.positives == "pair" and objective.duplicates == "ignore":
+        if not objective.needs_bias and model.initial_logit_bias is not None:
+            yield "model.initial_logit_bias is for objective.name sigmoid; leave it out"
+        if not objective.trains_temperature and model.initial_logit_scale is not None:
             yield (
-                "objective.duplicates ignore does nothing while objective.positives is pair: "
-                "no two samples are equal; use image, caption or label"
+                f"model.initial_logit_scale does nothing for objective.name {name}, which does not "
+                "use the model's temperature; set objective.temperature"
             )
-        if objective.loss != "sigmoid" and model.initial_logit_bias is not None:
-            yield "model.initial_logit_bias is for objective.loss sigmoid; leave it out"
+        if not objective.num_texts and model.unlocked_text_blocks is not None:
+            yield (
+                f"model.unlocked_text_blocks does nothing for objective.name {name}, which trains "
+                "no text; leave it out"
+            )
+        if not objective.num_texts and self.evaluation.zeroshot and not model.pretrained:
+            yield (
+                f"evaluation.zeroshot needs text, and objective.name {name} trains none; use "
+                "evaluation.knn, or start from a model that knows text (model.pretrained)"
+            )
         if self.engine.cache_on_host and data.micro_batch_size is None:
             yield "engine.cache_on_host does nothing without data.micro_batch_size"
         if model.unlocked_image_blocks == 0 and model.unlocked_text_blocks == 0:
@@ -69,7 +95,7 @@ class Recipe(Settings):
                 "would be trained; leave one out"
             )
 
-    def _conflicts(self) -> Iterator[str]:
+    def _conflicts(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Combinations that cannot be carried out, or not exactly."""
         engine, stage = self.engine, self.engine.zero_stage
         sixteen_bits = engine.precision in ("bf16_params", "fp16")
@@ -99,6 +125,11 @@ class Recipe(Settings):
                 "optimizer.name adamw"
             )
         micro, batch = self.data.micro_batch_size, self.data.batch_size
+        if micro and not objective.cacheable:
+            yield (
+                f"data.micro_batch_size would change what objective.name {self.objective.name} "
+                "computes, whose rows depend on one another; leave it out"
+            )
         if micro and micro > batch:
             yield (
                 f"data.micro_batch_size is {micro}, more than data.batch_size {batch}; lower it, "

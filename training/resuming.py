@@ -21,6 +21,7 @@ from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.checkpoints import Checkpoints, read_provenance
 from clipsys.training.distributed.collectives import on_first_rank
 from clipsys.training.engine.repartition import SavedBy
+from clipsys.training.objectives import with_current_names
 from clipsys.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -174,6 +175,8 @@ def changed_settings(was: Mapping[str, Any], recipe: Recipe) -> Iterator[Change]
 
     Settings that the record lacks, since they were added later, are left out.
     """
+    if isinstance(was.get("objective"), Mapping):
+        was = {**was, "objective": with_current_names(was["objective"])}
     return _changes(was, recipe, recipe.model_dump(mode="json"), "")
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from clipsys import __version__
+from clipsys.errors import ConfigError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import ModelParts
 from clipsys.shards.remote import is_remote
@@ -35,8 +37,10 @@ from clipsys.training.distributed.collectives import (
 )
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.losses import auto_tile_size
-from clipsys.training.model.initial import fingerprint, initial_model
-from clipsys.training.model.towers import ContrastiveModel, TowerOptions
+from clipsys.training.model.initial import fingerprint, freeze_unused, initial_model
+from clipsys.training.model.towers import TowerOptions
+from clipsys.training.model.trained import TrainedModel
+from clipsys.training.objectives import Objective, make_objective
 from clipsys.training.plan import Plan, plan_run
 from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
@@ -57,6 +61,7 @@ class Run:
             engine: ask `Engine.state_dict` for them.
         shard_set: the training data.
         order: which sample stands where in each epoch.
+        objective: what is minimised.
         plan: what the run takes.
         engine: gradients, updates, checkpoints of the weights.
         step: from decoded micro-batches to an update.
@@ -71,6 +76,7 @@ class Run:
     model: ModelParts
     shard_set: ShardSet
     order: SampleOrder
+    objective: Objective[Any]
     plan: Plan
     engine: Engine
     step: TrainingStep
@@ -95,7 +101,7 @@ class Run:
         dataset = TrainingBatches(
             self.shard_set,
             self.order,
-            _decoder(self.recipe, self.model),
+            _decoder(self.recipe, self.objective, self.model),
             cache=data.shard_cache,
             pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
             batch_size=data.batch_size,
@@ -153,7 +159,8 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     """
     torch.manual_seed(recipe.seed)
     data, folder = recipe.data, recipe.run_folder
-    model = on_every_rank(lambda: initial_model(recipe.model, loss=recipe.objective.loss))
+    objective = make_objective(recipe.objective)
+    model = on_every_rank(lambda: _model(recipe, objective))
     require_equal(
         {"a model with the fingerprint": fingerprint(model, weights=bool(recipe.model.pretrained))},
         remedy="give every machine the same model.architecture and model.pretrained",
@@ -169,6 +176,7 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
             data.validation,
             model.preprocessing,
             model.tokenizer,
+            has_text=objective.num_texts > 0,
             caption_key=data.caption_key,
         )
     )
@@ -179,23 +187,39 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
     precision = recipe.engine.precision
-    tile_size = recipe.objective.tile_size or auto_tile_size(data.batch_size, device)
-    # Before the engine partitions the model.
-    plan = _plan(recipe, model, order, precision, tile_size)
+    tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
+    width = int(model.config["embed_dim"])
     options = TowerOptions(precision, recipe.engine.grad_checkpointing, recipe.engine.compile)
+    trained = TrainedModel(model.model, objective, options, width=width)
+    check_batch_norm(trained, recipe)
+    plan = plan_run(  # before the engine partitions the model
+        recipe,
+        trained,
+        precision=precision,
+        world_size=world_size(),
+        num_samples=order.num_positions,
+        embed_dim=width,
+        image_size=_loading_size(recipe, model.preprocessing),
+        tile_size=tile_size,
+    )
     engine = Engine(
-        ContrastiveModel(model, options),
+        trained,
         config=recipe.engine,
         optimizer=recipe.optimizer,
         local_batch_size=data.batch_size // world_size(),
         device=device,
+        momentum=objective.momentum,
+        state=objective.initial_state(
+            width=width,
+            num_samples=shard_set.num_samples,
+            generator=torch.Generator().manual_seed(recipe.seed),
+        ),
     )
     step = TrainingStep(
         engine,
         model.preprocessing,
-        objective=recipe.objective,
+        objective=objective,
         augmentation=recipe.augmentation,
-        tile_size=tile_size,
         seed=recipe.seed,
     )
     skips = SkipLedger(
@@ -210,6 +234,7 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         model=model,
         shard_set=shard_set,
         order=order,
+        objective=objective,
         plan=plan,
         engine=engine,
         step=step,
@@ -229,33 +254,52 @@ def _loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, in
     return (side, side) if side else preprocessing.size
 
 
-def _decoder(recipe: Recipe, model: ModelParts) -> Decoder:
+def _model(recipe: Recipe, objective: Objective[Any]) -> ModelParts:
+    model = initial_model(recipe.model, with_bias=objective.needs_bias)
+    has_views = bool(objective.views(recipe.augmentation))
+    freeze_unused(
+        model.model,
+        image=has_views,
+        text=objective.num_texts > 0,
+        temperature=objective.trains_temperature,
+    )
+    return model
+
+
+def check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
+    """Refuses micro-batches where batch norm would make them change the result.
+
+    Raises:
+        ConfigError: a head has batch norm, or a tower of an objective that has no older recipes.
+    """
+    if recipe.data.micro_batch_size is None:
+        return
+    model.train()
+    # InfoNCE and the sigmoid loss have allowed it in a tower from the start; the docs say so.
+    parts = ("heads.",) if recipe.objective.name in ("infonce", "sigmoid") else ("heads.", "clip.")
+    for name, module in model.named_modules():
+        is_active = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        if is_active and name.startswith(parts):
+            raise ConfigError(
+                f"data.micro_batch_size is {recipe.data.micro_batch_size}, but {name} is batch "
+                "normalisation, which would take its statistics over a micro-batch: another "
+                "result; leave data.micro_batch_size out, or use a model without batch norm"
+            )
+
+
+def _decoder(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> Decoder:
     data, target = recipe.data, model.preprocessing
     return Decoder(
         preprocessing=Preprocessing(**{**vars(target), "size": _loading_size(recipe, target)}),
         tokenizer=model.tokenizer,
         captions=data.captions,
-        positives=recipe.objective.positives,
+        positives=objective.positives,
         label_key=data.label_key,
         max_image_pixels=data.max_image_pixels,
         seed=recipe.seed,
         decode=data.decode,
+        needs_caption=objective.num_texts > 0,
         caption_key=data.caption_key,
-    )
-
-
-def _plan(
-    recipe: Recipe, model: ModelParts, order: SampleOrder, precision: str, tile_size: int
-) -> Plan:
-    return plan_run(
-        recipe,
-        model.model,
-        precision=precision,
-        world_size=world_size(),
-        num_samples=order.num_positions,
-        embed_dim=int(model.config["embed_dim"]),
-        image_size=_loading_size(recipe, model.preprocessing),
-        tile_size=tile_size,
     )
 
 

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from clipsys.errors import DataError, SampleError
 from clipsys.evaluation.class_names import class_names
 from clipsys.evaluation.figures import (
     RetrievalTargets,
+    knn_figures,
     retrieval_figures,
     retrieval_targets,
     zeroshot_figures,
@@ -57,6 +58,11 @@ class EvaluationConfig(Settings):
     templates: list[str] = Field(
         ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
     )
+    knn: str | None = Field(
+        None,
+        description="label that the nearest neighbours of each image predict: a metadata key, or "
+        "cls for the .cls member; images that match do not vote for each other",
+    )
     batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")
 
 
@@ -73,21 +79,45 @@ class Validation:
         preprocessing: Preprocessing,
         tokenizer: Tokenizer,
         *,
+        has_text: bool = True,
         caption_key: str | None = None,
     ) -> None:
+        """
+        Args:
+            config: what is measured.
+            validation: shards of the held-out data.
+            preprocessing: from a decoded image to what the image tower sees.
+            tokenizer: of the text tower.
+            has_text: whether text is trained; else retrieval is not measured.
+            caption_key: as `parse_sample` takes it.
+
+        Raises:
+            DataError: the shards cannot be used, or lack what is asked of them.
+        """
         self._config = config
         self._preprocessing = preprocessing
         self._tokenizer = tokenizer
         self._targets: RetrievalTargets | None = None
-        if validation is not None:
+        self._neighbours: _Neighbours | None = None
+        if validation is not None and not has_text:
+            _logger.info("retrieval is not measured: the objective trains no text")
+            if config.knn is None:
+                _logger.warning(
+                    "data.validation is not used; set evaluation.knn to the metadata key of a "
+                    "label (or cls) to measure nearest neighbours on it"
+                )
+        if validation is not None and (has_text or config.knn is not None):
             samples = _usable(
                 "data.validation", validation, preprocessing, _require_key, caption_key
             )
-            self._targets = retrieval_targets(
-                ((sample.captions, sample.metadata) for sample, _ in samples),
-                captions=config.captions,
-                match=config.match,
-            )
+            if has_text:
+                self._targets = retrieval_targets(
+                    ((sample.captions, sample.metadata) for sample, _ in samples),
+                    captions=config.captions,
+                    match=config.match,
+                )
+            if config.knn is not None:
+                self._neighbours = _neighbours([sample for sample, _ in samples], config)
             self._pixels = _stack_share(samples)
             self._num_images = len(samples)
         self._labels: list[str] = []
@@ -103,7 +133,7 @@ class Validation:
             self._zeroshot_pixels = _stack_share(samples)
 
     def __bool__(self) -> bool:
-        return self._targets is not None or bool(self._labels)
+        return bool(self._targets or self._neighbours or self._labels)
 
     def fingerprint(self) -> str:
         """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
@@ -113,7 +143,7 @@ class Validation:
         return hashlib.blake2b(held, digest_size=8).hexdigest()
 
     def measure(self, engine: Engine) -> dict[str, float]:
-        """Recall and zero-shot accuracy of the model as it is. Every rank must call it."""
+        """What is asked for, of the model as it is. Every rank must call it."""
         figures: dict[str, float] = {}
         with engine.evaluating() as model:
             mean, std = normalisation(self._preprocessing, engine.device)
@@ -132,10 +162,14 @@ class Validation:
                     tokens, len(texts), lambda part: model.encode_tokens(part.to(engine.device))
                 )
 
-            if self._targets is not None:
+            if self._targets or self._neighbours:
                 image_ND = self._encode_all(self._pixels, self._num_images, encode_image)
+            if self._targets:
                 text_MD = encode_text(self._targets.texts)
                 figures |= retrieval_figures(image_ND, text_MD, self._targets)
+            if self._neighbours:
+                nearest = knn_figures(image_ND, *self._neighbours)
+                figures |= {f"knn/{name}": value for name, value in nearest.items()}
             if self._labels:
                 image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
                 classes = sorted(self._classes)
@@ -168,6 +202,27 @@ class Validation:
         for number, part in enumerate(gathered):
             result[number::ranks] = part
         return result
+
+
+class _Neighbours(NamedTuple):
+    """The label of each image, and what tells which images show the same thing."""
+
+    labels: list[str]
+    same: list[object] | None
+
+
+def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbours:
+    key = str(config.knn)
+    values = [one.label if key == "cls" else one.metadata.get(key) for one in samples]
+    if None in values:
+        sample, place = samples[values.index(None)], "label (.cls member)"
+        if key != "cls":
+            place = f"metadata key {key!r}; it has {', '.join(sorted(sample.metadata)) or 'none'}"
+        raise DataError(f"evaluation.knn: sample {sample.key!r} has no {place}")
+    same = None
+    if config.match is not None:
+        same = [one.metadata.get(config.match, one.key) for one in samples]
+    return _Neighbours([str(value) for value in values], same)
 
 
 def _usable(

@@ -93,7 +93,7 @@ def _class_token_tower(model: Any, make: MakeProduct) -> _ClassTokenTower | None
     if tower is None:
         return None
     size = getattr(tower, "image_size", None)
-    height, width = size if isinstance(size, tuple) else (size, size)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
     parameter = tower.class_embedding
     image_BCHW = torch.randn(
         2, 3, int(height or 0), int(width or 0), generator=torch.Generator().manual_seed(0)

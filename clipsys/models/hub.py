@@ -9,7 +9,6 @@ line.
 from __future__ import annotations
 
 import logging
-import os
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +19,12 @@ from contextlib import contextmanager
 ANSWER_TIMEOUT_S = 5.0
 #: How long a hub that did not answer is not asked again.
 _REST_S = 60.0
+
+#: What to do about a hub that cannot be reached.
+HINT = (
+    "connect this machine, or copy the model's folder to it and name that folder "
+    "(HF_HUB_OFFLINE=1 uses downloaded models without asking the hub)"
+)
 
 #: Endpoint -> until when it counts as unreachable (monotonic seconds), and why.
 _silent: dict[str, tuple[float, str]] = {}
@@ -47,6 +52,8 @@ def quiet_hub() -> Iterator[str]:
     constants.HF_HUB_OFFLINE = was_offline or bool(reason)
     try:
         yield reason
+        if reason and not was_offline:
+            _logger.info("%s; what had been downloaded was used", reason)
     finally:
         constants.HF_HUB_OFFLINE = was_offline
         for logger, level in zip(loggers, levels, strict=True):
@@ -78,7 +85,6 @@ def _why_unreachable(endpoint: str, *, offline: bool) -> str:
         return ""
     reason = f"the hub {endpoint} cannot be reached ({problem})"
     _silent[endpoint] = (time.monotonic() + _REST_S, reason)
-    _logger.info("%s; only downloaded files are used", reason)
     return reason
 
 
@@ -111,13 +117,3 @@ def _is_of_the_network(error: OSError) -> bool:
     if isinstance(error, ssl.SSLError):
         return False
     return isinstance(error, (socket.gaierror, ConnectionError)) or error.errno is not None
-
-
-def hint() -> str:
-    """What to do about a hub that cannot be reached."""
-    mirror = os.environ.get("HF_ENDPOINT")
-    place = f"; HF_ENDPOINT is {mirror}" if mirror else ""
-    return (
-        "connect this machine, or copy the model's folder to it and name that folder "
-        f"(HF_HUB_OFFLINE=1 uses downloaded models without asking the hub{place})"
-    )

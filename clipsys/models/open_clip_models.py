@@ -5,6 +5,7 @@ A model folder is open_clip's own local format plus one file of ours::
     open_clip_config.json          model_cfg and preprocess_cfg, as open_clip reads them
     open_clip_model.safetensors    the weights
     clipsys.json                   fingerprint and provenance
+    heads.safetensors              only where asked for: what an objective trained beside the model
     tokenizer files                only where the text tower uses a Hugging Face tokenizer
     config.json                    only where the text tower is a Hugging Face model
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CARD_NAME = "clipsys.json"
+HEADS_NAME = "heads.safetensors"
 TEXT_CONFIG_NAME = "config.json"
 
 _logger = logging.getLogger(__name__)
@@ -145,7 +147,7 @@ def _why_not_built(
         needed = config["text_cfg"].get("hf_model_name") or config["vision_cfg"]["timm_model_name"]
         return (
             f"model {name}: {needed} is not on this machine, and {unreachable}; set "
-            f"text_cfg.hf_model_name to a folder with its config.json, or {hub.hint()}"
+            f"text_cfg.hf_model_name to a folder with its config.json, or {hub.HINT}"
         )
     return f"model {name}: open_clip cannot build this configuration ({_one_line(error)})"
 
@@ -227,7 +229,7 @@ def _load_folder(folder: Path) -> ModelParts:
         if unreachable:
             raise ModelError(
                 f"{folder}: the model was written without the config.json of its text tower "
-                f"{config['text_cfg']['hf_model_name']}, and {unreachable}; {hub.hint()}"
+                f"{config['text_cfg']['hf_model_name']}, and {unreachable}; {hub.HINT}"
             ) from error
         raise ModelError(f"{folder}: the model cannot be loaded ({_one_line(error)})") from error
     tokenizer = make_tokenizer(config, folder=folder)
@@ -286,7 +288,7 @@ def _load_hub(name: str, pretrained: str | None) -> ModelParts:
             if unreachable:
                 raise ModelError(
                     f"model {label}: its weights are not on this machine, and {unreachable}; "
-                    f"{hub.hint()}"
+                    f"{hub.HINT}"
                 ) from error
             raise ModelError(
                 f"model {label}: the weights cannot be fetched ({_one_line(error)}); check the "
@@ -434,6 +436,7 @@ def save_model(
     out: str | Path,
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
+    heads: Mapping[str, torch.Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
@@ -443,6 +446,8 @@ def save_model(
         parts: the model.
         out: the folder.
         weights: its whole state dict where the module does not hold it, as while ZeRO trains it.
+        heads: weights that an objective trained beside the model, written beside it. open_clip and
+            `load_model` do not read them.
         provenance: what ``clipsys.json`` says of the model's origin.
         overwrite: replaces ``out`` where it exists.
 
@@ -462,6 +467,9 @@ def save_model(
     folder.mkdir()
     try:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(weights)}
+        if heads:
+            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}
+            save_file(kept, folder / HEADS_NAME, metadata={"format": "pt"})
         document = {
             "model_cfg": _config_in(target, parts.config),
             "preprocess_cfg": parts.preprocessing.to_open_clip(),
@@ -475,6 +483,9 @@ def save_model(
             "fingerprint": mark,
             "provenance": dict(provenance or {}),
         }
+        if heads:
+            shapes = {name: list(tensor.shape) for name, tensor in heads.items()}
+            card["heads"] = {"file": HEADS_NAME, "parameters": shapes}
         (folder / CARD_NAME).write_text(
             json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

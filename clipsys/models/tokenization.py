@@ -72,7 +72,7 @@ def make_tokenizer(config: Mapping[str, Any], *, folder: Path | None = None) -> 
                 raise ModelError(
                     f"{where}the tokenizer {name} of its text tower is not on this machine, and "
                     f"{unreachable}; set text_cfg.hf_tokenizer_name to a folder with the "
-                    f"tokenizer's files, or {hub.hint()}"
+                    f"tokenizer's files, or {hub.HINT}"
                 ) from error
             raise ModelError(
                 f"{where}the tokenizer {name} (text_cfg.hf_tokenizer_name) cannot be loaded "

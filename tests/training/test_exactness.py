@@ -19,9 +19,13 @@ from clipsys.models.open_clip_models import build_model
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.model.initial import lock_tower
-from clipsys.training.model.towers import ContrastiveModel, TowerOptions, rest_frozen
-from clipsys.training.recipe import EngineConfig, ObjectiveConfig
-from clipsys.training.step import objective
+from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.towers import TowerOptions, rest_frozen
+from clipsys.training.model.trained import TrainedModel
+from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
+from clipsys.training.objectives.protocol import Labels
+from clipsys.training.objectives.sigmoid import Sigmoid, SigmoidConfig
+from clipsys.training.recipe import EngineConfig
 from tests.ranks import run_ranks
 from tests.training.losses.test_contrastive import naive_info_nce, naive_sigmoid_loss
 
@@ -150,15 +154,26 @@ def _reference(case: Case, world_size: int) -> Result:
     return Result(losses, norms, first, weights)
 
 
+def _objective(case: Case) -> Any:
+    settings: dict[str, Any] = {
+        "positives": "label" if case.groups else "pair",
+        "duplicates": "ignore" if case.groups == "ignore" else "attract",
+        "tile_size": case.tile_size or _BATCH,
+    }
+    if case.loss == "sigmoid":
+        return Sigmoid(SigmoidConfig(**settings))
+    return InfoNCE(InfoNCEConfig(**settings))
+
+
 def _on_rank(rank: int, world_size: int, cases: list[Case]) -> list[Result]:
     return [_train(rank, world_size, case) for case in cases]
 
 
 def _train(rank: int, world_size: int, case: Case) -> Result:
-    parts = build_model(_MODEL, for_training=True)
-    parts = type(parts)(**{**vars(parts), "model": _clip(case)})
+    objective = _objective(case)
+    options = TowerOptions(case.precision, case.checkpointing)
     engine = Engine(
-        ContrastiveModel(parts, TowerOptions(case.precision, case.checkpointing)),
+        TrainedModel(_clip(case), objective, options, width=16),
         config=EngineConfig(
             zero_stage=case.stage, gradient_clipping=case.clipping, cache_on_host=case.on_host
         ),
@@ -169,22 +184,21 @@ def _train(rank: int, world_size: int, case: Case) -> Result:
     engine.train()
     local = _BATCH // world_size
     micro = local // case.micro_batches
-    config = ObjectiveConfig(
-        loss=case.loss,
-        positives="label" if case.groups else "pair",
-        duplicates="ignore" if case.groups == "ignore" else "attract",
-    )
     losses, norms, first = [], [], {}
     for step in range(_STEPS):
         image, tokens, groups = _batch(step, case)
         own = slice(rank * local, (rank + 1) * local)
         inputs = [
-            lambda a=start: (image[a : a + micro], tokens[a : a + micro])  # noqa: B023
+            lambda a=start: Inputs((image[a : a + micro],), (tokens[a : a + micro],))  # noqa: B023
             for start in range(own.start, own.stop, micro)
         ]
-        loss = objective(config, None if groups is None else groups[own], case.tile_size or _BATCH)
+        ids = torch.arange(_BATCH) if groups is None else groups
+        labels = Labels(ids[own], torch.arange(_BATCH)[own])
         torch.manual_seed(_seed(step, rank))
-        value, _ = engine.accumulate(inputs, loss)
+        value, _ = engine.accumulate(
+            inputs,
+            lambda outputs, targets, state: objective.loss(outputs, targets, labels, state),  # noqa: B023
+        )
         if step == 0:
             first = {
                 name.removeprefix("clip."): gradient.float().numpy()

@@ -113,7 +113,7 @@ def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> Non
             {"model": {"unlocked_image_blocks": 0, "unlocked_text_blocks": 0}},
             "nothing would be trained",
         ),
-        ({"model": {"initial_logit_bias": -3.0}}, "is for objective.loss sigmoid"),
+        ({"model": {"initial_logit_bias": -3.0}}, "is for objective.name sigmoid"),
         (
             {"objective": {"positives": "pair", "duplicates": "ignore"}},
             "no two samples are equal",

@@ -12,6 +12,7 @@ import pytest
 from clipsys.config import Settings, load_settings
 from clipsys.training.checkpoints import FOLDER
 from clipsys.training.manifest import MANIFEST_NAME
+from clipsys.training.objectives import BUILT_IN, objective_class
 from clipsys.training.recipe import Recipe
 from clipsys.training.resuming import (
     CHANGEABLE,
@@ -91,7 +92,7 @@ def test_what_cannot_change_is_refused_with_its_name_and_both_values(finished: P
         "optimizer.layer_decay=0.5": "optimizer.layer_decay was None at step 6, now it is 0.5",
         "engine.zero_stage=3": "engine.zero_stage was 1 at step 6, now it is 3",
         "engine.precision=bf16_params": "engine.precision was 'auto' at step 6",
-        "objective.loss=sigmoid": "objective.loss was 'infonce' at step 6",
+        "objective.loss=sigmoid": "objective.name was 'infonce' at step 6",
         "data.batch_size=4": "data.batch_size was 8 at step 6, now it is 4",
         "data.resampled=true": "data.resampled was False at step 6",
         "model.unlocked_image_blocks=1": "model.unlocked_image_blocks was None at step 6",
@@ -122,7 +123,10 @@ def test_a_checkpoint_without_a_rank_s_file_is_refused_by_every_rank(finished: P
 def _leaves(settings: type[Settings], prefix: str = "") -> Iterator[str]:
     for name, info in settings.model_fields.items():
         inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, Settings):
+        if name == "objective":
+            classes = [objective_class(one).config for one in BUILT_IN]
+            yield from {leaf for one in classes for leaf in _leaves(one, "objective.")}
+        elif isinstance(inner, type) and issubclass(inner, Settings):
             yield from _leaves(inner, f"{prefix}{name}.")
         else:
             yield prefix + name
@@ -144,7 +148,7 @@ def test_every_setting_is_decided_and_documented() -> None:
 
 def test_a_setting_that_no_table_names_must_stay() -> None:
     assert is_fixed("model.something_new") and is_fixed("something.else")
-    assert is_fixed("objective.loss") and not is_fixed("objective.tile_size")
+    assert is_fixed("objective.name") and not is_fixed("objective.tile_size")
     assert not is_fixed("schedule.epochs") and is_fixed("model.architecture")
 
 
@@ -157,6 +161,14 @@ def test_settings_that_a_record_lacks_are_not_compared() -> None:
     del was["optimizer"]["betas"]
     now = _recipe(optimizer={"betas": [0.5, 0.9], "lr": 1.0})
     assert list(changed_settings(was, now)) == [Change("optimizer.lr", 5e-4, 1.0)]
+
+
+def test_a_record_that_names_its_objective_as_a_loss_is_compared() -> None:
+    was = _recipe().model_dump(mode="json")
+    was["objective"]["loss"] = was["objective"].pop("name")
+    assert not list(changed_settings(was, _recipe()))
+    (change,) = changed_settings(was, _recipe(objective={"name": "sigmoid"}))
+    assert change == Change("objective.name", "infonce", "sigmoid")
 
 
 def test_the_recorded_recipe_keeps_the_changes_of_the_course_that_was_kept(tmp_path: Path) -> None:

@@ -355,11 +355,9 @@ class TrainingBatches(Dataset[Batch]):
         return rows, skipped
 
     def _row(self, raw: dict[str, Any], epoch: int, position: int, number: int) -> Row:
-        if self._pixels is None:
-            return self._decoder.row(raw, epoch, position)
-        known = self._pixels.get(number)
-        row = self._decoder.row(raw, epoch, position, known)
-        if known is None:
+        known = None if self._pixels is None else self._pixels.get(number)
+        row = self._decoder.row(raw, epoch, position, known, number=number)
+        if self._pixels is not None and known is None:
             self._pixels.put(number, row.image)
         return row
 

@@ -37,16 +37,18 @@ class Batch:
     Attributes:
         keys: (B,) sample keys; only shard and key together name a sample.
         image_BCHW: uint8, not yet augmented or normalised.
-        tokens_BL: int64, padded to the model's context length.
+        tokens_BL: int64, padded to the model's context length; None where no text is trained.
         groups_B: int64; equal ids are positives of each other.
+        samples_B: int64; the number of each sample among all samples of the shards.
         skipped: samples of this batch that were replaced by a neighbour.
         shards: (B,) the shard of each sample.
     """
 
     keys: tuple[str, ...]
     image_BCHW: torch.Tensor
-    tokens_BL: torch.Tensor
+    tokens_BL: torch.Tensor | None
     groups_B: torch.Tensor
+    samples_B: torch.Tensor
     skipped: tuple[Skipped, ...] = ()
     shards: tuple[str, ...] = ()
 
@@ -60,8 +62,9 @@ class Batch:
         return replace(
             self,
             image_BCHW=self.image_BCHW.pin_memory(),
-            tokens_BL=self.tokens_BL.pin_memory(),
+            tokens_BL=None if self.tokens_BL is None else self.tokens_BL.pin_memory(),
             groups_B=self.groups_B.pin_memory(),
+            samples_B=self.samples_B.pin_memory(),
         )
 
 
@@ -90,13 +93,23 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as it is used once: its place, decoded image, chosen caption and group id."""
+    """One sample as it is used once.
+
+    Attributes:
+        shard: that the sample is in.
+        key: of the sample.
+        image: decoded.
+        caption: the chosen one; empty where none is needed.
+        group: equal ids are positives of each other.
+        number: of the sample among all samples of the shards.
+    """
 
     shard: str
     key: str
     image: DecodedImage
     caption: str
     group: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -111,10 +124,17 @@ class Decoder:
     max_image_pixels: int
     seed: int
     decode: Literal["fast", "exact"] = "fast"
+    needs_caption: bool = True
     caption_key: str | None = None
 
     def row(
-        self, raw: dict[str, Any], epoch: int, position: int, image: DecodedImage | None = None
+        self,
+        raw: dict[str, Any],
+        epoch: int,
+        position: int,
+        image: DecodedImage | None = None,
+        *,
+        number: int = 0,
     ) -> Row:
         """Decodes the sample at a position of an epoch's order.
 
@@ -123,15 +143,17 @@ class Decoder:
             epoch: counted from 0.
             position: within the epoch.
             image: its image, where it has been decoded already.
+            number: of the sample among all samples of the shards.
 
         Raises:
             DataError: no usable image, caption or label.
         """
         sample = parse_sample(raw, caption_key=self.caption_key)
-        require_captions(sample, raw)
+        if self.needs_caption:
+            require_captions(sample, raw)
         if image is None:
             image = self._image(sample.image, place_of(raw))
-        caption = sample.captions[0]
+        caption = sample.captions[0] if sample.captions else ""
         if self.captions == "random" and len(sample.captions) > 1:
             choice = group_id(f"{self.seed}/{epoch}/{position}") % len(sample.captions)
             caption = sample.captions[choice]
@@ -139,7 +161,7 @@ class Decoder:
         shard = str(raw.get("__url__"))
         identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
         group = self._group(sample, caption, image, identity)
-        return Row(shard, sample.key, image, caption, group)
+        return Row(shard, sample.key, image, caption, group, number)
 
     def _image(self, data: bytes, place: str) -> DecodedImage:
         group = 0
@@ -181,8 +203,9 @@ class Decoder:
         return Batch(
             keys=tuple(row.key for row in rows),
             image_BCHW=torch.from_numpy(np.stack([row.image.pixels for row in rows])),
-            tokens_BL=self.tokenizer([row.caption for row in rows]),
+            tokens_BL=self.tokenizer([r.caption for r in rows]) if self.needs_caption else None,
             groups_B=torch.tensor([row.group for row in rows], dtype=torch.int64),
+            samples_B=torch.tensor([row.number for row in rows], dtype=torch.int64),
             skipped=tuple(skipped),
             shards=tuple(row.shard for row in rows),
         )

@@ -1,65 +1,31 @@
 """Starting the ranks of a run on this machine, and ending them together.
 
-Under torchrun, the deepspeed launcher or SLURM the ranks exist already; `join_environment` makes
-the variables of all three the same. Otherwise `launch` starts one process per rank: when one fails,
-the others are ended and its error is the run's error.
+Under torchrun, the deepspeed launcher, SLURM or MPI the ranks exist already: `environment`. Else
+`launch` starts one process per rank: when one fails, the others are ended and its error is the
+run's error.
+
+Why not torch.distributed.elastic's agent, which torchrun runs: it ends a run with a report of
+forty lines, of all ranks, and a traceback; it has no one line of the rank that failed first, and
+its agent is not noticed by its ranks when it is killed. Its form of error files is used.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from clipsys import errors
-from clipsys.errors import ClipsysError, ConfigError, TrainingError
+from clipsys.errors import ClipsysError, TrainingError
 from clipsys.probe.machine import SHARED_CORES, available_cores
+from clipsys.training.distributed.rank_errors import ERROR_FILE, PARENT, as_error, read_reports
 
-_ERROR_FILE = "CLIPSYS_ERROR_FILE"
-_PARENT = "CLIPSYS_LAUNCHER_PID"
 _GRACE_S = 10.0
-
-
-def join_environment() -> bool:
-    """Whether a launcher has started this process as a rank; completes SLURM's variables."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return True
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    # An interactive allocation has SLURM variables too; only `srun` gives a step of several tasks.
-    if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ or tasks < 2:
-        return False
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-    os.environ["WORLD_SIZE"] = str(tasks)
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _first_host()
-    os.environ.setdefault(
-        "MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
-    )
-    return True
-
-
-def _first_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    command = ["scontrol", "show", "hostnames", nodes]
-    try:
-        found = subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(
-            f"cannot expand the SLURM node list {nodes!r} ({error}); "
-            "set MASTER_ADDR to the first node"
-        ) from error
-    return found.stdout.split()[0]
 
 
 def default_nproc() -> int:
@@ -90,7 +56,7 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
             "LOCAL_WORLD_SIZE": str(nproc),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
-            _PARENT: str(os.getpid()),
+            PARENT: str(os.getpid()),
         }
         # Gloo otherwise resolves the host's name, which fails on many laptops and containers.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
@@ -104,7 +70,7 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
             own = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                _ERROR_FILE: str(Path(folder, f"rank-{rank}.json")),
+                ERROR_FILE: str(Path(folder, f"rank-{rank}.json")),
             }
             command = [sys.executable, "-m", "clipsys", *arguments]
             ranks.append(subprocess.Popen(command, env={**environment, **own}))
@@ -146,12 +112,11 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _read_error(folder: Path, codes: dict[int, int]) -> ClipsysError:
-    """The cause of a failed run: a rank that lost its peer fails too, a moment later."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.json")]
-    reports.sort(key=lambda report: (not report["deliberate"], report["time"]))
+    """The cause of a failed run."""
+    reports = read_reports(folder)
     killed = [(rank, -code) for rank, code in codes.items() if code < 0]
     if reports and (reports[0]["deliberate"] or not killed):
-        return _reported(reports[0])
+        return as_error(reports[0])
     if killed:
         rank, number = killed[0]
         return TrainingError(
@@ -161,63 +126,3 @@ def _read_error(folder: Path, codes: dict[int, int]) -> ClipsysError:
         )
     rank, code = next(iter(codes.items()))
     return TrainingError(f"rank {rank} ended with status {code}; its output above says why")
-
-
-def _reported(report: dict[str, Any]) -> ClipsysError:
-    kind = getattr(errors, report["kind"], TrainingError)
-    prefix = "" if report["deliberate"] else f"rank {report['rank']}: "
-    if isinstance(kind, type) and issubclass(kind, ClipsysError):
-        with contextlib.suppress(TypeError):  # ImageDecodeError wants more than a message
-            return kind(prefix + str(report["message"]))
-    return TrainingError(prefix + str(report["message"]))
-
-
-@contextlib.contextmanager
-def reporting() -> Iterator[None]:
-    """Inside a rank: leaves word of an error for the launcher, and ends when the launcher dies."""
-    path = os.environ.get(_ERROR_FILE)
-    if path is None:
-        yield
-        return
-    _watch_parent(int(os.environ[_PARENT]))
-    try:
-        yield
-    except ClipsysError as error:
-        _report(Path(path), error, deliberate=True)
-        sys.stderr.flush()
-        os._exit(1)  # peers wait in a collective: no time for the interpreter's own clean-up
-    except Exception as error:
-        if "--debug" in sys.argv or not _is_lost_peer(error):
-            import traceback
-
-            traceback.print_exc()
-        _report(Path(path), error, deliberate=False)
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    text = str(error)
-    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer"))
-
-
-def _report(path: Path, error: Exception, *, deliberate: bool) -> None:
-    report = {
-        "kind": type(error).__name__,
-        "message": str(error) if deliberate else f"{type(error).__name__}: {error}".splitlines()[0],
-        "rank": int(os.environ.get("RANK", "0")),
-        "deliberate": deliberate,
-        "time": time.time(),
-    }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report), encoding="utf-8")
-    partial.replace(path)
-
-
-def _watch_parent(parent: int) -> None:
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clipsys.errors import TrainingError
 from clipsys.models.devices import choose_device
 from clipsys.training.distributed.collectives import local_rank
 from clipsys.training.distributed.launch import free_port
@@ -26,6 +27,7 @@ def start_processes(asked_device: str) -> torch.device:
 
     Raises:
         ConfigError: the device asked for is not there.
+        TrainingError: the ranks do not meet.
     """
     device = choose_device(asked_device)
     if device.type == "cuda":
@@ -38,17 +40,37 @@ def start_processes(asked_device: str) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        # Nobody is to be met: an address that an earlier launch has left may be in use.
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
-    deepspeed = import_deepspeed()
     if not dist.is_initialized():
+        _join("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def _join(backend: str) -> None:
+    deepspeed = import_deepspeed()
+    try:
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            dist_backend=backend,
             auto_mpi_discovery=False,
             verbose=False,
             timeout=COLLECTIVE_TIMEOUT,
         )
-    return device
+    except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError too
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        remedy = (
+            "that port is in use: set MASTER_PORT to a free one, the same for every rank"
+            if "EADDRINUSE" in str(error)
+            else "check that every rank was started, by one launcher, and that this address is "
+            "the first machine's; unset RANK and WORLD_SIZE if an earlier launch has left them"
+        )
+        raise TrainingError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot meet the others at "
+            f"{place} ({str(error).splitlines()[0]}); {remedy}"
+        ) from error
 
 
 def import_deepspeed() -> Any:

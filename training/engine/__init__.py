@@ -2,7 +2,9 @@
 
 schedule            the learning rate's course
 optimizers          optimizers by name, and the parameter groups they work on
+gradient_check      stopping before a gradient that is not finite reaches the weights
 ema                 an average of the weights
+momentum            copies of towers that follow them
 repartition         ZeRO's state for another number of ranks
 deepspeed_engine    `Engine`
 """

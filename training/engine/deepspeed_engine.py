@@ -1,13 +1,13 @@
-"""The DeepSpeed engine around a contrastive model: exact gradients in any number of micro-batches.
+"""The DeepSpeed engine around any objective: exact gradients in any number of micro-batches.
 
 One micro-batch is a plain forward and backward. With more, the loss still contrasts the whole batch
 (GradCache; Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
 Setup")::
 
-    pass 1   features of every micro-batch, without gradients
-    loss     of all features of all ranks, and its gradient towards this rank's features
+    pass 1   outputs of every micro-batch, without gradients, and targets of the momentum towers
+    loss     of all outputs of all ranks, and its gradient towards this rank's outputs
     pass 2   every micro-batch again, with the same dropout; what is propagated back through it is
-             Σ feature · its gradient, so that the parameters' gradients add up to the whole
+             Σ output · its gradient, so that the parameters' gradients add up to the whole
              batch's. They are exchanged between ranks once, after the last.
 
 DeepSpeed's own gradient accumulation would contrast each micro-batch on its own: another objective.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
@@ -31,16 +31,36 @@ from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import average_over_ranks, rank, world_size
 from clipsys.training.distributed.process_group import import_deepspeed
 from clipsys.training.engine.ema import WeightAverage, running_statistics
+from clipsys.training.engine.gradient_check import (
+    NonFiniteGradientError,
+    describe,
+    refuse_unless_finite,
+    watch_norm,
+)
+from clipsys.training.engine.momentum import MomentumAverage
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
-from clipsys.training.model.towers import ContrastiveModel, Features
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, State, stack_rows
+from clipsys.training.model.trained import MOMENTUM_PREFIX, TrainedModel
 
 _logger = logging.getLogger(__name__)
 
-#: Gives the images and tokens of a micro-batch, the same ones at each call.
-Inputs = Callable[[], tuple[torch.Tensor, torch.Tensor]]
-#: From this rank's features to its share of the loss.
-Loss = Callable[[Features], torch.Tensor]
+#: Gives what a micro-batch shows to the towers, the same at each call.
+MakeInputs = Callable[[], Inputs]
+#: From this rank's outputs, targets and state to its share of the loss and the state that follows.
+Loss = Callable[[Outputs, Rows, State], tuple[torch.Tensor, State]]
+
+
+class Accumulated(NamedTuple):
+    """What `Engine.accumulate` found.
+
+    Attributes:
+        loss: this rank's share of the loss, without gradient.
+        shared: the outputs without rows (temperature, prototypes) that it was taken with.
+    """
+
+    loss: torch.Tensor
+    shared: dict[str, torch.Tensor]
 
 
 class EngineConfig(Settings):
@@ -69,7 +89,7 @@ class EngineConfig(Settings):
     )
     compile: bool = Field(False, description="torch.compile both towers; needs a C++ compiler")
     cache_on_host: bool = Field(
-        False, description="keep the features of micro-batches in the host's memory"
+        False, description="keep the outputs of micro-batches in the host's memory"
     )
     ema_decay: float = Field(
         0.0,
@@ -81,17 +101,29 @@ class EngineConfig(Settings):
 
 
 class Engine:
-    """Trains a `ContrastiveModel` through DeepSpeed: gradients, steps, checkpoints."""
+    """Trains a `TrainedModel` through DeepSpeed: gradients, steps, checkpoints."""
 
     def __init__(
         self,
-        model: ContrastiveModel,
+        model: TrainedModel,
         *,
         config: EngineConfig,
         optimizer: OptimizerConfig,
         local_batch_size: int,
         device: torch.device,
+        momentum: float | None = None,
+        state: State | None = None,
     ) -> None:
+        """
+        Args:
+            model: what is trained.
+            config: how.
+            optimizer: by what.
+            local_batch_size: rows of a step on this rank.
+            device: where.
+            momentum: how much of themselves the momentum towers keep at each step.
+            state: what the objective remembers before the first step.
+        """
         deepspeed = import_deepspeed()
         self.config = config
         self.device = device
@@ -100,12 +132,21 @@ class Engine:
         self._has_masters = model.precision in ("bf16_params", "fp16")
         model = model.to(device)
         exact = _exact_values(model) if self._has_masters else {}
+        self._state = {name: tensor.to(device) for name, tensor in (state or {}).items()}
+        self._next_state = self._state
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(parameter_groups(model, optimizer), optimizer),
             config=self._deepspeed_config(local_batch_size, model.precision),
             dist_init_required=False,
         )
+        if config.zero_stage and model.precision != "fp16":
+            watch_norm(self._optimizer, model, zero_stage=config.zero_stage)
+        self._momentum = None
+        if momentum is not None:
+            self._momentum = MomentumAverage(
+                model, momentum, is_partitioned=config.zero_stage == 3, exact=exact
+            )
         self._set_masters(exact)
         self._average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self._refresh_scale()
@@ -124,45 +165,58 @@ class Engine:
         }
 
     @property
-    def module(self) -> ContrastiveModel:
+    def module(self) -> TrainedModel:
         """The model inside."""
-        module: ContrastiveModel = self._engine.module
+        module: TrainedModel = self._engine.module
         return module
 
-    def accumulate(self, inputs: Sequence[Inputs], loss: Loss) -> tuple[torch.Tensor, float]:
+    @property
+    def state(self) -> State:
+        """What the objective remembers, as the last update left it."""
+        return self._state
+
+    def accumulate(self, inputs: Sequence[MakeInputs], loss: Loss) -> Accumulated:
         """Leaves the gradients of the whole batch, for `update`.
 
         Args:
             inputs: this rank's micro-batches, of equal size; the same number on every rank.
-            loss: of the features of all of them, in order.
-
-        Returns:
-            This rank's share of the loss, without gradient, and the scale that it was taken at.
+            loss: of the outputs of all of them, in order.
         """
         if len(inputs) == 1:
-            features = self._forward(inputs[0])
-            value = loss(features)
+            made = self._prepared(inputs[0])
+            targets = self._targets(made)
+            outputs: Outputs = self._engine(made)
+            value, self._next_state = loss(outputs, targets, self._state)
             self._engine.backward(value)
-            return value.detach(), float(features.logit_scale.detach())
+            return Accumulated(value.detach(), _detached(outputs.shared))
         return self._accumulate_cached(inputs, loss)
 
-    def _forward(self, make: Inputs) -> Features:
-        image_BCHW, tokens_BL = make()
-        if self.config.channels_last:
-            image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
-        features: Features = self._engine(image_BCHW, tokens_BL)
-        return features
+    def _prepared(self, make: MakeInputs) -> Inputs:
+        inputs = make()
+        if not self.config.channels_last:
+            return inputs
+        layout = torch.channels_last
+        views = tuple(view.contiguous(memory_format=layout) for view in inputs.views)
+        return inputs._replace(views=views)
 
-    def _accumulate_cached(
-        self, inputs: Sequence[Inputs], loss: Loss
-    ) -> tuple[torch.Tensor, float]:
+    def _targets(self, inputs: Inputs) -> Rows:
+        if self._momentum is None:
+            return {}
+        with torch.no_grad():
+            # Through the engine: at stage 3 it gathers what the towers need.
+            targets: Rows = self._engine(inputs, wants_targets=True)
+        return targets
+
+    def _accumulate_cached(self, inputs: Sequence[MakeInputs], loss: Loss) -> Accumulated:
         with torch.no_grad(), _kept_statistics(self.module):
-            states, parts = [], []
+            states, parts, target_parts = [], [], []
             for make in inputs:
+                made = self._prepared(make)
                 states.append(_random_state(self.device))
-                parts.append(self._cached(self._forward(make)))
-        leaves = Features.stack(parts, self.device)
-        value = loss(leaves)
+                parts.append(self._cached(self._engine(made)))
+                target_parts.append(self._targets(made))
+        leaves = Outputs.stack(parts, self.device)
+        value, self._next_state = loss(leaves, stack_rows(target_parts), self._state)
         value.backward()  # type: ignore[no-untyped-call]
         gradients = [self._cached(part) for part in leaves.gradients().split(len(inputs))]
         with self._one_reduction() as announce:
@@ -171,13 +225,13 @@ class Engine:
             ):
                 announce(number == len(inputs) - 1)
                 _set_random_state(state, self.device)
-                surrogate = self._forward(make).dot(gradient.to(self.device))
+                surrogate = self._engine(self._prepared(make)).dot(gradient.to(self.device))
                 # The surrogates are parts of one sum: nothing is to be divided by their number.
                 self._engine.backward(surrogate, scale_wrt_gas=False)
-        return value.detach(), float(leaves.logit_scale.detach())
+        return Accumulated(value.detach(), _detached(leaves.shared))
 
-    def _cached(self, features: Features) -> Features:
-        return features.to(torch.device("cpu")) if self.config.cache_on_host else features
+    def _cached(self, outputs: Outputs) -> Outputs:
+        return outputs.to(torch.device("cpu")) if self.config.cache_on_host else outputs
 
     @contextmanager
     def _one_reduction(self) -> Iterator[Callable[[bool], None]]:
@@ -188,18 +242,21 @@ class Engine:
         with self._engine.coalesce_grad_reduction():
             yield lambda last: None
 
-    def loss_in(self, precision: str, inputs: Inputs, loss: Loss) -> torch.Tensor:
+    def loss_in(self, precision: str, inputs: MakeInputs, loss: Loss) -> torch.Tensor:
         """This rank's share of a loss in fp32 or bf16 (autocast); leaves no gradient and no trace.
 
         Every rank calls it. Random numbers are drawn; the caller seeds them.
         """
         module = self.module
-        usual, module.precision = module.precision, precision
+        usual = module.use_precision(precision)
         try:
             with torch.no_grad(), _kept_statistics(module), _uncompiled(self.config.compile):
-                return loss(self._forward(inputs)).detach()
+                made = self._prepared(inputs)
+                targets = self._targets(made)
+                value, _ = loss(self._engine(made), targets, self._state)
+                return value.detach()
         finally:
-            module.precision = usual
+            module.use_precision(usual)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients by parameter, between `accumulate` and `update`; on every rank."""
@@ -212,15 +269,55 @@ class Engine:
         }
 
     def update(self, lr_factor: float) -> float:
-        """Clips and steps. Returns the global gradient norm before clipping."""
+        """Clips and steps; then the momentum towers follow and the objective's state is committed.
+
+        Neither happens if DeepSpeed skipped the step (fp16, while it looks for a loss scale).
+
+        Returns:
+            The global gradient norm before clipping; infinite for a step that fp16 skipped.
+
+        Raises:
+            NonFiniteGradientError: on every rank, before weights and optimizer are touched.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak_lr * lr_factor * group["lr_factor"]
         norm = self._stage_0_norm() if self.config.zero_stage == 0 else None
-        self._engine.step()
+        if norm is not None:
+            refuse_unless_finite(norm, self.module)
+        self._step()
+        if self._engine.was_step_applied():
+            self._state = self._next_state
+            if self._momentum:
+                self._share_buffers()
+                self._momentum.update()
         if self._average:
             self._average.update(self.module)
         self._refresh_scale()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+        except Exception as error:
+            # A plain Exception (deepspeed/runtime/fp16/loss_scaler.py, 0.19.8), on every rank.
+            if "loss scale already at minimum" not in str(error):
+                raise
+            cause = describe(self.module)
+            raise NonFiniteGradientError(f"{cause} at any loss scale of fp16") from None
+
+    def scaling_figures(self) -> dict[str, float]:
+        """The loss scale of fp16 and how many steps it has left out so far; else nothing."""
+        if self.module.precision != "fp16":
+            return {}
+        return {
+            "loss_scale": float(self._optimizer.loss_scale),
+            "skipped_steps": int(self._engine.skipped_steps),
+        }
+
+    @property
+    def num_applied_steps(self) -> int:
+        """Steps that have changed the weights, those before a resume included."""
+        return int(self._engine.global_steps - self._engine.skipped_steps)
 
     def _stage_0_norm(self) -> torch.Tensor:
         # Without ZeRO, DeepSpeed reports no norm; gradients are whole on every rank.
@@ -232,7 +329,7 @@ class Engine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self.module.named_parameters():
-            if name not in values:
+            if name not in values or not parameter.requires_grad:
                 continue
             value = values.pop(name).to(self.device)
             if self.config.zero_stage == 3:
@@ -249,7 +346,7 @@ class Engine:
             self.module.keep_exact(
                 {
                     name: safe_get_full_fp32_param(parameter)
-                    for name, parameter in self.module.temperature()
+                    for name, parameter in self.module.scalars()
                 }
             )
 
@@ -258,7 +355,7 @@ class Engine:
         self._engine.train()
 
     @contextmanager
-    def evaluating(self) -> Iterator[ContrastiveModel]:
+    def evaluating(self) -> Iterator[TrainedModel]:
         """Evaluation mode, without gradients, with averaged weights where they are kept."""
         self._share_buffers()
         self._engine.eval()
@@ -285,6 +382,10 @@ class Engine:
         self._share_buffers()
         if self._average:
             state = {**state, "average": self._average.state()}
+        if self._state:
+            state = {**state, "objective": {n: t.cpu() for n, t in self._state.items()}}
+        if self._momentum:
+            state = {**state, "momentum": self._momentum.state()}
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
 
     def load(self, folder: Path, tag: str, saved: SavedBy) -> dict[str, Any]:
@@ -316,8 +417,24 @@ class Engine:
         average = state.pop("average", None)
         if self._average:
             self._average.load(average or WeightAverage.beginning(self.module))
+        if self._momentum:
+            self._momentum.load(state.pop("momentum", []))
+        self._load_state(folder / tag, state.pop("objective", {}))
         self._refresh_scale()
         return dict(state)
+
+    def _load_state(self, place: Path, saved: State) -> None:
+        """Takes an objective's state from a checkpoint."""
+        found, expected = (
+            {name: tuple(tensor.shape) for name, tensor in state.items()}
+            for state in (saved, self._state)
+        )
+        if found != expected:
+            raise ConfigError(
+                f"{place}: the state of the objective is {found or 'empty'}, and this run's is "
+                f"{expected or 'empty'}; resume with the objective and the settings as they were"
+            )
+        self._state = {name: tensor.to(self.device) for name, tensor in saved.items()}
 
     def _check_layout(self, checkpoint: Path, saved: SavedBy) -> None:
         """Refuses what DeepSpeed would load into weights or parts of another kind."""
@@ -346,16 +463,23 @@ class Engine:
 
         Every rank must call it: ZeRO gathers its partitions.
         """
+        return self._whole(self.module.clip)
+
+    def heads_state_dict(self) -> dict[str, torch.Tensor]:
+        """The same of the objective's heads; empty where there are none."""
+        return self._whole(self.module.heads) if len(self.module.heads) else {}
+
+    def _whole(self, part: torch.nn.Module) -> dict[str, torch.Tensor]:
         deepspeed = import_deepspeed()
         self._share_buffers()
-        parameters = list(self.module.parameters()) if self.config.zero_stage == 3 else []
+        parameters = list(part.parameters()) if self.config.zero_stage == 3 else []
         gathered = deepspeed.zero.GatheredParameters(parameters) if parameters else nullcontext()
         with gathered, self._averaged():
-            state = _copy(self.module.clip.state_dict())
+            state = _copy(part.state_dict())
         if self._has_masters:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            for name, parameter in self.module.clip.named_parameters():
+            for name, parameter in part.named_parameters():
                 master = safe_get_full_fp32_param(parameter)
                 if parameter.requires_grad and master is not None:
                     state[name] = master.detach().cpu().reshape(state[name].shape).clone()
@@ -366,8 +490,12 @@ def _exact_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: parameter.detach().float().cpu().clone()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if not name.startswith(MOMENTUM_PREFIX)
     }
+
+
+def _detached(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _settings_of(group: dict[str, Any]) -> dict[str, Any]:

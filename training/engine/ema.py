@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from clipsys.training.model.trained import MOMENTUM_PREFIX
+
 
 class WeightAverage:
     """Exponential moving average of weights and running statistics (Polyak & Juditsky 1992).
@@ -68,10 +70,23 @@ class WeightAverage:
 
 
 def _averaged(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What is trained; momentum towers are an average themselves."""
+    parameters = [
+        parameter.detach()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(MOMENTUM_PREFIX)
+    ]
     # Not every buffer: an attention mask holds -inf, and -inf - -inf is NaN.
-    return [parameter.detach() for parameter in model.parameters()] + running_statistics(model)
+    return parameters + running_statistics(model)
 
 
 def running_statistics(model: torch.nn.Module) -> list[torch.Tensor]:
-    """The buffers in which batch norm keeps mean and variance of what it has seen."""
-    return [buffer for name, buffer in model.named_buffers() if "running_" in name]
+    """The buffers in which batch norm keeps mean and variance of what it has seen.
+
+    Without those of momentum towers, which follow these.
+    """
+    return [
+        buffer
+        for name, buffer in model.named_buffers()
+        if "running_" in name and not name.startswith(MOMENTUM_PREFIX)
+    ]

@@ -7,6 +7,7 @@ temperature gets a factor of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -89,10 +90,13 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     Decay is for matrices and kernels. Norms, biases, embeddings of position and class tokens are
     left alone; so are ``logit_scale`` and ``logit_bias``, which have a group of their own: decaying
-    the scale would cool the temperature for no reason. Frozen parameters are in no group.
+    the scale would cool the temperature for no reason. An objective's heads are like the top of a
+    tower; what they list in ``no_weight_decay()`` (prototypes) does not decay. Frozen parameters
+    are in no group.
 
     Args:
-        model: open_clip's CLIP or CustomTextCLIP, or a module that has it as ``clip``.
+        model: open_clip's CLIP or CustomTextCLIP, or a module that has it as ``clip`` and an
+            objective's heads as ``heads``.
         config: what to decay, and by how much.
 
     Returns:
@@ -108,18 +112,17 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     if config.layer_decay is not None:
         for tower in get_args(Tower):
             depth_of |= tower_depths(clip, tower, setting="optimizer.layer_decay")
-    spared = _spared_names(clip)
+    heads = getattr(model, "heads", None) if clip is inner else None
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
-    for name, parameter in clip.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_scale = name in TEMPERATURE_NAMES
+    for name, parameter, may_decay in (*_trained(clip), *(_trained(heads) if heads else ())):
+        # An objective's own temperature is one like the model's.
+        is_scale = name in TEMPERATURE_NAMES or name.endswith(".log_scale")
         factor = (
             config.logit_scale_lr_factor
             if is_scale
             else (config.layer_decay or 1.0) ** depth_of.get(name, 0)
         )
-        decays = parameter.ndim >= 2 and name not in spared
+        decays = parameter.ndim >= 2 and may_decay
         group = groups.setdefault(
             (is_scale, factor, decays),
             {
@@ -131,6 +134,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Name, parameter and whether it may decay, of each that is not frozen."""
+    spared = _spared_names(module)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter, name not in spared
 
 
 #: Last parts of names of what is an embedding of position or of a token without a word.

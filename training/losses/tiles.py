@@ -24,11 +24,14 @@ class Pairing:
         start: query r's own key is key ``start + r``.
         ids_C: (C,) int64 ids of the keys' samples; equal ids form a group. None: all differ.
         ignore: others of a query's group are left out of its loss; else they are positives.
+        masked: query r never meets key ``masked + r`` (its own self, among keys that are queries
+            too); None: every query meets every key.
     """
 
     start: int = 0
     ids_C: torch.Tensor | None = None
     ignore: bool = False
+    masked: int | None = None
 
     def own(self, num_queries: int) -> slice:
         """The queries' own keys."""
@@ -85,6 +88,8 @@ class LogitTiles:
         torch.mm(query_TD, key_UD.T, out=logits_TU)
         if self._pairing.ignore:
             logits_TU.masked_fill_(_ignored(rows, columns, self._pairing), -math.inf)
+        if self._pairing.masked is not None:
+            _mask(logits_TU, rows, columns, self._pairing.masked)
         return logits_TU
 
     def another_buffer(self) -> torch.Tensor:
@@ -98,6 +103,18 @@ class LogitTiles:
 
 def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _mask(logits_TU: torch.Tensor, rows: slice, columns: slice, masked: int) -> None:
+    """Puts -inf where a query of the tile meets the key that it must not meet."""
+    first = max(columns.start, masked + rows.start)
+    last = min(columns.stop, masked + rows.stop)
+    if first < last:
+        start = first - masked - rows.start
+        block = logits_TU[
+            start : start + last - first, first - columns.start : last - columns.start
+        ]
+        block.fill_diagonal_(-math.inf)
 
 
 def _ignored(rows: slice, columns: slice, pairing: Pairing) -> torch.Tensor:

@@ -23,7 +23,7 @@ from clipsys.models.architectures import (
 )
 from clipsys.models.open_clip_models import ModelParts, build_model, load_model
 from clipsys.models.tokenization import Tokenizer, with_context_length
-from clipsys.training.model.layers import Tower, tower_depths
+from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 from clipsys.training.model.pretrained import config_of_weights, load_weights
 
 #: Where Zhai et al. 2023 (section 3.2) start the sigmoid loss: a bias of -10, since nearly all
@@ -75,12 +75,12 @@ class ModelConfig(Settings):
     )
 
 
-def initial_model(settings: ModelConfig, *, loss: str = "infonce") -> ModelParts:
+def initial_model(settings: ModelConfig, *, with_bias: bool = False) -> ModelParts:
     """Makes the model, with random weights or pretrained ones.
 
     Args:
         settings: the recipe's section.
-        loss: the objective; ``sigmoid`` needs a model with a bias.
+        with_bias: whether the objective needs a model with a ``logit_bias``.
 
     Raises:
         ModelError: the architecture or the weights are not known or do not load.
@@ -89,7 +89,7 @@ def initial_model(settings: ModelConfig, *, loss: str = "infonce") -> ModelParts
             ``model.preprocess`` does not fit.
     """
     source = load_model(settings.pretrained) if settings.pretrained else None
-    config = _configuration(settings, source, with_bias=loss == "sigmoid")
+    config = _configuration(settings, source, with_bias=with_bias)
     parts = build_model(
         config,
         preprocess=_preprocessing(settings.preprocess, source, image_size_of(config)),
@@ -98,7 +98,7 @@ def initial_model(settings: ModelConfig, *, loss: str = "infonce") -> ModelParts
     )
     if source is not None:
         load_weights(parts.model, source)
-        _announce(settings, source, parts, loss)
+        _announce(source, parts, with_bias=with_bias)
     _set(parts.model, "logit_scale", settings.initial_logit_scale, math.log)
     _set(parts.model, "logit_bias", settings.initial_logit_bias, float)
     if settings.unlocked_image_blocks is not None:
@@ -183,7 +183,7 @@ def _tokenizer_for(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer
     return tokenizer if length is None else with_context_length(tokenizer, length)
 
 
-def _announce(settings: ModelConfig, source: ModelParts, parts: ModelParts, loss: str) -> None:
+def _announce(source: ModelParts, parts: ModelParts, *, with_bias: bool) -> None:
     """Says what came with the weights."""
     look = parts.preprocessing
     _logger.info(
@@ -197,11 +197,11 @@ def _announce(settings: ModelConfig, source: ModelParts, parts: ModelParts, loss
         ", ".join(f"{value:g}" for value in look.mean),
         parts.config["text_cfg"].get("context_length", 77),
     )
-    if loss == "infonce" and getattr(source.model, "logit_bias", None) is not None:
+    if not with_bias and getattr(source.model, "logit_bias", None) is not None:
         _logger.info(
-            "the weights of %s have a bias, as the sigmoid loss trains it; objective.loss is %s, "
-            "which leaves it as it is",
-            *(source.name, loss),
+            "the weights of %s have a bias, as the sigmoid loss trains it; this objective leaves "
+            "it as it is",
+            source.name,
         )
 
 
@@ -238,3 +238,20 @@ def lock_tower(model: nn.Module, tower: Tower, unlocked_blocks: int) -> None:
     for name, parameter in model.named_parameters():
         if name in depths:
             parameter.requires_grad = unlocked_blocks > 0 and depths[name] <= unlocked_blocks
+
+
+def freeze_unused(model: nn.Module, *, image: bool, text: bool, temperature: bool) -> None:
+    """Freezes what an objective does not train: it gets no gradient, and must not decay.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP.
+        image: whether the image tower is trained.
+        text: whether the text tower is trained.
+        temperature: whether ``logit_scale`` and ``logit_bias`` are trained.
+    """
+    for name, parameter in model.named_parameters():
+        used = image if name.startswith("visual.") else text
+        if name in TEMPERATURE_NAMES:
+            used = temperature
+        if not used:
+            parameter.requires_grad = False

@@ -39,6 +39,22 @@ _TEXT_TOWERS = (
         block=_TRANSFORMER_BLOCK,
         top=r"ln_final\.|text_projection",
     ),
+    # Hugging Face's: BERT and RoBERTa, the encoders of mT5 and of M2M100 (NLLB).
+    _Layers(
+        bottom=r"transformer\.embeddings\.",
+        block=r"transformer\.encoder\.layer\.(\d+)\.",
+        top=r"transformer\.pooler\.|proj\.",
+    ),
+    _Layers(
+        bottom=r"transformer\.embed_tokens\.",
+        block=r"transformer\.block\.(\d+)\.",
+        top=r"transformer\.final_layer_norm\.|proj\.",
+    ),
+    _Layers(
+        bottom=r"transformer\.(embed_tokens|embed_positions|layernorm_embedding)\.",
+        block=r"transformer\.layers\.(\d+)\.",
+        top=r"transformer\.layer_norm\.|proj\.",
+    ),
 )
 
 
@@ -79,7 +95,7 @@ def _unknown_layers(tower: str, module: Any, setting: str) -> ConfigError:
     return ConfigError(
         f"{setting}: the layers of the {tower} tower ({type(module).__name__} around "
         f"{type(trunk).__name__}) are not known; expected open_clip's own transformers, its "
-        f"ResNet or a timm trunk; set {setting} to null"
+        f"ResNet, a timm trunk or a Hugging Face encoder; set {setting} to null"
     )
 
 

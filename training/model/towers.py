@@ -1,4 +1,4 @@
-"""The model as DeepSpeed trains it: both towers and the temperature in one forward.
+"""The towers of a model and the heads of an objective, each tower as one call.
 
 Shapes: B rows, D embedding width, L tokens.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,71 +17,15 @@ from torch.nn import functional as F  # noqa: N812
 
 from clipsys.errors import ConfigError
 from clipsys.inference.text_tower import text_encoder
-from clipsys.models.open_clip_models import ModelParts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Radford et al. 2021, section 2.5: the scale is kept from passing 100 "to prevent instability".
 MAX_LOGIT_SCALE = 100.0
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 _PARAMETER_TYPES = {"bf16_params": torch.bfloat16, "fp16": torch.float16}
-
-
-class Features(NamedTuple):
-    """What a loss is taken of.
-
-    Attributes:
-        image_BD: unit norm, float32.
-        text_BD: unit norm, float32.
-        logit_scale: () float32, the scale and not its logarithm.
-        logit_bias: () float32; None for models without one.
-    """
-
-    image_BD: torch.Tensor
-    text_BD: torch.Tensor
-    logit_scale: torch.Tensor
-    logit_bias: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> Features:
-        """On another device."""
-        return Features(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
-
-    @classmethod
-    def stack(cls, parts: Sequence[Features], device: torch.device) -> Features:
-        """The features of consecutive micro-batches as leaves of a new graph."""
-        columns = (
-            torch.cat([part.image_BD for part in parts]),
-            torch.cat([part.text_BD for part in parts]),
-            parts[0].logit_scale,
-            parts[0].logit_bias,
-        )
-        return cls(
-            *(
-                None if column is None else column.detach().to(device).clone().requires_grad_()
-                for column in columns
-            )  # type: ignore[arg-type]
-        )
-
-    def gradients(self) -> Features:
-        """The gradients that a loss left in these leaves."""
-        return Features(*(None if part is None else part.grad for part in self))  # type: ignore[arg-type]
-
-    def split(self, number: int) -> list[Features]:
-        """Gradients of ``number`` micro-batches; those of scale and bias in equal shares."""
-        bias = None if self.logit_bias is None else self.logit_bias / number
-        return [
-            Features(image_BD, text_BD, self.logit_scale / number, bias)
-            for image_BD, text_BD in zip(
-                self.image_BD.chunk(number), self.text_BD.chunk(number), strict=True
-            )
-        ]
-
-    def dot(self, other: Features) -> torch.Tensor:
-        """The sum of all products: a scalar whose gradient towards these features is ``other``."""
-        total = (self.image_BD * other.image_BD).sum() + (self.text_BD * other.text_BD).sum()
-        total = total + self.logit_scale * other.logit_scale
-        if self.logit_bias is not None and other.logit_bias is not None:
-            total = total + self.logit_bias * other.logit_bias
-        return total
 
 
 @dataclass(frozen=True)
@@ -100,22 +44,40 @@ class TowerOptions:
     compile: bool = False
 
 
-class ContrastiveModel(nn.Module):
-    """open_clip's model with normalised outputs, autocast, and a clamped temperature.
+class Towers(nn.Module):
+    """open_clip's model and an objective's heads: normalised outputs, autocast, exact scalars.
 
-    The clamp stands in forward, straight through: clamping the parameter after the step is undone
-    by DeepSpeed's fp32 master copy, and a plain clamp has no gradient above the bound, so the scale
-    could never come back. The scale is returned from forward because reading the parameter
-    elsewhere mis-scales its gradient under accumulation, and gives size 0 under ZeRO-3.
+    The scale's clamp stands in forward, straight through: clamping the parameter after the step is
+    undone by DeepSpeed's fp32 master copy, and a plain clamp has no gradient above the bound, so
+    the scale could never come back. Parameters without rows (scale, prototypes) must be read inside
+    the forward of the module that DeepSpeed trains and returned from it: reading them elsewhere
+    mis-scales their gradients under accumulation, and gives size 0 under ZeRO-3.
     """
 
-    def __init__(self, parts: ModelParts, options: TowerOptions = TowerOptions()) -> None:
+    def __init__(
+        self,
+        clip: nn.Module,
+        heads: nn.ModuleDict | None = None,
+        options: TowerOptions = TowerOptions(),
+        *,
+        has_text: bool = True,
+    ) -> None:
+        """
+        Args:
+            clip: open_clip's model, or what has its ``visual`` and ``encode_image``.
+            heads: what the objective trains beside it.
+            options: precision, checkpointing, compilation.
+            has_text: whether the model has a text tower.
+        """
         super().__init__()
         # Before ZeRO partitions anything: the comparison inside needs whole weights.
-        self._encode_tokens: Encode = text_encoder(parts.model)
-        self.clip = cast("Any", parts.model)
+        self._encode_tokens: Encode | None = text_encoder(clip) if has_text else None
+        self.clip = cast("Any", clip)
+        self.heads = nn.ModuleDict() if heads is None else heads
         self._encode_image: Encode = self.clip.encode_image
         self.precision = options.precision
+        #: Names of parameters of one element, which 16 bits are too coarse for.
+        self._scalars = [name for name, one in self.named_parameters() if one.numel() == 1]
         self._exact: dict[str, torch.Tensor] = {}
         if options.grad_checkpointing:
             self.clip.set_grad_checkpointing(True)
@@ -127,61 +89,72 @@ class ContrastiveModel(nn.Module):
             text = getattr(self.clip, "text", self.clip)
             getattr(text, "transformer", text).compile(dynamic=True)
 
-    def forward(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> Features:
-        """Encodes float images (B, 3, H, W), normalised, and int64 tokens (B, L)."""
-        values = dict(self.temperature())
-        log_scale = self._master("logit_scale", values["logit_scale"])
+    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, D) unit-norm float32 of float images (B, 3, H, W), normalised."""
+        return F.normalize(self.image_features(image_BCHW), dim=-1)
+
+    def image_features(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, D) float32, as the tower gives them: what heads are put on."""
+        image_BCHW = image_BCHW.to(_PARAMETER_TYPES.get(self.precision, image_BCHW.dtype))
+        with self._autocast(image_BCHW.device):
+            features = self._encode_image(image_BCHW)
+        return features.float()
+
+    def encode_tokens(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """(B, D) unit-norm float32 of int64 tokens (B, L)."""
+        return F.normalize(self.text_features(tokens_BL), dim=-1)
+
+    def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """(B, D) float32, as the tower gives them: what heads are put on."""
+        assert self._encode_tokens is not None, "these towers have no text"
+        with self._autocast(tokens_BL.device):
+            features = self._encode_tokens(tokens_BL)
+        return features.float()
+
+    def head(self, name: str, features_BX: torch.Tensor) -> torch.Tensor:
+        """What a head makes of float32 features, in float32."""
+        features_BX = features_BX.to(_PARAMETER_TYPES.get(self.precision, features_BX.dtype))
+        with self._autocast(features_BX.device):
+            result: torch.Tensor = self.heads[name](features_BX)
+        return result.float()
+
+    def logit_scale(self, name: str = "clip.logit_scale") -> torch.Tensor:
+        """() float32: the scale of the logits, at most 100; the parameter is its logarithm."""
+        log_scale = self.scalar(name)
         bound = log_scale.clamp(max=math.log(MAX_LOGIT_SCALE))
-        scale = (log_scale + (bound - log_scale).detach()).exp().reshape(())
-        bias = values.get("logit_bias")
-        return Features(
-            self.encode_image(image_BCHW),
-            self.encode_tokens(tokens_BL),
-            scale,
-            None if bias is None else self._master("logit_bias", bias).reshape(()),
-        )
+        return (log_scale + (bound - log_scale).detach()).exp().reshape(())
 
-    def temperature(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """``logit_scale`` (its logarithm) and, where there is one, ``logit_bias``."""
-        for name in ("logit_scale", "logit_bias"):
-            parameter = getattr(self.clip, name, None)
-            if parameter is not None:
-                yield name, parameter
+    def logit_bias(self) -> torch.Tensor:
+        """() float32: the bias of the logits."""
+        return self.scalar("clip.logit_bias").reshape(())
 
-    def keep_exact(self, masters: Mapping[str, torch.Tensor | None]) -> None:
-        """Takes the float32 values of `temperature`'s parameters, which have 16 bits themselves.
+    def scalar(self, name: str) -> torch.Tensor:
+        """A parameter of one element by its name, in float32.
 
         bf16 knows a log-scale of 4.6 in steps of 0.03. The exact value is used in forward; the
         gradient goes to the parameter.
         """
-        self._exact = {name: value.detach() for name, value in masters.items() if value is not None}
-
-    def _master(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
-        value = parameter.float()
+        value = self.get_parameter(name).float()
         exact = self._exact.get(name)
         return value if exact is None else value + (exact.reshape(value.shape) - value).detach()
 
-    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """(B, D) unit-norm float32."""
-        image_BCHW = image_BCHW.to(_PARAMETER_TYPES.get(self.precision, image_BCHW.dtype))
-        with self._autocast(image_BCHW.device):
-            features = self._encode_image(image_BCHW)
-        return F.normalize(features.float(), dim=-1)
+    def scalars(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of one element: temperature, bias, an objective's own."""
+        for name in self._scalars:
+            yield name, self.get_parameter(name)
 
-    def encode_tokens(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """(B, D) unit-norm float32."""
-        with self._autocast(tokens_BL.device):
-            features = self._encode_tokens(tokens_BL)
-        return F.normalize(features.float(), dim=-1)
+    def keep_exact(self, masters: Mapping[str, torch.Tensor | None]) -> None:
+        """Takes the float32 values of `scalars`, which have 16 bits themselves."""
+        self._exact = {name: value.detach() for name, value in masters.items() if value is not None}
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def train(self, mode: bool = True) -> ContrastiveModel:
+    def train(self, mode: bool = True) -> Self:
         """Training mode, but for what is frozen: its dropout and batch statistics rest too."""
         super().train(mode)
         if mode:
-            rest_frozen(self.clip)
+            rest_frozen(self)
         return self
 
 

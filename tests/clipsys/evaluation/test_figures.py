@@ -7,6 +7,7 @@ import pytest
 
 from clipsys.errors import DataError
 from clipsys.evaluation.figures import (
+    knn_figures,
     probe_figures,
     retrieval_figures,
     retrieval_targets,
@@ -96,3 +97,31 @@ def test_unlabelled_images_cannot_be_classified(model_folder: Path, tmp_path: Pa
         noise_image(0).save(tmp_path / "x" / "a.png")
         (tmp_path / "a.png").unlink()
         measure(model_folder, "probe", tmp_path)
+
+
+def test_nearest_neighbours_vote_as_a_loop_would_let_them() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(60, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = [f"class {number}" for number in rng.integers(0, 3, 60)]
+    things = [number // 2 for number in range(60)]
+    right = 0
+    for row in range(60):
+        others = [other for other in range(60) if things[other] != things[row]]
+        others.sort(key=lambda other: -float(vectors[row] @ vectors[other]))
+        votes: dict[str, float] = {}
+        for other in others[:20]:
+            vote = np.exp(float(vectors[row] @ vectors[other]) / 0.07)
+            votes[labels[other]] = votes.get(labels[other], 0.0) + vote
+        right += max(votes, key=votes.__getitem__) == labels[row]
+    figures = knn_figures(vectors, labels, things)
+    assert figures["accuracy@1"] == pytest.approx(right / 60)
+    assert figures["chance_accuracy@1"] == max(labels.count(one) for one in set(labels)) / 60
+    # Without saying what is the same thing, only the image itself does not vote.
+    twins = np.repeat(vectors[::2], 2, axis=0)
+    assert knn_figures(twins, [str(number // 2) for number in range(60)])["accuracy@1"] > 0.9
+
+
+def test_an_image_without_any_neighbour_is_not_classified_by_itself() -> None:
+    vectors = np.eye(2, dtype=np.float32)
+    assert knn_figures(vectors, ["a", "b"], [0, 0])["images"] == 2

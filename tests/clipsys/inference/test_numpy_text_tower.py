@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from clipsys.inference.numpy_text_tower import (
     TOLERANCE,
     LightTextTower,
     TowerShape,
+    TowerWeights,
     gelu,
-    map_safetensors,
     shape_of,
     verify,
 )
@@ -99,6 +100,8 @@ def test_tokens_are_those_of_open_clip(vocabulary: Path) -> None:
     generator = random.Random(0)
     alphabet = "abcdefgh xyz  THE 's 'll 019 .,;!? -–—'\"&<>/ éßñ中文字русский😀\u200b\u00a0\t\n"
     texts = ["".join(generator.choices(alphabet, k=generator.randrange(60))) for _ in range(300)]
+    everything = [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F300, 0x1FB00)]
+    texts += ["".join(map(chr, generator.choices(everything, k=12))) for _ in range(300)]
     texts += [*PROBES, "", " ", "<start_of_text> x <END_OF_TEXT>", "&lt;b&gt; &amp;amp;", "ﬁne ①"]
     texts += ["İstanbul", "e\u0301", "\x00\x07 control", "ünïcödé's don't I'LL", "a" * 300]
     for text, row in zip(texts, theirs(texts).tolist(), strict=True):
@@ -117,21 +120,25 @@ def test_gelu_is_exact_to_single_precision() -> None:
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w").write_bytes(content)
-    with pytest.raises((ValueError, AttributeError)):
-        map_safetensors(tmp_path / "w")
+    with pytest.raises((ValueError, OSError)):
+        TowerWeights(tmp_path / "w")
 
 
-def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
+def test_weights_are_those_of_the_file_in_every_thread(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     tensors = {
-        "text.a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "text.a": np.arange(6, dtype=np.float32).reshape(3, 2),
         "text.b": np.arange(4, dtype=np.float16),
-        "text.c": np.arange(4),
         "d": np.float32([7]),
     }
     save_file(tensors, tmp_path / "w")
-    found = map_safetensors(tmp_path / "w", "text.")
-    assert sorted(found) == ["a", "b"]
-    np.testing.assert_array_equal(found["a"], tensors["text.a"])
-    np.testing.assert_array_equal(found["b"], tensors["text.b"])
+    found = TowerWeights(tmp_path / "w", "text.")
+    assert found.names == {"a", "b"}
+    with ThreadPoolExecutor(1) as elsewhere:
+        for name in found.names:
+            read = elsewhere.submit(found.__getitem__, name).result()
+            np.testing.assert_array_equal(read, tensors[f"text.{name}"])
+            assert read.dtype == np.float32 and found[name] is read
+        rows = elsewhere.submit(found.rows, "a", [2, 0, 2]).result()
+    np.testing.assert_array_equal(rows, tensors["text.a"][[2, 0, 2]])

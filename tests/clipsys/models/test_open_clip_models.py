@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ from clipsys.models.open_clip_models import (
     save_model,
 )
 from tests.conftest import TINY_MODEL, noise_image
+from tests.tiny_models import (
+    HF_TEXT_TOWERS,
+    SIGLIP_PREPROCESS,
+    coca_config,
+    hf_text_config,
+    siglip_config,
+    write_text_model,
+    write_tokenizer,
+)
 
 
 def test_stock_open_clip_loads_an_export_with_the_same_embeddings(model_folder: Path) -> None:
@@ -143,11 +153,71 @@ def test_a_damaged_folder_is_named(
 
 
 def test_an_impossible_architecture_is_a_model_error() -> None:
+    # Positions of sines and cosines need a square grid, which nothing but the tower itself says.
+    vision = {**TINY_MODEL["vision_cfg"], "image_size": [32, 64], "pos_embed_type": "sin_cos_2d"}
     with pytest.raises(ModelError, match="cannot build this configuration"):
-        build_model({**TINY_MODEL, "vision_cfg": {"nonsense": 1}})
+        build_model({**TINY_MODEL, "vision_cfg": vision})
 
 
 def test_making_a_model_leaves_logging_alone() -> None:
     before = list(logging.getLogger().handlers)
     build_model(TINY_MODEL)
     assert logging.getLogger().handlers == before
+
+
+@pytest.mark.parametrize("kind", ["siglip", "coca", *HF_TEXT_TOWERS])
+def test_every_kind_of_model_travels_in_its_folder(kind: str, tmp_path: Path) -> None:
+    """With its tokenizer and configuration inside: nothing else is there after the move."""
+    import open_clip
+
+    made = tmp_path / "made"
+    if kind == "siglip":
+        config = siglip_config(write_tokenizer(tmp_path / "source"))
+    elif kind == "coca":
+        config = coca_config()
+    else:
+        config = hf_text_config(write_text_model(tmp_path / "source", kind))
+    torch.manual_seed(0)
+    save_model(build_model(config, preprocess=SIGLIP_PREPROCESS, for_training=True), made)
+    images = [noise_image(seed) for seed in range(3)]
+    texts = ["a red square", "", "the picture of a cat " * 30]
+    stock, transform = open_clip.create_model_from_pretrained(f"local-dir:{made}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{made}")
+    with torch.no_grad():
+        stock.eval()
+        image_ND = stock.encode_image(torch.stack([transform(i) for i in images]), normalize=True)
+        text_ND = stock.encode_text(tokenizer(texts), normalize=True)
+    shutil.rmtree(tmp_path / "source", ignore_errors=True)
+    moved = made.rename(tmp_path / "moved")
+    encoder = clipsys.load(moved, precision="fp32")
+    np.testing.assert_allclose(encoder.encode_image(images), image_ND.numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_text(texts), text_ND.numpy(), atol=1e-5)
+    again = tmp_path / "again"
+    assert save_model(load_model(moved), again) == encoder.fingerprint
+    assert open_clip.create_model(f"local-dir:{again}", require_pretrained=True) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "expected"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-H-14-worldwide", "metaclip2_worldwide", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k", False),  # its architecture says so itself
+    ],
+)
+def test_the_activation_is_that_of_the_weights(
+    name: str, tag: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip lists some weights under architectures of another activation, and only warns."""
+    asked: dict[str, Any] = {}
+
+    def create_model(_: str, **options: Any) -> Any:
+        asked.update(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("open_clip.create_model", create_model)
+    monkeypatch.setattr("clipsys.models.hub._ask", lambda _: "")
+    with pytest.raises(ModelError, match="enough"):
+        load_model(f"{name}/{tag}")
+    assert asked["force_quick_gelu"] is expected

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from clipsys.cli import main
-from clipsys.errors import ConfigError
 from clipsys.training.distributed.launch import free_port
 from tests.conftest import noise_image
 from tests.training.runs import (
@@ -203,31 +202,3 @@ def test_what_all_ranks_refuse_is_one_line_of_the_command(shards: str, tmp_path:
     assert message in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_slurm_variables_become_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipsys.training.distributed.launch import join_environment
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    assert not join_environment()
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    assert not join_environment()  # one task: an interactive shell
-    for name, value in {"SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77",
-                        "MASTER_ADDR": "node0"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch removes them again
-        monkeypatch.delenv(name)
-    assert join_environment()
-    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
-
-
-def test_a_node_list_that_cannot_be_expanded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipsys.training.distributed.launch import _first_host
-
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[0-3]")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match="set MASTER_ADDR to the first node"):
-        _first_host()

@@ -12,10 +12,14 @@ import torch
 from clipsys.models.open_clip_models import build_model
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.ema import WeightAverage
+from clipsys.training.engine.gradient_check import NonFiniteGradientError
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.repartition import SavedBy
-from clipsys.training.losses import info_nce
-from clipsys.training.model.towers import ContrastiveModel, TowerOptions
+from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.towers import TowerOptions
+from clipsys.training.model.trained import TrainedModel
+from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
+from clipsys.training.objectives.protocol import Labels
 from clipsys.training.recipe import EngineConfig
 from tests.conftest import TINY_MODEL
 from tests.ranks import run_ranks
@@ -25,6 +29,7 @@ _BATCH = 12
 _MODEL = {**TINY_MODEL, "text_cfg": {**TINY_MODEL["text_cfg"], "vocab_size": 1000}}
 
 
+_OBJECTIVE = InfoNCE(InfoNCEConfig(positives="pair"))
 _RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
 
 
@@ -33,7 +38,8 @@ def _engine(
 ) -> Engine:
     torch.manual_seed(0)
     architecture = {**_MODEL, "vision_cfg": _RESNET} if resnet else _MODEL
-    model = ContrastiveModel(build_model(architecture, for_training=True), TowerOptions(precision))
+    clip = build_model(architecture, for_training=True).model
+    model = TrainedModel(clip, _OBJECTIVE, TowerOptions(precision), width=32)
     return Engine(
         model,
         config=EngineConfig(**config),
@@ -43,26 +49,29 @@ def _engine(
     )
 
 
-def _batch(step: int, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(step: int, rank: int, world_size: int) -> tuple[Inputs, Labels]:
     generator = torch.Generator().manual_seed(step)
     image = torch.randn(_BATCH, 3, 32, 32, generator=generator)
     tokens = torch.randint(1, 999, (_BATCH, 16), generator=generator)
     tokens[:, 6] = 999
     tokens[:, 7:] = 0
     rows = slice(rank * _BATCH // world_size, (rank + 1) * _BATCH // world_size)
-    return image[rows], tokens[rows]
+    numbers = torch.arange(_BATCH)[rows]
+    return Inputs((image[rows],), (tokens[rows],)), Labels(numbers, numbers)
 
 
 def _advance(engine: Engine, steps: range, rank: int, world_size: int) -> list[float]:
     scales = []
     for step in steps:
-        batch = _batch(step, rank, world_size)
-        _, scale = engine.accumulate(
-            [lambda batch=batch: batch],
-            lambda f: info_nce(f.image_BD, f.text_BD, f.logit_scale),
+        inputs, labels = _batch(step, rank, world_size)
+        _, shared = engine.accumulate(
+            [lambda inputs=inputs: inputs],
+            lambda outputs, targets, state, labels=labels: _OBJECTIVE.loss(
+                outputs, targets, labels, state
+            ),
         )
         engine.update(1.0)
-        scales.append(scale)
+        scales.append(float(shared["logit_scale"]))
     return scales
 
 
@@ -153,6 +162,34 @@ def _shared_statistics(rank: int, world_size: int) -> list[float]:
 def test_ranks_evaluate_with_the_same_average_of_running_statistics() -> None:
     first, *others = run_ranks(_shared_statistics, 2)
     assert others == [first]
+
+
+def _spoil(rank: int, world_size: int, splits: list[tuple[str, int]]) -> list[tuple[str, bool]]:
+    found = []
+    for precision, stage in splits:
+        engine = _engine(world_size, precision=precision, zero_stage=stage)
+        _advance(engine, range(2), rank, world_size)
+        before = engine.state_dict()
+        if rank == 1:  # one value of one rank
+            spoilt = engine.module.clip.ln_final.weight
+            spoilt.register_hook(lambda gradient: gradient * float("inf"))
+        message = ""
+        try:
+            _advance(engine, range(2, 3), rank, world_size)
+        except NonFiniteGradientError as error:
+            message = str(error)
+        after = engine.state_dict()
+        found.append((message, all(torch.equal(before[name], after[name]) for name in before)))
+    return found
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_weights_change() -> None:
+    splits = [*(("fp32", stage) for stage in range(4)), ("bf16", 1)]
+    splits += [("bf16_params", stage) for stage in (1, 2, 3)]
+    for found in run_ranks(_spoil, 2, splits):
+        for split, (message, unchanged) in zip(splits, found, strict=True):
+            assert message == "the gradient of ln_final.weight is not finite", split
+            assert unchanged, split
 
 
 _MANY_STEPS = 16

@@ -19,11 +19,15 @@ from clipsys.training.engine.optimizers import (
 )
 from clipsys.training.losses import info_nce
 from clipsys.training.model.layers import tower_depths
-from clipsys.training.model.towers import ContrastiveModel
-from clipsys.training.recipe import EngineConfig, ObjectiveConfig, Recipe
-from clipsys.training.step import objective
+from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.trained import TrainedModel
+from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
+from clipsys.training.objectives.protocol import Labels
+from clipsys.training.recipe import EngineConfig, Recipe
 from tests.conftest import TINY_MODEL
 from tests.ranks import run_ranks
+
+_OBJECTIVE = InfoNCE(InfoNCEConfig(positives="pair"))
 
 
 def _clip(**changes: Any) -> nn.Module:
@@ -82,7 +86,7 @@ def test_the_scale_has_a_group_of_its_own() -> None:
 def test_the_groups_of_a_wrapped_model_are_those_of_the_model() -> None:
     parts = build_model(TINY_MODEL, for_training=True)
     config = OptimizerConfig(layer_decay=0.5)
-    wrapped = parameter_groups(ContrastiveModel(parts), config)
+    wrapped = parameter_groups(TrainedModel(parts.model, _OBJECTIVE, width=32), config)
     plain = parameter_groups(parts.model, config)
     for one, other in zip(wrapped, plain, strict=True):
         assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
@@ -244,9 +248,9 @@ def _config(name: str) -> OptimizerConfig:
     )
 
 
-def _contrastive() -> ContrastiveModel:
+def _trained_model() -> TrainedModel:
     torch.manual_seed(0)
-    return ContrastiveModel(build_model(TINY_MODEL, for_training=True))
+    return TrainedModel(build_model(TINY_MODEL, for_training=True).model, _OBJECTIVE, width=32)
 
 
 Case = tuple[str, int]  # optimizer, ZeRO stage
@@ -258,28 +262,33 @@ def _train_on_ranks(rank: int, world_size: int, cases: list[Case]) -> list[dict[
 
 def _train_on_rank(rank: int, local: int, name: str, stage: int) -> dict[str, Any]:
     engine = Engine(
-        _contrastive(),
+        _trained_model(),
         config=EngineConfig(zero_stage=stage, gradient_clipping=0.0),
         optimizer=_config(name),
         local_batch_size=local,
         device=torch.device("cpu"),
     )
-    loss = objective(ObjectiveConfig(positives="pair"), None, local)
+    labels = Labels(torch.arange(rank * local, (rank + 1) * local), torch.arange(local))
     for step in range(_STEPS):
         own = [part[rank * local : (rank + 1) * local] for part in _batch(step)]
-        engine.accumulate([lambda own=own: (own[0], own[1])], loss)
+        engine.accumulate(
+            [lambda own=own: Inputs((own[0],), (own[1],))],
+            lambda outputs, targets, state: _OBJECTIVE.loss(outputs, targets, labels, state),
+        )
         engine.update(1.0 / (1 + step))
     return {key: tensor.numpy() for key, tensor in engine.state_dict().items()}
 
 
 def _train_alone(name: str) -> dict[str, torch.Tensor]:
-    model, config = _contrastive(), _config(name)
+    model, config = _trained_model(), _config(name)
     optimizer = build_optimizer(parameter_groups(model, config), config)
     for step in range(_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_factor"] / (1 + step)
         optimizer.zero_grad()
-        info_nce(*model(*_batch(step))[:3]).backward()
+        image_BCHW, tokens_BL = _batch(step)
+        rows, shared = model(Inputs((image_BCHW,), (tokens_BL,)))
+        info_nce(rows["image"], rows["text"], shared["logit_scale"]).backward()
         optimizer.step()
     return dict(model.clip.state_dict())
 

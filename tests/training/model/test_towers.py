@@ -9,39 +9,43 @@ import torch
 from clipsys.errors import ConfigError, TrainingError
 from clipsys.models.open_clip_models import build_model, fingerprint, load_model
 from clipsys.training.model.initial import initial_model, lock_tower
-from clipsys.training.model.towers import ContrastiveModel, TowerOptions
+from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.towers import TowerOptions, Towers
+from clipsys.training.model.trained import TrainedModel
+from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
 from clipsys.training.recipe import ModelConfig
 from tests.conftest import TINY_MODEL
 
 
-def _model(precision: str = "fp32") -> tuple[ContrastiveModel, torch.Tensor, torch.Tensor]:
+def _model(precision: str = "fp32") -> tuple[TrainedModel, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     parts = build_model(TINY_MODEL, for_training=True)
-    model = ContrastiveModel(parts, TowerOptions(precision))
+    objective = InfoNCE(InfoNCEConfig())
+    model = TrainedModel(parts.model, objective, TowerOptions(precision), width=32)
     return model, torch.randn(3, 3, 32, 32), parts.tokenizer(["a", "b c", "d e f"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_features_are_float32_unit_vectors_of_open_clip(precision: str) -> None:
     model, image, tokens = _model(precision)
-    features = model.eval()(image, tokens)
+    rows, shared = model.eval()(Inputs((image,), (tokens,)))
     expected = model.clip.encode_image(image, normalize=True)
     tolerance = 1e-5 if precision == "fp32" else 2e-2
-    torch.testing.assert_close(features.image_BD, expected, atol=tolerance, rtol=0)
-    for vectors in (features.image_BD, features.text_BD):
+    torch.testing.assert_close(rows["image"], expected, atol=tolerance, rtol=0)
+    for vectors in rows.values():
         assert vectors.dtype == torch.float32
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
-    assert features.logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-4)
+    assert shared["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-4)
 
 
 @pytest.mark.parametrize(("start", "scale"), [(math.log(50), 50.0), (math.log(400), 100.0)])
 def test_the_scale_is_clamped_and_can_come_back(start: float, scale: float) -> None:
-    model, image, tokens = _model()
+    model, *_ = _model()
     with torch.no_grad():
         model.clip.logit_scale.fill_(start)
-    features = model(image, tokens)
-    assert features.logit_scale.item() == pytest.approx(scale, rel=1e-4)
-    features.logit_scale.backward()
+    value = model.logit_scale()
+    assert value.item() == pytest.approx(scale, rel=1e-4)
+    value.backward()
     # The gradient above the bound is that at the bound, not zero.
     assert model.clip.logit_scale.grad.item() == pytest.approx(scale, rel=1e-4)
 
@@ -61,17 +65,15 @@ def test_a_run_can_begin_with_pretrained_weights(model_folder: Path) -> None:
 def test_the_sigmoid_loss_gets_a_bias_and_pretrained_weights_may_lack_it(
     model_folder: Path,
 ) -> None:
-    parts = initial_model(ModelConfig(architecture=TINY_MODEL), loss="sigmoid")
+    parts = initial_model(ModelConfig(architecture=TINY_MODEL), with_bias=True)
     assert parts.model.logit_bias.item() == -10
     assert parts.model.logit_scale.exp().item() == pytest.approx(10)
     tuned = initial_model(
         ModelConfig(architecture=TINY_MODEL, pretrained=str(model_folder), initial_logit_bias=-4.0),
-        loss="sigmoid",
+        with_bias=True,
     )
     assert tuned.model.logit_bias.item() == -4
-    model = ContrastiveModel(tuned).eval()
-    features = model(torch.randn(2, 3, 32, 32), tuned.tokenizer(["a", "b"]))
-    assert features.logit_bias is not None and features.logit_bias.item() == -4
+    assert Towers(tuned.model).logit_bias().item() == -4
     with pytest.raises(ConfigError, match="initial_logit_bias is -4"):
         initial_model(ModelConfig(architecture=TINY_MODEL, initial_logit_bias=-4.0))
 
@@ -121,7 +123,7 @@ def test_what_is_locked_rests_in_training_mode() -> None:
     config = {**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "patch_dropout": 0.5}}
     parts = build_model(config, for_training=True)
     lock_tower(parts.model, "image", 0)
-    model = ContrastiveModel(parts).train()
+    model = Towers(parts.model).train()
     assert not model.clip.visual.training and model.clip.transformer.training
     image = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.encode_image(image), model.encode_image(image))
@@ -129,6 +131,6 @@ def test_what_is_locked_rests_in_training_mode() -> None:
 
 def test_patch_dropout_acts_in_training_only() -> None:
     parts = initial_model(ModelConfig(architecture=TINY_MODEL, patch_dropout=0.5))
-    model, image = ContrastiveModel(parts), torch.randn(2, 3, 32, 32)
+    model, image = Towers(parts.model), torch.randn(2, 3, 32, 32)
     assert not torch.equal(model.train().encode_image(image), model.encode_image(image))
     assert torch.equal(model.eval().encode_image(image), model.encode_image(image))

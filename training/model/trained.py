@@ -1,0 +1,100 @@
+"""The module that DeepSpeed trains: towers, an objective's heads, and their momentum copy.
+
+Its parameters are named ``clip.*`` (open_clip's model), ``heads.*`` (the objective's) and
+``momentum.clip.*``, ``momentum.heads.*`` (frozen copies that follow them).
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from clipsys.training.model.outputs import Inputs, Outputs, Rows
+from clipsys.training.model.towers import TowerOptions, Towers
+
+#: What the names of the momentum copy's parameters begin with.
+MOMENTUM_PREFIX = "momentum."
+
+
+class Method(Protocol):
+    """What this module needs to know of an objective."""
+
+    num_texts: int
+    momentum: float | None
+
+    def heads(self, width: int) -> nn.ModuleDict:
+        """What is trained beside the towers, on features of ``width``."""
+
+    def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
+        """With gradients."""
+
+    def targets(self, momentum_towers: Towers, inputs: Inputs) -> Rows:
+        """Without gradients."""
+
+
+class TrainedModel(Towers):
+    """Towers with the heads of an objective, and with the objective's forward."""
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        objective: Method,
+        options: TowerOptions = TowerOptions(),
+        *,
+        width: int,
+    ) -> None:
+        """
+        Args:
+            clip: open_clip's model.
+            objective: what is minimised.
+            options: precision, checkpointing, compilation.
+            width: of the towers' outputs.
+        """
+        heads = objective.heads(width)
+        has_text = objective.num_texts > 0
+        # Copied first: compilation cannot be copied.
+        copies: tuple[nn.Module, nn.ModuleDict] | None = None
+        if objective.momentum is not None:
+            copies = deepcopy(clip) if has_text else _ImageOnly(clip), deepcopy(heads)
+        super().__init__(clip, heads, options)
+        self._objective = objective
+        self.momentum: Towers | None = None
+        if copies:
+            self.momentum = Towers(*copies, TowerOptions(options.precision), has_text=has_text)
+            # Frozen, hence in evaluation mode: a target depends on its own sample alone.
+            self.momentum.requires_grad_(False)
+
+    def use_precision(self, precision: str) -> str:
+        """Computes in another precision from now on; returns the one until now."""
+        usual, self.precision = self.precision, precision
+        if self.momentum is not None:
+            self.momentum.precision = precision
+        return usual
+
+    def forward(self, inputs: Inputs, *, wants_targets: bool = False) -> Outputs | Rows:
+        """The outputs that the loss is taken of, or the targets of the momentum towers."""
+        if wants_targets:
+            assert self.momentum is not None
+            return self._objective.targets(self.momentum, inputs)
+        rows, shared = self._objective.forward(self, inputs)
+        # ZeRO-3 empties a parameter when its module is done: what is returned must be a copy.
+        copied = {
+            name: tensor.clone() if isinstance(tensor, nn.Parameter) else tensor
+            for name, tensor in shared.items()
+        }
+        return Outputs(rows, copied)
+
+
+class _ImageOnly(nn.Module):
+    """The image tower of an open_clip model, copied; nothing of its text."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.visual = deepcopy(clip.visual)
+
+    def encode_image(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.visual(image_BCHW)
+        return features

@@ -1,0 +1,38 @@
+"""What is minimised: one file an objective, all behind one protocol.
+
+protocol            `Objective`, its settings, and what it is given
+registry            objectives by name, our own and those of other packages
+heads               projection heads
+infonce, sigmoid    images with texts
+simclr, moco        images alone
+"""
+
+from clipsys.training.objectives.protocol import (
+    Labels,
+    Objective,
+    ObjectiveConfig,
+    Surroundings,
+    View,
+)
+from clipsys.training.objectives.registry import (
+    BUILT_IN,
+    ObjectiveSection,
+    make_objective,
+    objective_class,
+    objective_names,
+    with_current_names,
+)
+
+__all__ = [
+    "BUILT_IN",
+    "Labels",
+    "Objective",
+    "ObjectiveConfig",
+    "ObjectiveSection",
+    "Surroundings",
+    "View",
+    "make_objective",
+    "objective_class",
+    "objective_names",
+    "with_current_names",
+]

@@ -1,0 +1,160 @@
+"""The protocol of an objective: what it declares, what it computes, what it is given.
+
+One step, on every rank::
+
+    views      augmentation draws each view of a micro-batch from a seed of its own
+    targets    momentum towers, without gradients, once a step for each sample      (if any)
+    forward    towers and heads, with gradients; twice where micro-batches are cached
+    loss       of the rows of all micro-batches: this rank's share, and the state that follows
+    update     DeepSpeed steps; then the momentum towers follow and the state is committed,
+               neither of them if DeepSpeed skipped the step
+
+The engine takes care of ZeRO, cached micro-batches, 16-bit weights, averages, checkpoints and
+export; an objective says nothing of them but what it cannot do.
+
+Shapes: B rows of this rank, N = W·B rows of all W ranks, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from clipsys.config import Settings
+from clipsys.training.data.augmentation import AugmentationConfig
+from clipsys.training.data.batches import DataConfig
+from clipsys.training.data.samples import Positives
+from clipsys.training.engine.deepspeed_engine import EngineConfig
+from clipsys.training.engine.optimizers import OptimizerConfig
+from clipsys.training.model.initial import ModelConfig
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.towers import Towers
+
+
+class ObjectiveConfig(Settings):
+    """What is minimised. Each objective derives its own settings and adds a literal ``name``."""
+
+    name: str
+
+
+ConfigT = TypeVar("ConfigT", bound=ObjectiveConfig)
+
+
+class Labels(NamedTuple):
+    """What is known of the samples of this rank's rows.
+
+    Attributes:
+        groups_B: int64; equal ids are positives of each other, as `Objective.positives` says.
+        samples_B: int64; the number of each sample among all training samples.
+    """
+
+    groups_B: torch.Tensor
+    samples_B: torch.Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view of each image is drawn.
+
+    Attributes:
+        augmentation: what is done to the image.
+        size: (height, width) in pixels; None is the model's image size.
+    """
+
+    augmentation: AugmentationConfig
+    size: tuple[int, int] | None = None
+
+
+class Surroundings(NamedTuple):
+    """The sections of a recipe that an objective may contradict."""
+
+    data: DataConfig
+    augmentation: AugmentationConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+
+
+class Objective(Generic[ConfigT]):
+    """What is minimised. The defaults are those of an objective that needs nothing special.
+
+    Attributes:
+        config: the class of its settings.
+        num_texts: texts of each sample that pass the text tower; with 0, text is not trained and
+            samples need no caption.
+        trains_temperature: whether the model's own ``logit_scale`` (and bias) are trained.
+        needs_bias: whether the model needs a ``logit_bias``.
+        cacheable: whether a row of `forward` depends on its own sample alone, so that a batch may
+            pass the towers in micro-batches.
+        momentum: how much of themselves the momentum towers keep at each step; None: there are
+            none.
+    """
+
+    config: ClassVar[type[ObjectiveConfig]]
+    num_texts: int = 0
+    trains_temperature: bool = False
+    needs_bias: bool = False
+    cacheable: bool = True
+    momentum: float | None = None
+
+    def __init__(self, settings: ConfigT) -> None:
+        self.settings = settings
+
+    @property
+    def tile_size(self) -> int | None:
+        """Rows of logits that the loss holds at once; None: what suits the device."""
+        return None
+
+    @property
+    def positives(self) -> Positives:
+        """Which samples get equal ids in `Labels.groups_B`."""
+        return "pair"
+
+    def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
+        """The views of each image, from the recipe's ``augmentation``."""
+        return (View(augmentation),)
+
+    def heads(self, width: int) -> nn.ModuleDict:
+        """What is trained beside the towers, on features of ``width``.
+
+        A module may list parameters that do not decay in ``no_weight_decay()``; tensors of fewer
+        than two dimensions never decay. Scalars have shape (1,): DeepSpeed cannot train 0-d ones.
+        """
+        return nn.ModuleDict()
+
+    def initial_state(self, *, width: int, num_samples: int, generator: torch.Generator) -> State:
+        """What is remembered before the first step, on the CPU.
+
+        Args:
+            width: of the towers' features.
+            num_samples: of the training data, which `Labels.samples_B` numbers.
+            generator: of what is random; seeded alike on every rank.
+        """
+        return {}
+
+    def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
+        """The outputs of a micro-batch, with gradients."""
+        raise NotImplementedError
+
+    def targets(self, momentum_towers: Towers, inputs: Inputs) -> Rows:
+        """What the momentum towers say of a micro-batch; they are in evaluation mode."""
+        return {}
+
+    def loss(
+        self, outputs: Outputs, targets: Rows, labels: Labels, state: State
+    ) -> tuple[torch.Tensor, State]:
+        """This rank's share of the loss, and the state that follows this step.
+
+        The mean of the shares over ranks is the loss of the whole batch, and so are the gradients.
+        The state that follows must be equal on every rank and must not depend on their number: what
+        is gathered enters it in rank order. Neither ``state`` nor a tensor in it is written into.
+        """
+        raise NotImplementedError
+
+    def faults(self, recipe: Surroundings) -> Iterator[str]:
+        """What a recipe must not combine with this objective, each with its remedy."""
+        yield from ()

@@ -1,0 +1,81 @@
+"""Two views of each image, each other's positive among all images of the batch: SimCLR."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from clipsys.training.data.augmentation import AugmentationConfig
+from clipsys.training.losses import nt_xent
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.towers import Towers
+from clipsys.training.objectives.heads import (
+    ProjectionConfig,
+    learned_scale,
+    project,
+    projection_heads,
+    temperature_of,
+)
+from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
+
+
+class SimCLRConfig(ProjectionConfig):
+    """SimCLR: two views of an image against all other views of the batch; no texts.
+
+    Views are drawn as ``augmentation`` says: strong crops and colours make the task.
+    """
+
+    name: Literal["simclr"] = Field("simclr", description="which objective")
+
+
+class SimCLR(Objective[SimCLRConfig]):
+    """NT-Xent between two views of each image.
+
+    Inputs:
+        Two views of each image, each from a seed of its own. Captions are not needed.
+
+    Recommendations:
+        Large batches (its negatives come from the batch alone), strong augmentation (crops from
+        0.08 or 0.2 of the area, colours, blur), long schedules. The projection head is thrown away
+        afterwards: features before it serve other tasks better.
+
+    Relations:
+        `MoCo` takes negatives from a queue, so it does with small batches. `InfoNCE` has a text
+        where this has a second view.
+
+    References:
+        Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations",
+        equation 1.
+    """
+
+    config = SimCLRConfig
+
+    def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
+        """Two, drawn alike."""
+        return View(augmentation), View(augmentation)
+
+    def heads(self, width: int) -> nn.ModuleDict:
+        """The projection, and the temperature if it is learned."""
+        return projection_heads(self.settings, width)
+
+    def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
+        """Projections of both views, which pass the tower together."""
+        first_BD, second_BD = project(self.settings, towers, torch.cat(inputs.views)).chunk(2)
+        rows = {"first": first_BD, "second": second_BD}
+        return Outputs(rows, learned_scale(self.settings, towers))
+
+    def loss(
+        self, outputs: Outputs, targets: Rows, labels: Labels, state: State
+    ) -> tuple[torch.Tensor, State]:
+        """`nt_xent` of both views."""
+        temperature = temperature_of(self.settings, outputs.shared)
+        return nt_xent(outputs.rows["first"], outputs.rows["second"], temperature), state
+
+    def faults(self, recipe: Surroundings) -> Iterator[str]:
+        """A batch without negatives."""
+        if recipe.data.batch_size < 2:
+            yield "data.batch_size is 1, which leaves objective.name simclr no negatives; raise it"
