@@ -198,7 +198,7 @@ SYSTEM_NAMES = {
 CATCHING = {"training/data/loader.py": {"statvfs"}}
 
 
-@pytest.mark.parametrize("package", ["clipsys", "training"])
+@pytest.mark.parametrize("package", ["clipsys", "training", "retrieval"])
 def test_what_some_systems_lack_is_asked_for(package: str) -> None:
     for path in _sources(package):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from clipsys.shards.manifest import (
     remote_manifest,
     write_manifest,
 )
-from clipsys.shards.random_access import index_shard
+from clipsys.shards.random_access import index_shard, stored_index
 from clipsys.shards.reading import expand_shards
 from clipsys.shards.remote import ShardCache, is_remote
 from clipsys.shards.stored_index import ShardIndex
@@ -66,7 +66,14 @@ def count_shards(shards: Sequence[str], cache: ShardCache) -> dict[str, ShardSum
     remote = [shard for shard in shards if is_remote(shard)]
     found: dict[str, ShardSummary] = {}
     with progress("Counting samples", len(shards), unit="shards") as advance:
-        for shard, summary in _indexed(local, cache):
+        unknown = []
+        for shard in local:
+            if (index := stored_index(shard, cache)) is None:
+                unknown.append(shard)
+                continue
+            found[shard] = _summary(index, shard)
+            advance()
+        for shard, summary in _indexed(unknown, cache):
             if isinstance(summary, DataError):
                 raise summary
             found[shard] = summary
