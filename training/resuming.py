@@ -21,6 +21,7 @@ from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.checkpoints import Checkpoints, read_provenance
 from clipsys.training.distributed.collectives import on_first_rank
 from clipsys.training.engine.repartition import SavedBy
+from clipsys.training.model.initial import DEFAULT_ARCHITECTURE
 from clipsys.training.objectives import with_current_names
 from clipsys.training.recipe import Recipe
 
@@ -95,6 +96,9 @@ _UNREMARKABLE = (
     "data.cache_dir",
     "engine.device",
 )
+#: Values that are no change: the run goes on with what it was started with
+#: (`clipsys.training.precision`).
+_AS_BEFORE: dict[str, Any] = {"engine.precision": "auto", "engine.threads": None}
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ def _changes(
         inner = getattr(settings, name)
         if isinstance(inner, BaseModel) and isinstance(was[name], Mapping):
             yield from _changes(was[name], inner, now[name], f"{prefix}{name}.")
-        elif was[name] != now[name]:
+        elif was[name] != now[name] and now[name] != _AS_BEFORE.get(prefix + name, ...):
             yield Change(prefix + name, was[name], now[name])
 
 
@@ -235,6 +239,9 @@ def _may_change(change: Change, saved: SavedBy, recipe: Recipe) -> bool:
         return (change.was or 1) != 1 and (change.now or 1) != 1
     if change.name == "engine.zero_stage":
         return {change.was, change.now} == {1, 2}  # their files are the same
+    if change.name == "model.architecture":
+        # 0.1.0 recorded its default, which now is None, also beside pretrained weights.
+        return change.now is None and change.was == DEFAULT_ARCHITECTURE
     if change.name == "engine.precision":
         sixteen_bits = ("bf16_params", "fp16")
         return change.now == saved.precision or (

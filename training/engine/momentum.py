@@ -4,9 +4,7 @@ After each update a copy moves to ``momentum · copy + (1 - momentum) · weight`
 rank holds: whole tensors at ZeRO stages 0 to 2, its partition at stage 3. The weights are read from
 their float32 masters, and where parameters have 16 bits the copies have float32 masters here: an
 average kept in bfloat16 stalls, since its steps are smaller than half a unit in the last place.
-Running statistics of batch norm are copied. Interpolated like weights (EMAN, Cai et al. 2021), they
-would need as long as the weights to leave the values that they begin with, mean 0 and variance 1,
-which belong to no data: on emoji, MoCo then stayed at a loss of log(queue size).
+Running statistics of batch norm are copied: what the trained towers have seen, on all ranks.
 """
 
 from __future__ import annotations

@@ -161,6 +161,10 @@ def _statistics(rank: int, world_size: int) -> dict[str, tuple[Any, Any]]:
         ),
     )
     engine.train()
+    momentum = engine.module.momentum
+    assert momentum is not None
+    # Statistics of the batch, as in MoCo; anything else rests.
+    assert {type(module) for module in momentum.modules() if module.training} == {nn.BatchNorm2d}
     views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
     labels = Labels(torch.arange(4), torch.arange(4))
     engine.accumulate(
