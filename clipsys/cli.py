@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "classify": ("clipsys.commands.core", "classify"),
     "evaluate": ("clipsys.commands.core", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),
+    "models": ("clipsys.commands.core", "models"),
     "doctor": ("clipsys.commands.core", "doctor"),
 }
 

@@ -37,7 +37,13 @@ from clipsys.training.distributed.collectives import (
 )
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.losses import auto_tile_size
-from clipsys.training.model.initial import fingerprint, freeze_unused, initial_model
+from clipsys.training.model.initial import (
+    ModelConfig,
+    fingerprint,
+    freeze_unused,
+    initial_model,
+    resumed_settings,
+)
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Objective, make_objective
@@ -151,8 +157,13 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield prefix + name, value
 
 
-def build_run(recipe: Recipe, device: torch.device) -> Run:
+def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = None) -> Run:
     """Makes the parts of a run. Every rank of the process group calls it; nothing is written.
+
+    Args:
+        recipe: what to make.
+        device: this rank's.
+        checkpoint: name of the one that the run goes on from; its weights are loaded later.
 
     Raises:
         ClipsysError: the model, the data or the validation data cannot be used.
@@ -160,7 +171,11 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     torch.manual_seed(recipe.seed)
     data, folder = recipe.data, recipe.run_folder
     objective = make_objective(recipe.objective)
-    model = _model(recipe, objective)
+    checkpoints = Checkpoints(folder, keep=recipe.checkpoint.keep)
+    begins_with = recipe.model
+    if checkpoint is not None:
+        begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
+    model = _model(begins_with, recipe, objective)
     shard_set, order = _shards(recipe)
     validation = _validation(recipe, objective, model)
     asked = recipe.engine.precision
@@ -207,7 +222,7 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
             seed=recipe.seed,
         ),
         validation=validation,
-        checkpoints=Checkpoints(folder, keep=recipe.checkpoint.keep),
+        checkpoints=checkpoints,
         skips=SkipLedger(
             folder,
             max_share=data.max_bad_share,
@@ -221,11 +236,11 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     return run
 
 
-def _model(recipe: Recipe, objective: Objective[Any]) -> ModelParts:
+def _model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]) -> ModelParts:
     """The model that every rank begins with, with what the objective does not train frozen."""
-    model = on_every_rank(lambda: initial_model(recipe.model, with_bias=objective.needs_bias))
+    model = on_every_rank(lambda: initial_model(settings, with_bias=objective.needs_bias))
     require_equal(
-        {"a model with the fingerprint": fingerprint(model, weights=bool(recipe.model.pretrained))},
+        {"a model with the fingerprint": fingerprint(model, weights=bool(settings.pretrained))},
         remedy="give every machine the same model.architecture and model.pretrained",
     )
     freeze_unused(
