@@ -22,8 +22,8 @@ ALLOWED = {
 #: before it. Names in one tuple stand on one floor and know nothing of each other.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
-        ("errors", "progress"),
-        ("paths",),
+        ("errors", "files", "printing"),
+        ("progress", "paths"),
         ("config", "images", "inference", "processes"),
         ("shards", "probe"),
         ("models", "corpora"),
