@@ -34,7 +34,8 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "training": (
         ("json_lines",),
-        ("distributed", "data", "model", "journal", "manifest"),
+        ("distributed",),
+        ("data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),
         ("objectives",),
