@@ -149,10 +149,10 @@ class Store:
         rows = self._database.rows(query, (content_hash,))
         return Location(*rows[0]) if rows else None
 
-    def items_of_content(self, content_hash: str, limit: int = 100) -> list[Item]:
+    def items_of_content(self, content_hash: str) -> list[Item]:
         """Live items whose files have this content, the oldest first."""
-        query = f"{SELECT_ITEM} WHERE content_hash = ? AND state = 'live' ORDER BY id LIMIT ?"
-        return [item_of(row) for row in self._database.rows(query, (content_hash, limit))]
+        query = f"{SELECT_ITEM} WHERE content_hash = ? AND state = 'live' ORDER BY id"
+        return [item_of(row) for row in self._database.rows(query, (content_hash,))]
 
     def find_failure(self, uri: str) -> Failure | None:
         """The ledger's entry of a uri."""
