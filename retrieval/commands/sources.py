@@ -19,7 +19,7 @@ def sources(
         Optional[tuple[str, str]],  # noqa: UP045  (typer evaluates annotations on Python 3.10)
         typer.Option(
             metavar="OLD NEW",
-            help="Say where a source is by now; its images keep their ids and are not read.",
+            help="Record where a source is now; its images keep their ids and are not read.",
         ),
     ] = None,
     forget: Annotated[
@@ -48,7 +48,7 @@ def sources(
             moved = photos.rename_source(*rename)
             images = counted(moved, "image")
             typer.echo(
-                f"{rename[0]} is {real_source(rename[1])} by now; {images} moved along", err=True
+                f"{rename[0]} is now {real_source(rename[1])}; {images} moved along", err=True
             )
         if forget is not None:
             removed = photos.forget_source(forget, limit=1.0 if yes else PRUNE_LIMIT)

@@ -78,7 +78,7 @@ def remember(folder: Path, pin: EncoderPin, encoder: Any) -> bool:
 
     Returns whether they do. An encoder that is not `clipsys.Encoder`, weights in another format, a
     tower of another kind or a folder that cannot be written to are no errors: searches then load
-    the model as ever.
+    the model.
     """
     loaded = sys.modules.get("clipsys.models.encoder")  # an Encoder comes with its module
     if loaded is None or not isinstance(encoder, loaded.Encoder):

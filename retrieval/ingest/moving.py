@@ -1,8 +1,8 @@
-"""A file that has another place by now: its item keeps its id.
+"""Files that were moved: their items keep their ids.
 
 A record whose uri is new and whose content is known is a moved file if no file lies any more where
-an item with that content had its own, and a copy otherwise. A whole folder that was renamed is
-nothing but many moved files.
+an item with that content had its own, and a copy otherwise. A renamed
+folder is many moved files.
 """
 
 from __future__ import annotations

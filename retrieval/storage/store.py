@@ -10,7 +10,7 @@ change number and stamps the rows it touched with it, so that a reader follows b
 newer than what it knows.
 
 Ids come from AUTOINCREMENT and are never used twice: an item whose image changed is deleted and
-inserted anew, which keeps index generations immutable and true.
+inserted again, which keeps index generations immutable and true.
 """
 
 from __future__ import annotations
