@@ -60,7 +60,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
     require_shared(recipe.run_folder)
     resumption = find_resumption(recipe.run_folder, recipe) if resume else None
-    loop = TrainingLoop(build_run(recipe, device))
+    settled = resumption.settle(recipe) if resumption else recipe
+    loop = TrainingLoop(build_run(settled, device, resumption.name if resumption else None))
     if resumption:
         loop.resume(resumption)
     elif resume:
@@ -209,7 +210,7 @@ class TrainingLoop:
             "precision: fp32, not bf16 (the first loss is %.4f in bf16 and %.4f in fp32)",
             *(loss, exact),
         )
-        self.run.engine.module.precision = "fp32"
+        self.run.engine.module.use_precision("fp32")
         engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
         self.recipe = self.recipe.model_copy(update={"engine": engine})
         on_first_rank(lambda: write_recipe(self.run.folder, self.recipe, None))
