@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "classify": ("clipsys.commands.classify", "classify"),
     "evaluate": ("clipsys.retrieval.commands.evaluate", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),
+    "models": ("clipsys.commands.models", "models"),
     "doctor": ("clipsys.commands.doctor", "doctor"),
 }
 

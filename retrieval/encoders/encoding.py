@@ -1,4 +1,4 @@
-"""What a collection needs of an encoder, taking turns at one, and which one is the right one.
+"""The interface of an encoder, one whose callers take turns, and the check that it fits.
 
 Shapes: B batch, N texts, D embedding width, (3, H, W) a preprocessed image.
 """

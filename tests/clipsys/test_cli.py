@@ -202,6 +202,15 @@ def test_an_empty_folder_is_an_error_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_models_lists_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run("models", "RN50/", "--max-mb", "500", capsys=capsys)
+    assert status == 0
+    assert "RN50/openai" in out and "ViT" not in out
+    status, _, err = run("models", "RN50/", "--max-mb", "100", capsys=capsys)
+    assert status == 1
+    assert "no pretrained model 'RN50/' of 100 MB or less" in err
+
+
 def test_doctor_finds_no_problem_here(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run("doctor", capsys=capsys)
     assert status == 0
