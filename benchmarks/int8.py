@@ -33,21 +33,22 @@ from clipsys.inference.threads import Arrangement, in_chunks, limited_threads
 from clipsys.models.open_clip_models import build_model
 from clipsys.probe import machine
 
-MODEL, RESNET, BATCH = "ViT-B-32", "RN50", 64
+MODEL, RESNET = "ViT-B-32", "RN50"
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    image_BCHW = torch.randn(BATCH, 3, 224, 224)
+    image_BCHW = torch.randn(arguments.batch, 3, 224, 224)
     tower = build_model(MODEL).model.eval().requires_grad_(False)
     resnet = build_model(RESNET).model.eval().requires_grad_(False)
     cores = machine.available_cores()
     report = {
-        "batch": BATCH,
+        "batch": arguments.batch,
         MODEL: _compare(_ways(tower), image_BCHW, arguments.rounds),
         RESNET: _compare(_float_ways(resnet.encode_image), image_BCHW, arguments.rounds),
         "products, one thread": _products(arguments.rounds),

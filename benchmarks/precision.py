@@ -38,13 +38,12 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["emoji_cpu", "demo", "ViT-B-32"])
     parser.add_argument("--seconds", type=float, default=30, help="for each recipe, about")
     arguments = parser.parse_args()
-    report: dict[str, Any] = {
-        name: _compare(_recipe(name), arguments.seconds) for name in arguments.recipes
-    }
-    report["machine"] = {**machine.describe(), "cores": machine.available_cores()}
-    print(f"this process waited {machine.waiting_s():.1f} s for cores", file=sys.stderr)
+    report: dict[str, Any] = {"machine": {**machine.describe(), "cores": machine.available_cores()}}
     out = Path(__file__).parent / "results" / "precision.json"
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for name in arguments.recipes:
+        report[name] = _compare(_recipe(name), arguments.seconds)
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"this process waited {machine.waiting_s():.1f} s for cores", file=sys.stderr)
     print(json.dumps(report, indent=2))
 
 
