@@ -50,7 +50,7 @@ from clipsys.retrieval.search.grammar import compose, parse_query
 from clipsys.retrieval.search.query import Hit, ImageSource, Query, embed_queries
 from clipsys.retrieval.search.searching import NEAR_DUPLICATE, Options, Searcher, Sought
 from clipsys.retrieval.search.view import View
-from clipsys.retrieval.storage import filters
+from clipsys.retrieval.storage.conditions import Where, parse_where
 from clipsys.retrieval.storage.creation import create_folder
 from clipsys.retrieval.storage.items import Failure, Item
 from clipsys.retrieval.storage.manifest import IndexGeneration, Manifest, read_manifest
@@ -232,28 +232,34 @@ class Collection:
         words: str | None = None,
         k: int = 10,
         offset: int = 0,
-        where: filters.Where = None,
+        where: Where = None,
         min_score: float | None = None,
         relevant_only: bool = False,
         diverse: bool | float = False,
+        sort: str | None = None,
     ) -> list[Hit]:
         """Finds the items nearest to a text, an image, both, or a composed query.
+
+        With a filter or a sort alone it lists what passes, the items added last first.
 
         Args:
             query: a line as ``"a dog + beach - snow"`` (`clipsys.retrieval.search.grammar`), or a
                 `Query` of parts with weights.
             image: a path, the file's bytes or a decoded image; adds to the query.
             negative: a text that the hits should be unlike.
-            words: words of captions (``'"on the beach" dog -brown'``), searched for beside the
-                query and fused with it, or alone.
+            words: words of captions and file names (``'"on the beach" dog -brown'``), searched for
+                beside the query and fused with it, or alone.
             k: how many hits; fewer come back only if fewer items match.
             offset: how many of the best are left out, for the next page.
             where: a filter on metadata, applied before ranking: ``{"year": 2024}`` or
-                ``["year>=2020", "colour in red,blue"]``; see `clipsys.retrieval.storage.filters`.
+                ``["year>=2020", "colour in red,blue"]``; see
+                `clipsys.retrieval.storage.conditions`.
             min_score: cosine below which nothing is a hit.
             relevant_only: leaves out hits that unrelated items would match by chance.
             diverse: folds near-duplicates into one hit; a number is the cosine from which on two
                 items are duplicates.
+            sort: a metadata key to put the hits in order by, or ``-key`` for descending; also
+                ``uri``, ``caption``, ``added``, ``modified``. See `Options` for what is sorted.
 
         Returns:
             Hits, best first; equal scores in the order of their ids.
@@ -263,31 +269,42 @@ class Collection:
                 or the filter is malformed.
             ImageDecodeError: the image does not decode.
         """
-        if not isinstance(query, Query):
+        others = (image, negative, words)
+        if isinstance(query, Query):
+            if any(one is not None for one in others):
+                raise QueryError("give image, negative and words as parts of the Query")
+        elif query is not None or any(one is not None for one in others):
             query = compose(query, image=image, negative=negative, words=words)
-        elif image is not None or negative is not None or words is not None:
-            raise QueryError("give image, negative and words as parts of the Query")
         options = Options(
-            k, offset, filters.parse_where(where), min_score, relevant_only, _cosine(diverse)
+            k, offset, parse_where(where), min_score, relevant_only, _cosine(diverse), sort
         )
         return self.search_batch([query], options)[0]
 
     def search_batch(
-        self, queries: Sequence[str | Query], options: Options | None = None
+        self, queries: Sequence[str | Query | None], options: Options | None = None
     ) -> list[list[Hit]]:
         """Several searches in one pass over the model and the index: hits of each query.
+
+        Args:
+            queries: None asks for all that passes the filter of the options.
+            options: which hits come back, and in which order.
 
         Raises:
             QueryError: see `search`.
             ImageDecodeError: an image does not decode.
         """
         options = options or Options()
-        read = [query if isinstance(query, Query) else parse_query(query) for query in queries]
+        if None in queries and not options.conditions and options.sort is None:
+            raise QueryError(
+                "a query needs something to look for: a text, an image, words, or a filter alone"
+            )
+        read = [parse_query(query) if isinstance(query, str) else query for query in queries]
         if len(self) == 0 or not read:
             return [[] for _ in read]
+        vectors = iter(self.embed_batch([query for query in read if query is not None]))
         sought = [
-            Sought(vector_D, query.words, query.items)
-            for query, vector_D in zip(read, self.embed_batch(read), strict=True)
+            Sought(None) if query is None else Sought(next(vectors), query.words, query.items)
+            for query in read
         ]
         return self._searcher.search(sought, options)
 
@@ -318,9 +335,7 @@ class Collection:
         self._encoder.remember_light_tower()  # the next process needs no torch
         return vectors
 
-    def search_vector(
-        self, query_D: Floats, *, k: int = 10, where: filters.Where = None
-    ) -> list[Hit]:
+    def search_vector(self, query_D: Floats, *, k: int = 10, where: Where = None) -> list[Hit]:
         """Finds the items nearest to a vector (D,); its length does not matter.
 
         Raises:
@@ -333,7 +348,7 @@ class Collection:
                 f"the query vector has shape {query_D.shape} and norm {norm:.4g}; expected shape "
                 f"({self._pin.dim},) and a finite norm that is not zero"
             )
-        options = Options(k, conditions=filters.parse_where(where))
+        options = Options(k, conditions=parse_where(where))
         return self._searcher.search([Sought(query_D / norm)], options)[0]
 
     def item(self, item_id: int) -> Item:
@@ -380,6 +395,14 @@ class Collection:
     def failures(self, limit: int | None = None) -> list[Failure]:
         """The failure ledger: every file that could not be used, with its reason."""
         return self._store.failures(limit)
+
+    def explain_filter(self, where: Where) -> str | None:
+        """Why no item passes a filter, with the nearest key or value; None if some do.
+
+        Raises:
+            QueryError: the filter is malformed.
+        """
+        return self._store.explain_nothing(parse_where(where))
 
     def metadata_keys(self) -> list[str]:
         """Every metadata key that an item has, for building filters."""
@@ -490,13 +513,13 @@ class Collection:
             writer.refresh_index()
         return num_removed
 
-    def select(self, where: filters.Where) -> list[int]:
+    def select(self, where: Where) -> list[int]:
         """Ids of the items whose metadata match a filter, ascending.
 
         Raises:
             QueryError: the filter is malformed, or empty.
         """
-        conditions = filters.parse_where(where)
+        conditions = parse_where(where)
         if not conditions:
             raise QueryError("an empty filter selects nothing; give a condition such as year<2020")
         ids: list[int] = self._store.select_ids(conditions).tolist()

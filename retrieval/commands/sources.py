@@ -6,24 +6,26 @@ Heavy imports stand inside the function: this module is loaded to print its help
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from clipsys.commands import options
+from clipsys.printing import counted, json_text, printable
+
 
 def sources(
-    collection: Annotated[Path, typer.Argument(help="Folder of the collection.")],
+    collection: options.CollectionFolder,
     *,
     rename: Annotated[
-        Optional[tuple[str, str]],  # noqa: UP045  (typer evaluates annotations on Python 3.10)
+        tuple[str, str] | None,
         typer.Option(
             metavar="OLD NEW",
             help="Say where a source is by now; its images keep their ids and are not read.",
         ),
     ] = None,
     forget: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             metavar="SOURCE",
             help="Forget a source that is gone for good, and remove what no other source gives.",
@@ -32,11 +34,10 @@ def sources(
     yes: Annotated[
         bool, typer.Option("--yes", help="Remove even more than a tenth of the collection.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the sources of a collection, say that one was renamed, or forget one."""
     from clipsys.corpora.paths import real_source
-    from clipsys.printing import counted
     from clipsys.retrieval.collection import Collection
     from clipsys.retrieval.ingest.moving import is_gone
     from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
@@ -47,12 +48,12 @@ def sources(
         if rename is not None:
             moved = photos.rename_source(*rename)
             images = counted(moved, "image")
-            typer.echo(
-                f"{rename[0]} is {real_source(rename[1])} by now; {images} moved along", err=True
-            )
+            said = f"{rename[0]} is {real_source(rename[1])} by now; {images} moved along"
+            typer.echo(printable(said), err=True)
         if forget is not None:
             removed = photos.forget_source(forget, limit=1.0 if yes else PRUNE_LIMIT)
-            typer.echo(f"{forget} is forgotten; {counted(removed, 'item')} removed", err=True)
+            said = f"{forget} is forgotten; {counted(removed, 'item')} removed"
+            typer.echo(printable(said), err=True)
         known = photos.sources()
     rows = [
         {
@@ -64,11 +65,10 @@ def sources(
         for one in known
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json_text(rows))
         return
     for row in rows:
         notes = "" if row["present"] else "  (not there)"
         settings = f"  {json.dumps(row['settings'])}" if row["settings"] else ""
-        name = str(row["source"]).encode("utf-8", "replace").decode()
-        typer.echo(f"{row['images']:>9,}  {name}{notes}{settings}")
+        typer.echo(printable(f"{row['images']:>9,}  {row['source']}{notes}{settings}"))
     typer.echo(counted(len(rows), "source"), err=True)

@@ -98,6 +98,15 @@ class SampleOrder:
         return shares
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's augmentation and dropout, at most 64 bits, as torch takes it."""
+    value = (seed * 1_000_003 + step) * 4096 + rank
+    if value < 1 << 64:
+        return value
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def _generator(*entropy: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(entropy))
 
