@@ -64,7 +64,7 @@ def main() -> None:
         deadline = started + TOTAL_S
         for number, part in enumerate(arguments.parts):
             later_s = sum(BUDGETS_S[later] for later in arguments.parts[number + 1 :])
-            limit_s = max(BUDGETS_S[part], deadline - time.monotonic() - later_s)
+            limit_s = max(10.0, deadline - time.monotonic() - later_s)
             result = run_part(part, arguments, environment, Path(folder), limit_s)
             report["parts"][part] = result
             _add_shares(report)

@@ -348,6 +348,13 @@ def _measure_step(case: StepCase, device: torch.device, setting: Setting) -> Non
     )
 
 
+def _inputs(model: Any, count: int, seed: int, device: torch.device) -> Any:
+    from clipsys.training.model.outputs import Inputs
+
+    image_BCHW, tokens_BL = _pairs(model, count, seed, device)
+    return Inputs((image_BCHW,), (tokens_BL,))
+
+
 def _pairs(
     model: Any, count: int, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

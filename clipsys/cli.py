@@ -20,27 +20,29 @@ from typer.core import TyperGroup
 from clipsys import __version__
 from clipsys.errors import ClipsysError
 from clipsys.printing import printable
-from clipsys.processes.interruption import Interruption
+from clipsys.processes.interruption import Interruption, leave_if_abandoned
 
 #: verb -> (module, function). This table is the only place where `clipsys` names its siblings.
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("clipsys.demo.commands", "demo"),
-    "shards": ("clipsys.commands.core", "shards"),
+    "shards": ("clipsys.commands.shards", "shards"),
     "train": ("clipsys.training.commands", "train"),
     "export": ("clipsys.training.commands", "export"),
     "index": ("clipsys.retrieval.commands.index", "index"),
     "search": ("clipsys.retrieval.commands.search", "search"),
     "info": ("clipsys.retrieval.commands.keeping", "info"),
+    "sources": ("clipsys.retrieval.commands.sources", "sources"),
     "duplicates": ("clipsys.retrieval.commands.keeping", "duplicates"),
     "failures": ("clipsys.retrieval.commands.keeping", "failures"),
     "remove": ("clipsys.retrieval.commands.keeping", "remove"),
     "compact": ("clipsys.retrieval.commands.keeping", "compact"),
     "verify": ("clipsys.retrieval.commands.keeping", "verify"),
     "repair": ("clipsys.retrieval.commands.keeping", "repair"),
-    "classify": ("clipsys.commands.core", "classify"),
-    "evaluate": ("clipsys.commands.core", "evaluate"),
+    "classify": ("clipsys.commands.classify", "classify"),
+    "evaluate": ("clipsys.retrieval.commands.evaluate", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),
-    "doctor": ("clipsys.commands.core", "doctor"),
+    "models": ("clipsys.commands.models", "models"),
+    "doctor": ("clipsys.commands.doctor", "doctor"),
 }
 
 
@@ -71,9 +73,10 @@ class _Verbs(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:  # Typer by itself would end without a word
             message = str(interrupt) or "interrupted"
-            if "RANK" not in os.environ:  # one of several processes: whoever started them says so
+            if "RANK" not in os.environ:  # one of several processes: their launcher says so
                 print(message, file=sys.stderr)
             status = interrupt.status if isinstance(interrupt, Interruption) else 130
+            leave_if_abandoned(status)
             raise typer.Exit(status) from interrupt
 
 
@@ -136,7 +139,8 @@ class _Formatter(logging.Formatter):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated.
+    0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated. Where nobody
+    reads the output any more (``| head``), it ends without a word.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # `--debug` is for any error, so it may stand anywhere, also behind the verb.
@@ -144,7 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if debug:
         arguments = ["--debug", *(word for word in arguments if word != "--debug")]
     try:
-        app(args=arguments, prog_name="clipsys", standalone_mode=True)
+        try:
+            app(args=arguments, prog_name="clipsys", standalone_mode=True)
+        finally:
+            sys.stdout.flush()  # what is still buffered may find the pipe closed
+    except BrokenPipeError:
+        # Python flushes once more at its end; there is nobody to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ClipsysError as error:
         if debug:
             raise

@@ -39,7 +39,7 @@ class ImageDecodeError(DataError):
     Attributes:
         uri: where the bytes came from.
         reason: a short category, fit for counting: ``empty``, ``not an image``, ``corrupt``,
-            ``truncated``, ``too large`` or ``unreadable``.
+            ``truncated``, ``too large``, ``not a file`` or ``unreadable``.
     """
 
     def __init__(self, message: str, *, uri: str, reason: str) -> None:

@@ -84,9 +84,12 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[Any]], *, numeric:
         print(_bold(line) if number == 0 else line)
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 file``, ``1,200 files``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its words: ``counted(1, "file is", "files are")`` gives ``1 file is``.
+
+    ``many``: the words for any number but 1; None: ``one`` with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def _bold(text: str) -> str:

@@ -130,6 +130,8 @@ def _help(*verb: str) -> str:
 PUBLIC = {
     "clipsys": "Models, encoders, zero-shot classification and the tree of errors.",
     "clipsys.training.losses": "Losses over the rows of every rank, exact in value and gradient.",
+    "clipsys.training.objectives": "What an objective of another package is made of "
+    "([objectives](objectives.md)).",
     "clipsys.retrieval": "Collections and searching them.",
 }
 
@@ -147,11 +149,21 @@ def api() -> str:
     ]
     for module, purpose in PUBLIC.items():
         lines += ["", f"## {module}", "", purpose]
-        names = importlib.import_module(module).__all__
         # Functions and classes that are used come before the errors that they raise.
-        for name in sorted(names, key=lambda one: (one.endswith("Error"), one.lower())):
+        by_kind = sorted(public_names(module), key=lambda one: (one.endswith("Error"), one.lower()))
+        for name in by_kind:
             lines += ["", f"### `{module}.{name}`", "", _summary(module, name)]
     return "\n".join(lines) + "\n"
+
+
+def public_names(module: str) -> list[str]:
+    """Functions and classes of a module's ``__all__``; its tables explain themselves."""
+    loaded = importlib.import_module(module)
+    return [
+        name
+        for name in loaded.__all__
+        if inspect.isclass(found := getattr(loaded, name)) or inspect.isfunction(found)
+    ]
 
 
 def _summary(module: str, name: str) -> str:

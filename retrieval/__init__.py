@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from clipsys.retrieval.ingest.report import AddReport
     from clipsys.retrieval.maintenance.duplicates import DuplicateGroup
     from clipsys.retrieval.maintenance.info import CollectionInfo
+    from clipsys.retrieval.search.options import Options
     from clipsys.retrieval.search.query import Hit, Part, Query
-    from clipsys.retrieval.search.searching import Options
-    from clipsys.retrieval.storage.filters import Condition
+    from clipsys.retrieval.storage.conditions import Condition
     from clipsys.retrieval.storage.items import Failure, Item
 
 __all__ = [
@@ -58,13 +58,13 @@ _MODULE_OF = {
     "AddReport": "ingest.report",
     "Collection": "collection",
     "CollectionInfo": "maintenance.info",
-    "Condition": "storage.filters",
+    "Condition": "storage.conditions",
     "DuplicateGroup": "maintenance.duplicates",
     "Failure": "storage.items",
     "Hit": "search.query",
     "IndexPlan": "indexes.planning",
     "Item": "storage.items",
-    "Options": "search.searching",
+    "Options": "search.options",
     "Part": "search.query",
     "Query": "search.query",
     "plan_index": "indexes.planning",

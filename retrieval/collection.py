@@ -1,4 +1,4 @@
-"""A collection: a corpus of images that can be searched by text and by image, kept in one folder.
+"""A collection: a corpus of images that can be searched by text and by image, in one folder.
 
     photos/
         manifest.json     which model, which index generation            replaced atomically
@@ -28,12 +28,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clipsys.corpora.tables import Columns
 from clipsys.errors import QueryError
 from clipsys.progress import progress
-from clipsys.retrieval.encoders.encoding import ImageTextEncoder, check_encoder, pin_of
+from clipsys.retrieval.encoders.encoding import (
+    ImageTextEncoder,
+    check_encoder,
+    load_encoder,
+    pin_of,
+    place_of,
+)
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
+from clipsys.retrieval.encoders.truncation import tokens_of_encoder, warn_of_cut_texts
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
-from clipsys.retrieval.ingest import adding
+from clipsys.retrieval.ingest import adding, relocation
 from clipsys.retrieval.ingest.embedding import EmbeddingOptions
 from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
 from clipsys.retrieval.ingest.report import AddReport
@@ -42,12 +50,13 @@ from clipsys.retrieval.search.grammar import compose, parse_query
 from clipsys.retrieval.search.query import Hit, ImageSource, Query, embed_queries
 from clipsys.retrieval.search.searching import NEAR_DUPLICATE, Options, Searcher, Sought
 from clipsys.retrieval.search.view import View
-from clipsys.retrieval.storage import filters
+from clipsys.retrieval.storage.conditions import Where, parse_where
 from clipsys.retrieval.storage.creation import create_folder
 from clipsys.retrieval.storage.items import Failure, Item
 from clipsys.retrieval.storage.manifest import IndexGeneration, Manifest, read_manifest
 from clipsys.retrieval.storage.segments import Floats
 from clipsys.retrieval.storage.snapshot import Snapshot
+from clipsys.retrieval.storage.sources import KnownSource, known_sources
 from clipsys.retrieval.storage.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.storage.upgrading import upgrade_database
@@ -78,13 +87,16 @@ class Collection:
         *,
         few_searches: bool = False,
         precision: str = "fast",
+        model: str | None = None,
     ) -> None:
         """Use `create` or `open`."""
         self.path = path
         self._pin = manifest.encoder
         self._store = store
+        place = manifest.encoder.model if model is None else place_of(model)
+        pin = manifest.encoder.model_copy(update={"model": place})
         self._encoder = PinnedEncoder(
-            path, path / manifest.edition, manifest.encoder, encoder, precision=precision
+            path, path / manifest.edition, pin, encoder, precision=precision
         )
         self._view = View(path, manifest, store, few_searches=few_searches)
 
@@ -144,6 +156,7 @@ class Collection:
         few_searches: bool = False,
         precision: str = "fast",
         to_repair: bool = False,
+        model: str | None = None,
     ) -> Collection:
         """Opens a collection.
 
@@ -157,6 +170,8 @@ class Collection:
                 search or an addition first needs it.
             few_searches: it is opened for one search or two: what pays only later is left out.
             precision: in which the manifest's model encodes images; see `clipsys.load`.
+            model: where the manifest's model lies by now, as `clipsys.load` takes it; None: where
+                the manifest says.
             to_repair: opens it although vector files are damaged.
 
         Raises:
@@ -170,7 +185,13 @@ class Collection:
         upgraded = upgrade_database(database)
         store = Store(database)
         opened = cls(
-            folder, manifest, store, encoder, few_searches=few_searches, precision=precision
+            folder,
+            manifest,
+            store,
+            encoder,
+            few_searches=few_searches,
+            precision=precision,
+            model=model,
         )
         if not to_repair:
             try:
@@ -211,28 +232,34 @@ class Collection:
         words: str | None = None,
         k: int = 10,
         offset: int = 0,
-        where: filters.Where = None,
+        where: Where = None,
         min_score: float | None = None,
         relevant_only: bool = False,
         diverse: bool | float = False,
+        sort: str | None = None,
     ) -> list[Hit]:
         """Finds the items nearest to a text, an image, both, or a composed query.
+
+        With a filter or a sort alone it lists what passes, the items added last first.
 
         Args:
             query: a line as ``"a dog + beach - snow"`` (`clipsys.retrieval.search.grammar`), or a
                 `Query` of parts with weights.
             image: a path, the file's bytes or a decoded image; adds to the query.
             negative: a text that the hits should be unlike.
-            words: words of captions (``'"on the beach" dog -brown'``), searched for beside the
-                query and fused with it, or alone.
+            words: words of captions and file names (``'"on the beach" dog -brown'``), searched for
+                beside the query and fused with it, or alone.
             k: how many hits; fewer come back only if fewer items match.
             offset: how many of the best are left out, for the next page.
             where: a filter on metadata, applied before ranking: ``{"year": 2024}`` or
-                ``["year>=2020", "colour in red,blue"]``; see `clipsys.retrieval.storage.filters`.
+                ``["year>=2020", "colour in red,blue"]``; see
+                `clipsys.retrieval.storage.conditions`.
             min_score: cosine below which nothing is a hit.
             relevant_only: leaves out hits that unrelated items would match by chance.
             diverse: folds near-duplicates into one hit; a number is the cosine from which on two
                 items are duplicates.
+            sort: a metadata key to put the hits in order by, or ``-key`` for descending; also
+                ``uri``, ``caption``, ``added``, ``modified``. See `Options` for what is sorted.
 
         Returns:
             Hits, best first; equal scores in the order of their ids.
@@ -242,31 +269,42 @@ class Collection:
                 or the filter is malformed.
             ImageDecodeError: the image does not decode.
         """
-        if not isinstance(query, Query):
+        others = (image, negative, words)
+        if isinstance(query, Query):
+            if any(one is not None for one in others):
+                raise QueryError("give image, negative and words as parts of the Query")
+        elif query is not None or any(one is not None for one in others):
             query = compose(query, image=image, negative=negative, words=words)
-        elif image is not None or negative is not None or words is not None:
-            raise QueryError("give image, negative and words as parts of the Query")
         options = Options(
-            k, offset, filters.parse_where(where), min_score, relevant_only, _cosine(diverse)
+            k, offset, parse_where(where), min_score, relevant_only, _cosine(diverse), sort
         )
         return self.search_batch([query], options)[0]
 
     def search_batch(
-        self, queries: Sequence[str | Query], options: Options | None = None
+        self, queries: Sequence[str | Query | None], options: Options | None = None
     ) -> list[list[Hit]]:
         """Several searches in one pass over the model and the index: hits of each query.
+
+        Args:
+            queries: None asks for all that passes the filter of the options.
+            options: which hits come back, and in which order.
 
         Raises:
             QueryError: see `search`.
             ImageDecodeError: an image does not decode.
         """
         options = options or Options()
-        read = [query if isinstance(query, Query) else parse_query(query) for query in queries]
+        if None in queries and not options.conditions and options.sort is None:
+            raise QueryError(
+                "a query needs something to look for: a text, an image, words, or a filter alone"
+            )
+        read = [parse_query(query) if isinstance(query, str) else query for query in queries]
         if len(self) == 0 or not read:
             return [[] for _ in read]
+        vectors = iter(self.embed_batch([query for query in read if query is not None]))
         sought = [
-            Sought(vector_D, query.words, query.items)
-            for query, vector_D in zip(read, self.embed_batch(read), strict=True)
+            Sought(None) if query is None else Sought(next(vectors), query.words, query.items)
+            for query in read
         ]
         return self._searcher.search(sought, options)
 
@@ -287,15 +325,17 @@ class Collection:
         if not any(part.image is not None for part in parts):
             tower = self._encoder.light_tower(sum(part.text is not None for part in parts))
             if tower is not None:
+                warn_of_cut_texts([part.text for part in parts if part.text], tower.tokens)
                 turns, encode_text = self._encoder.turns(), tower.encode_text
                 return embed_queries(queries, turns, self.vector, encode_text=encode_text)
         vectors = embed_queries(queries, self._encoder.turns(), self.vector)
+        tokens_of = tokens_of_encoder(self._encoder.loaded)
+        if tokens_of is not None:
+            warn_of_cut_texts([part.text for part in parts if part.text], tokens_of)
         self._encoder.remember_light_tower()  # the next process needs no torch
         return vectors
 
-    def search_vector(
-        self, query_D: Floats, *, k: int = 10, where: filters.Where = None
-    ) -> list[Hit]:
+    def search_vector(self, query_D: Floats, *, k: int = 10, where: Where = None) -> list[Hit]:
         """Finds the items nearest to a vector (D,); its length does not matter.
 
         Raises:
@@ -308,7 +348,7 @@ class Collection:
                 f"the query vector has shape {query_D.shape} and norm {norm:.4g}; expected shape "
                 f"({self._pin.dim},) and a finite norm that is not zero"
             )
-        options = Options(k, conditions=filters.parse_where(where))
+        options = Options(k, conditions=parse_where(where))
         return self._searcher.search([Sought(query_D / norm)], options)[0]
 
     def item(self, item_id: int) -> Item:
@@ -356,6 +396,14 @@ class Collection:
         """The failure ledger: every file that could not be used, with its reason."""
         return self._store.failures(limit)
 
+    def explain_filter(self, where: Where) -> str | None:
+        """Why no item passes a filter, with the nearest key or value; None if some do.
+
+        Raises:
+            QueryError: the filter is malformed.
+        """
+        return self._store.explain_nothing(parse_where(where))
+
     def metadata_keys(self) -> list[str]:
         """Every metadata key that an item has, for building filters."""
         return self._store.metadata_keys()
@@ -379,24 +427,28 @@ class Collection:
         show_progress: bool = True,
         prune_vanished: bool = False,
         prune_limit: float = PRUNE_LIMIT,
+        exclude: Sequence[str] = (),
+        columns: Columns = Columns(),
     ) -> AddReport:
-        """Brings the collection up to date with folders, tables or shards.
+        """Brings the collection up to date with folders, tables, shards or images.
 
         Files that are known and unchanged are recognised by size and modification time without
         being read, others by a hash of their content; changed ones are encoded again, moved ones
-        keep their vector, new ones are added. What a source no longer has stays, unless pruning is
-        asked for: it may be an unmounted drive. Images that cannot be used go to the failure
-        ledger. Interrupted at any moment, it loses at most the batch in flight and ends without
-        making an index of what it added, which is searched exactly until then; a second call
-        resumes.
+        keep their id, new ones are added. Captions and metadata follow the sources. What a source
+        no longer has stays, unless pruning is asked for: it may be an unmounted drive. Images that
+        cannot be used go to the failure ledger. Interrupted at any moment, it loses at most the
+        batch in flight and ends without making an index of what it added, which is searched exactly
+        until then; a second call resumes.
 
         Args:
-            sources: see `clipsys.corpora.sources.iterate_source`.
+            sources: see `clipsys.corpora.sources.iterate_source`; none: all that it knows.
             batch_size: images encoded at once.
             num_workers: decoding threads; None: one a processor.
             show_progress: draws a bar on stderr.
             prune_vanished: removes items that these sources gave once and no source gives now.
             prune_limit: the largest share of a source that pruning may remove.
+            exclude: patterns of names, or of paths, that folders leave out; remembered.
+            columns: what the columns of tables mean; remembered.
 
         Raises:
             CollectionError: another writer is at work, the disk is full, or more has vanished than
@@ -407,6 +459,7 @@ class Collection:
         return adding.add_sources(
             self._target(),
             sources,
+            adding.Reading(tuple(exclude), columns),
             EmbeddingOptions(batch_size, num_workers),
             prune_limit=prune_limit if prune_vanished else None,
             show_progress=show_progress,
@@ -433,13 +486,40 @@ class Collection:
             writer.refresh_index()
         return num_removed
 
-    def select(self, where: filters.Where) -> list[int]:
+    def sources(self) -> list[KnownSource]:
+        """The sources that it was filled from, in the order in which they were first indexed."""
+        return known_sources(self._store)
+
+    def rename_source(self, old: str | Path, new: str | Path) -> int:
+        """Says where a source is by now. Its images keep their ids. Returns how many moved along.
+
+        Raises:
+            DataError: there is no such source, or nothing usable at the new place.
+            CollectionError: another writer is at work.
+        """
+        with self._writing():
+            return relocation.rename(self._store, str(old), str(new))
+
+    def forget_source(self, name: str | Path, *, limit: float = PRUNE_LIMIT) -> int:
+        """Forgets a source and removes what no other one gives. Returns how many items went.
+
+        Raises:
+            DataError: there is no such source.
+            PruningRefusedError: more than this share of the collection's items would go.
+            CollectionError: another writer is at work.
+        """
+        with self._writing() as writer:
+            num_removed = relocation.forget(self._store, str(name), limit=limit)
+            writer.refresh_index()
+        return num_removed
+
+    def select(self, where: Where) -> list[int]:
         """Ids of the items whose metadata match a filter, ascending.
 
         Raises:
             QueryError: the filter is malformed, or empty.
         """
-        conditions = filters.parse_where(where)
+        conditions = parse_where(where)
         if not conditions:
             raise QueryError("an empty filter selects nothing; give a condition such as year<2020")
         ids: list[int] = self._store.select_ids(conditions).tolist()
@@ -456,6 +536,24 @@ class Collection:
         """
         with self._writing() as writer:
             return writer.compact()
+
+    def record_model(self, model: str) -> None:
+        """Notes where the collection's model lies by now, if that is not where it was.
+
+        Args:
+            model: what `clipsys.load` takes; a folder's path becomes absolute.
+
+        Raises:
+            CollectionError: another model lies there, or another writer is at work.
+        """
+        place = place_of(model)
+        if place == read_manifest(self.path).encoder.model:
+            return
+        if self._encoder.loaded is None:
+            load_encoder(self.path, self._pin.model_copy(update={"model": place}))
+        with self._writing() as writer:
+            writer.record_model(place)
+        self._pin = self._encoder.pin = self._pin.model_copy(update={"model": place})
 
     def migrate(
         self,
@@ -511,7 +609,7 @@ class Collection:
             return writer.publish_index(memory_bytes=memory_bytes, recall=recall)
 
     def _target(self) -> adding.Target:
-        return adding.Target(self.path.name, self._store, self._encoder, self._writing)
+        return adding.Target(self.path, self._store, self._encoder, self._writing)
 
     def _writing(self) -> AbstractContextManager[Writer]:
         return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)

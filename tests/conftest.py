@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,11 @@ TINY_MODEL: dict[str, Any] = {
 }
 
 
+def no_tokenizer(texts: list[str]) -> Any:
+    """For models of a vocabulary smaller than CLIP's, whose tests draw their tokens."""
+    raise AssertionError(f"nothing tokenizes {texts}")
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """A PNG of uint8 (H, W, 3) pixels."""
     buffer = io.BytesIO()
@@ -54,6 +60,12 @@ def noise_image(seed: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def pytest_configure() -> None:
+    """Interrupts count: a background job of a script inherits SIGINT as ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

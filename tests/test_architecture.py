@@ -22,7 +22,7 @@ ALLOWED = {
 #: before it. Names in one tuple stand on one floor and know nothing of each other.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
-        ("errors", "printing"),
+        ("errors", "files", "printing"),
         ("disk", "paths", "progress"),
         ("config", "images", "inference", "processes"),
         ("shards", "probe"),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import TINY_MODEL, noise_image
 
@@ -94,3 +99,39 @@ def test_every_example_is_on_the_page_and_says_how_to_run_it() -> None:
     for script in EXAMPLES.glob("*.py"):
         assert f"../examples/{script.name}" in page, script.name
         assert f"python examples/{script.name}" in script.read_text(encoding="utf-8"), script.name
+
+
+@pytest.mark.timeout(300)
+def test_a_new_objective_of_another_package_trains(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = EXAMPLES / "new_objective"
+    declared = re.search(
+        r'\[project\.entry-points\."(clipsys\.objectives)"\]\n(.+)\n',
+        (folder / "pyproject.toml").read_text(encoding="utf-8"),
+    )
+    assert declared
+    # What an installation leaves beside the module.
+    metadata = pictures / "installed" / "clipsys_two_views-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Name: clipsys-two-views\nVersion: 1.0\n")
+    entry = f"[{declared[1]}]\n{declared[2].replace(chr(34), '')}\n"
+    (metadata / "entry_points.txt").write_text(entry, encoding="utf-8")
+    places = (metadata.parent, folder, EXAMPLES.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
+    clipsys = [sys.executable, "-m", "clipsys"]
+    table, shards = str(pictures / "pairs.csv"), str(pictures / "shards")
+    subprocess.run([*clipsys, "shards", table, shards], check=True)
+    recipe = {
+        "output": str(pictures / "run"),
+        "model": {"architecture": TINY_MODEL},
+        "data": {"train": f"{shards}/*.tar", "batch_size": 8, "micro_batch_size": 4, "workers": 0},
+        "objective": {"name": "two_views", "view_weight": 2.0},
+        "schedule": {"epochs": 1, "warmup_steps": 1},
+        "engine": {"device": "cpu"},
+    }
+    (pictures / "mine.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    subprocess.run([*clipsys, "train", str(pictures / "mine.yaml")], check=True)
+    resolved = yaml.safe_load((pictures / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert resolved["objective"] == {"name": "two_views", "view_weight": 2.0}
+    assert (pictures / "run" / "model" / "open_clip_config.json").is_file()

@@ -60,7 +60,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
     require_shared(recipe.run_folder)
     resumption = find_resumption(recipe.run_folder, recipe) if resume else None
-    loop = TrainingLoop(build_run(recipe, device))
+    settled = resumption.settle(recipe) if resumption else recipe
+    loop = TrainingLoop(build_run(settled, device, resumption.name if resumption else None))
     if resumption:
         loop.resume(resumption)
     elif resume:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from clipsys.training.engine.zero import bucket_elements, num_buckets
+from clipsys.training.model.trained import MOMENTUM_PREFIX
 from clipsys.training.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -30,11 +32,13 @@ class Plan:
     """The size of a run; bytes are those of one rank.
 
     Attributes:
-        num_parameters: of the model.
+        num_parameters: of the model and its heads.
         num_trained: those that are not frozen.
         weights_bytes: parameters as they are kept for forward passes.
         gradients_bytes: at the end of a backward pass.
         optimizer_bytes: moments, and float32 masters where ZeRO or 16 bits need them.
+        buckets_bytes: in which gradients are exchanged.
+        offloaded_bytes: of all this, what rests in the host's memory instead of the GPU's.
         loss_bytes: gathered features, their gradients and the tiles of logits.
         images_bytes: decoded images of a step, in the host's memory.
         micro_batches: that each rank computes in a step.
@@ -46,6 +50,8 @@ class Plan:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    buckets_bytes: int
+    offloaded_bytes: int
     loss_bytes: int
     images_bytes: int
     micro_batches: int
@@ -53,16 +59,22 @@ class Plan:
 
     @property
     def model_bytes(self) -> int:
-        """Everything that grows with the model, but for activations."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        """Everything on the device that grows with the model, but for activations."""
+        held = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return held + self.buckets_bytes - self.offloaded_bytes
 
     def __str__(self) -> str:
         frozen = self.num_parameters - self.num_trained
         parts = [
             f"{self.num_parameters / 1e6:.1f} M parameters"
             + (f", {frozen / 1e6:.1f} M of them locked" if frozen else ""),
-            f"each process: {_size(self.model_bytes)} for weights, gradients and optimizer, "
-            f"{_size(self.loss_bytes)} for the loss, beside the activations of "
+            f"each process: {_size(self.model_bytes)} for weights, gradients, optimizer and "
+            f"buckets ({_size(self.buckets_bytes)} of them), "
+            + (
+                f"{_size(self.offloaded_bytes)} offloaded to the host, "
+                * bool(self.offloaded_bytes)
+            )
+            + f"{_size(self.loss_bytes)} for the loss, beside the activations of "
             + ("its share of the batch" if self.micro_batches == 1 else "a micro-batch"),
             f"{_size(self.images_bytes)} of decoded images"
             + (f" in {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""),
@@ -94,19 +106,28 @@ def plan_run(
         tile_size: T.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    copied = sum(p.numel() for n, p in model.named_parameters() if n.startswith(MOMENTUM_PREFIX))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stage, batch = recipe.engine.zero_stage, recipe.data.batch_size
     width = 2 if precision in ("bf16_params", "fp16") else 4
     states = _STATE_VALUES[recipe.optimizer.name] * 4 * trained
     masters = 4 * trained if stage or width == 2 else 0
     share = batch // world_size
+    # Momentum towers have weights, and masters of them where weights have 16 bits.
+    weights = (width * parameters + (4 * copied if width == 2 else 0)) // (
+        world_size if stage == 3 else 1
+    )
+    optimizer = (states + masters) // (world_size if stage else 1)
+    engine = recipe.engine
     # ZeRO splits optimizer states (1), gradients too (2), weights too (3).
     return Plan(
-        num_parameters=parameters,
+        num_parameters=parameters - copied,
         num_trained=trained,
-        weights_bytes=width * parameters // (world_size if stage == 3 else 1),
+        weights_bytes=weights,
         gradients_bytes=width * trained // (world_size if stage >= 2 else 1),
-        optimizer_bytes=(states + masters) // (world_size if stage else 1),
+        optimizer_bytes=optimizer,
+        buckets_bytes=width * num_buckets(engine) * bucket_elements(engine, trained, width=width),
+        offloaded_bytes=optimizer * engine.offload_optimizer + weights * engine.offload_parameters,
         loss_bytes=4 * batch * (4 * embed_dim + 2 * min(tile_size, share)),
         images_bytes=share * 3 * image_size[0] * image_size[1],
         micro_batches=share // (recipe.data.micro_batch_size or share),

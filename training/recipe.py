@@ -15,6 +15,7 @@ from clipsys.training.data.batches import DataConfig
 from clipsys.training.engine.deepspeed_engine import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
+from clipsys.training.engine.zero import zero_faults
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.objectives import (
     Objective,
@@ -98,6 +99,7 @@ class Recipe(Settings):
     def _conflicts(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Combinations that cannot be carried out, or not exactly."""
         engine, stage = self.engine, self.engine.zero_stage
+        yield from zero_faults(engine)
         sixteen_bits = engine.precision in ("bf16_params", "fp16")
         if stage == 3 and engine.ema_decay:
             yield (

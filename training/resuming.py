@@ -21,6 +21,7 @@ from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.checkpoints import Checkpoints, read_provenance
 from clipsys.training.distributed.collectives import on_first_rank
 from clipsys.training.engine.repartition import SavedBy
+from clipsys.training.model.initial import DEFAULT_ARCHITECTURE
 from clipsys.training.objectives import with_current_names
 from clipsys.training.recipe import Recipe
 
@@ -78,6 +79,10 @@ CHANGEABLE: tuple[str, ...] = (
     "engine.cache_on_host",
     "engine.ema_decay",
     "engine.threads",
+    "engine.bucket_mb",
+    "engine.overlap_comm",
+    "engine.offload_optimizer",
+    "engine.offload_parameters",
     "engine.device",
     "evaluation",
     "checkpoint",
@@ -121,6 +126,17 @@ class Resumption:
     step: int
     changes: tuple[Change, ...]
 
+    def settle(self, recipe: Recipe) -> Recipe:
+        """The recipe with the precision that ran in the place of ``auto``.
+
+        A choice made anew could be another one, and the run would not go on as if it had not
+        stopped.
+        """
+        if recipe.engine.precision != "auto" or not self.saved.precision:
+            return recipe
+        engine = recipe.engine.model_copy(update={"precision": self.saved.precision})
+        return recipe.model_copy(update={"engine": engine})
+
 
 def find_resumption(run: Path, recipe: Recipe) -> Resumption | None:
     """Finds and checks what a run goes on from. Every rank calls it and gets rank 0's decision.
@@ -147,7 +163,12 @@ def _compare(run: Path, checkpoint: Path, saved: SavedBy, recipe: Recipe) -> Res
     except (OSError, ValueError, KeyError, TypeError) as error:
         place = checkpoint / "model" / "clipsys.json"
         raise TrainingError(f"{place}: does not say what was trained ({error!r})") from error
-    changes = list(changed_settings(was, recipe))
+    # `auto` is what ran, which `Resumption.settle` puts in its place.
+    changes = [
+        one
+        for one in changed_settings(was, recipe)
+        if (one.name, one.now) != ("engine.precision", "auto")
+    ]
     refused = [change for change in changes if not _may_change(change, saved, recipe)]
     if refused:
         model = checkpoint / "model"
@@ -215,12 +236,13 @@ def _may_change(change: Change, saved: SavedBy, recipe: Recipe) -> bool:
         return (change.was or 1) != 1 and (change.now or 1) != 1
     if change.name == "engine.zero_stage":
         return {change.was, change.now} == {1, 2}  # their files are the same
+    if change.name == "model.architecture":
+        # 0.1.0 recorded its default, which now is None, also beside pretrained weights.
+        return change.now is None and change.was == DEFAULT_ARCHITECTURE
     if change.name == "engine.precision":
-        # `auto` is compared after it was resolved, when the checkpoint is loaded.
         sixteen_bits = ("bf16_params", "fp16")
-        return change.now == "auto" or (
-            change.now == saved.precision
-            or (change.now not in sixteen_bits and saved.precision not in sixteen_bits)
+        return change.now == saved.precision or (
+            change.now not in sixteen_bits and saved.precision not in sixteen_bits
         )
     return not is_fixed(change.name)
 

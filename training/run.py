@@ -37,7 +37,13 @@ from clipsys.training.distributed.collectives import (
 )
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.losses import auto_tile_size
-from clipsys.training.model.initial import fingerprint, freeze_unused, initial_model
+from clipsys.training.model.initial import (
+    ModelConfig,
+    fingerprint,
+    freeze_unused,
+    initial_model,
+    resumed_settings,
+)
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Objective, make_objective
@@ -151,8 +157,13 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield prefix + name, value
 
 
-def build_run(recipe: Recipe, device: torch.device) -> Run:
+def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = None) -> Run:
     """Makes the parts of a run. Every rank of the process group calls it; nothing is written.
+
+    Args:
+        recipe: what to make.
+        device: this rank's.
+        checkpoint: name of the one that the run goes on from; its weights are loaded later.
 
     Raises:
         ClipsysError: the model, the data or the validation data cannot be used.
@@ -160,45 +171,24 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
     torch.manual_seed(recipe.seed)
     data, folder = recipe.data, recipe.run_folder
     objective = make_objective(recipe.objective)
-    model = on_every_rank(lambda: _model(recipe, objective))
-    require_equal(
-        {"a model with the fingerprint": fingerprint(model, weights=bool(recipe.model.pretrained))},
-        remedy="give every machine the same model.architecture and model.pretrained",
-    )
-    shard_set = on_first_rank(lambda: open_shards(data))
-    local = [shard for shard in shard_set.shards if not is_remote(shard)]
-    require_same_files(local, setting="data.train")
-    order = sample_order(data, shard_set, recipe.seed)
-    order.steps_per_epoch(data.batch_size)  # raises where there is not one
-    validation = on_every_rank(
-        lambda: Validation(
-            recipe.evaluation,
-            data.validation,
-            model.preprocessing,
-            model.tokenizer,
-            has_text=objective.num_texts > 0,
-            caption_key=data.caption_key,
-        )
-    )
-    require_equal(
-        {"validation data with the fingerprint": validation.fingerprint()},
-        remedy="give every machine the same data.validation and evaluation.zeroshot",
-    )
+    checkpoints = Checkpoints(folder, keep=recipe.checkpoint.keep)
+    begins_with = recipe.model
+    if checkpoint is not None:
+        begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
+    model = _model(begins_with, recipe, objective)
+    shard_set, order = _shards(recipe)
+    validation = _validation(recipe, objective, model)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
-    precision = recipe.engine.precision
+    trained = _trained_model(recipe, objective, model)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
-    width = int(model.config["embed_dim"])
-    options = TowerOptions(precision, recipe.engine.grad_checkpointing, recipe.engine.compile)
-    trained = TrainedModel(model.model, objective, options, width=width)
-    check_batch_norm(trained, recipe)
     plan = plan_run(  # before the engine partitions the model
         recipe,
         trained,
-        precision=precision,
+        precision=recipe.engine.precision,
         world_size=world_size(),
         num_samples=order.num_positions,
-        embed_dim=width,
+        embed_dim=_width(model),
         image_size=_loading_size(recipe, model.preprocessing),
         tile_size=tile_size,
     )
@@ -210,23 +200,10 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         device=device,
         momentum=objective.momentum,
         state=objective.initial_state(
-            width=width,
+            width=_width(model),
             num_samples=shard_set.num_samples,
             generator=torch.Generator().manual_seed(recipe.seed),
         ),
-    )
-    step = TrainingStep(
-        engine,
-        model.preprocessing,
-        objective=objective,
-        augmentation=recipe.augmentation,
-        seed=recipe.seed,
-    )
-    skips = SkipLedger(
-        folder,
-        max_share=data.max_bad_share,
-        epoch_samples=order.num_positions,
-        writes=rank() == 0,
     )
     run = Run(
         recipe=recipe,
@@ -237,36 +214,87 @@ def build_run(recipe: Recipe, device: torch.device) -> Run:
         objective=objective,
         plan=plan,
         engine=engine,
-        step=step,
+        step=TrainingStep(
+            engine,
+            model.preprocessing,
+            objective=objective,
+            augmentation=recipe.augmentation,
+            seed=recipe.seed,
+        ),
         validation=validation,
-        checkpoints=Checkpoints(folder, keep=recipe.checkpoint.keep),
-        skips=skips,
-        checks_precision=asked == "auto" and precision == "bf16",
+        checkpoints=checkpoints,
+        skips=SkipLedger(
+            folder,
+            max_share=data.max_bad_share,
+            epoch_samples=order.num_positions,
+            writes=rank() == 0,
+        ),
+        checks_precision=asked == "auto" and recipe.engine.precision == "bf16",
     )
     if rank() == 0:
-        _announce(run, device, precision, min(tile_size, data.batch_size))
+        _announce(run, device, recipe.engine.precision, min(tile_size, data.batch_size))
     return run
 
 
-def _loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, int]:
-    """(height, width) of the images that reach the device."""
-    side = recipe.data.load_size
-    return (side, side) if side else preprocessing.size
-
-
-def _model(recipe: Recipe, objective: Objective[Any]) -> ModelParts:
-    model = initial_model(recipe.model, with_bias=objective.needs_bias)
-    has_views = bool(objective.views(recipe.augmentation))
+def _model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]) -> ModelParts:
+    """The model that every rank begins with, with what the objective does not train frozen."""
+    model = on_every_rank(lambda: initial_model(settings, with_bias=objective.needs_bias))
+    require_equal(
+        {"a model with the fingerprint": fingerprint(model, weights=bool(settings.pretrained))},
+        remedy="give every machine the same model.architecture and model.pretrained",
+    )
     freeze_unused(
         model.model,
-        image=has_views,
+        image=bool(objective.views(recipe.augmentation)),
         text=objective.num_texts > 0,
         temperature=objective.trains_temperature,
     )
     return model
 
 
-def check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
+def _width(model: ModelParts) -> int:
+    """Of what both towers give."""
+    return int(model.config["embed_dim"])
+
+
+def _shards(recipe: Recipe) -> tuple[ShardSet, SampleOrder]:
+    """The training data, the same files on every rank, and the order of their samples."""
+    shard_set = on_first_rank(lambda: open_shards(recipe.data))
+    local = [shard for shard in shard_set.shards if not is_remote(shard)]
+    require_same_files(local, setting="data.train")
+    order = sample_order(recipe.data, shard_set, recipe.seed)
+    order.steps_per_epoch(recipe.data.batch_size)  # raises where there is not one
+    return shard_set, order
+
+
+def _validation(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> Validation:
+    """The validation data, the same on every rank."""
+    validation = on_every_rank(
+        lambda: Validation(
+            recipe.evaluation,
+            recipe.data.validation,
+            model.preprocessing,
+            model.tokenizer,
+            has_text=objective.num_texts > 0,
+            caption_key=recipe.data.caption_key,
+        )
+    )
+    require_equal(
+        {"validation data with the fingerprint": validation.fingerprint()},
+        remedy="give every machine the same data.validation and evaluation.zeroshot",
+    )
+    return validation
+
+
+def _trained_model(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> TrainedModel:
+    engine = recipe.engine
+    options = TowerOptions(engine.precision, engine.grad_checkpointing, engine.compile)
+    trained = TrainedModel(model.model, objective, options, width=_width(model))
+    _check_batch_norm(trained, recipe)
+    return trained
+
+
+def _check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
     """Refuses micro-batches where batch norm would make them change the result.
 
     Raises:
@@ -285,6 +313,12 @@ def check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
                 "normalisation, which would take its statistics over a micro-batch: another "
                 "result; leave data.micro_batch_size out, or use a model without batch norm"
             )
+
+
+def _loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, int]:
+    """(height, width) of the images that reach the device."""
+    side = recipe.data.load_size
+    return (side, side) if side else preprocessing.size
 
 
 def _decoder(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> Decoder:

@@ -138,8 +138,9 @@ class Validation:
     def fingerprint(self) -> str:
         """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
         texts = self._targets.texts if self._targets else []
-        images = self._num_images if self._targets else 0
-        held = repr((images, texts, self._labels)).encode()
+        images = self._num_images if self._targets or self._neighbours else 0
+        labels = self._neighbours.labels if self._neighbours else []
+        held = repr((images, texts, self._labels, labels)).encode()
         return hashlib.blake2b(held, digest_size=8).hexdigest()
 
     def measure(self, engine: Engine) -> dict[str, float]:

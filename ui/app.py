@@ -17,7 +17,9 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import gradio as gr
 
 from clipsys.errors import ClipsysError
+from clipsys.printing import printable
 from clipsys.retrieval import Collection, Item
+from clipsys.retrieval.storage.sorting import SORT_COLUMNS
 from clipsys.ui.service import DEFAULT_TEMPLATE, MAX_HITS, Answer, Card, Choices, SearchService
 
 #: What Gradio hands on for an image when it does not process it: a description of the file.
@@ -28,6 +30,8 @@ R = TypeVar("R")
 
 _DEFAULT_HITS = 24
 _MAX_FAILURES = 200
+#: With more metadata keys than this, the list of them can be typed into.
+_MANY_KEYS = 12
 # On a phone the details stand above the grid: bring them into view.
 _SHOW_DETAILS = (
     "() => { document.querySelector('.details:not(.hide)')?.scrollIntoView({block: 'nearest'}) }"
@@ -114,10 +118,13 @@ def _text_tab(service: SearchService) -> None:
         words: str = "",
         relevant_only: bool = False,
         diverse: bool = False,
+        sort: str = "",
+        descending: bool = False,
     ) -> list[Any]:
-        choices = Choices(k, negative, where, words, relevant_only, diverse)
+        choices = Choices(k, negative, where, words, relevant_only, diverse, sort or "", descending)
         answer = service.search(text=text, choices=choices)
-        return _shown(answer, f"for “{text.strip() or words.strip()}”")
+        sought = text.strip() or words.strip() or where.strip()
+        return _shown(answer, f"for “{sought}”" if sought else "")
 
     inputs = [text, *options]
     gr.on(
@@ -247,22 +254,29 @@ def _options(service: SearchService) -> list[Any]:
                 label="Filter",
                 placeholder=f"{keys[0]}=…" if keys else "year>=2020; colour=red",
                 info=f"Metadata: {', '.join(keys[:8])}" if keys else "There is no metadata here",
+                elem_classes="filter",
                 max_lines=1,
             )
             words = gr.Textbox(
                 value="",
-                label="Words of the caption",
+                label="Words",
                 placeholder='dog -brown "on the beach"',
-                info="All have to occur, -word must not",
+                info="Of captions and file names; -word must not occur",
                 max_lines=1,
                 elem_classes="caption-words",
             )
         with gr.Row():
-            relevant_only = gr.Checkbox(
-                False, label="Only what stands out", elem_classes="relevant-only"
-            )
+            relevant_only = gr.Checkbox(False, label="Relevant only", elem_classes="relevant-only")
             diverse = gr.Checkbox(False, label="Fold near-duplicates", elem_classes="diverse")
-    return [k, negative, where, words, relevant_only, diverse]
+            sort = gr.Dropdown(
+                [("Best first", ""), *((key, key) for key in [*keys, *SORT_COLUMNS])],
+                value="",
+                label="Order",
+                filterable=len(keys) > _MANY_KEYS,
+                elem_classes="sort",
+            )
+            descending = gr.Checkbox(False, label="Descending", elem_classes="descending")
+    return [k, negative, where, words, relevant_only, diverse, sort, descending]
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -328,14 +342,13 @@ def _shown(answer: Answer, sought: str) -> list[Any]:
 
     ``sought`` follows the number of images: ``for “a dog”``.
     """
+    note = html.escape(printable(answer.note)) if answer.note else ""
     if answer.cards:
         number = f"{len(answer.cards)} image{'s' if len(answer.cards) != 1 else ''}"
-        status = f"{number} {html.escape(sought)} · {answer.seconds * 1000:.0f} ms"
+        status = f"{number} {html.escape(sought)}".rstrip() + f" · {answer.seconds * 1000:.0f} ms"
+        status += f" · {note}" if note else ""
     else:
-        status = (
-            f"Nothing {html.escape(sought)}: the collection is empty, or no image passes the "
-            "filter or stands out"
-        )
+        status = f"Nothing {html.escape(sought)}".rstrip() + f": {note or 'no image has it'}"
     return [status, _pictures(answer.cards), gr.update(visible=False), list(answer.cards), None]
 
 
@@ -363,6 +376,7 @@ def _item_facts(card: Card) -> str:
         rows["score"] = f"{card.hit.score:.4f}"
     if card.hit is not None and card.hit.relevance is not None:
         by_chance = 10.0**-card.hit.relevance
+        rows["relevance"] = f"{card.hit.relevance:+.1f}"
         rows["by chance"] = f"{by_chance:.2g} unrelated images would score as high"
     rows |= {str(key): _as_text(value) for key, value in item.metadata.items()}
     rows |= {"file": item.uri, "id": str(item.id)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 import time
@@ -16,9 +15,10 @@ from PIL import Image
 from clipsys.errors import QueryError
 from clipsys.images.decoding import decode_image
 from clipsys.models.zeroshot import ZeroShotClassifier
-from clipsys.retrieval import Collection, CollectionInfo, Failure, Hit, Item, Part, Query
+from clipsys.retrieval import Collection, CollectionInfo, Failure, Hit, Item, Options, Part, Query
 from clipsys.retrieval.search.grammar import parse_part, parse_query
-from clipsys.retrieval.storage.filters import parse_condition
+from clipsys.retrieval.search.options import NEAR_DUPLICATE, doubt_of
+from clipsys.retrieval.storage.conditions import parse_conditions
 from clipsys.ui.thumbnails import ThumbnailCache
 
 #: Captions of this many words or fewer serve as examples of queries.
@@ -48,9 +48,11 @@ class Choices:
         k: hits of a page.
         negative: what the hits should be unlike, as in a query.
         where: conditions, separated by semicolons.
-        words: of the captions.
-        relevant_only: leaves out what does not stand out.
+        words: of captions and file names.
+        relevant_only: leaves out what chance explains.
         diverse: folds near-duplicates into one.
+        sort: key by which the hits are put in order; empty: the best first.
+        descending: turns that order round.
     """
 
     k: int = 24
@@ -59,14 +61,23 @@ class Choices:
     words: str = ""
     relevant_only: bool = False
     diverse: bool = False
+    sort: str = ""
+    descending: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Search results: the cards, best first, and how long it took."""
+    """Search results.
+
+    Attributes:
+        cards: the hits, best first or as sorted.
+        seconds: how long it took.
+        note: why there are none, or what is uncertain about those that there are.
+    """
 
     cards: tuple[Card, ...]
     seconds: float
+    note: str | None = None
 
 
 class SearchService:
@@ -80,7 +91,7 @@ class SearchService:
 
     @cached_property
     def metadata_keys(self) -> list[str]:
-        """Keys to filter by. Finding them reads all items: once, when the page is made."""
+        """Keys to filter and sort by, as of when the page was made."""
         return self.collection.metadata_keys()
 
     def search(
@@ -91,7 +102,7 @@ class SearchService:
         item: int | None = None,
         choices: Choices | None = None,
     ) -> Answer:
-        """Searches; a blank text counts as not given.
+        """Searches; a blank text counts as not given. A filter or a sort alone lists what passes.
 
         Args:
             text: a query in one line; see `clipsys.retrieval.search.grammar`. It may not name
@@ -107,7 +118,10 @@ class SearchService:
         started = time.perf_counter()
         choices = choices or Choices()
         words = choices.words.strip() or None
-        if not text.strip() and image is None and item is None and words is None:
+        conditions = parse_conditions(choices.where)
+        sort = choices.sort.strip()
+        nothing = not text.strip() and image is None and item is None and words is None
+        if nothing and (choices.negative.strip() or not (conditions or sort)):
             raise QueryError("Say what to look for.")
         parts: list[Part] = []
         if text.strip():
@@ -118,19 +132,24 @@ class SearchService:
             parts.append(Part(item=item))
         if choices.negative.strip():
             parts.append(parse_part(choices.negative, -1, allow_files=False))
-        hits = self.collection.search(
-            Query(tuple(parts), words),
-            k=min(int(choices.k), MAX_HITS),
-            where=[parse_condition(part) for part in choices.where.split(";") if part.strip()],
-            # Words alone have no score; what has the words is relevant.
+        options = Options(
+            min(int(choices.k), MAX_HITS),
+            conditions=tuple(conditions),
+            # Only images that are compared with something have a relevance.
             relevant_only=choices.relevant_only and bool(parts),
-            diverse=choices.diverse,
+            diverse=NEAR_DUPLICATE if choices.diverse else None,
+            sort=f"{'-' if choices.descending else ''}{sort}" if sort else None,
         )
+        query = None if nothing else Query(tuple(parts), words)
+        (hits,) = self.collection.search_batch([query], options)
+        note = doubt_of(hits, options)
+        if not hits and conditions:
+            note = self.collection.explain_filter(conditions) or note
         seconds = time.perf_counter() - started
         found = self.collection.items_of(hits)
         paths = self.thumbnails.paths([found[hit.id] for hit in hits])
         cards = tuple(Card(found[hit.id], path, hit) for hit, path in zip(hits, paths, strict=True))
-        return Answer(cards, seconds)
+        return Answer(cards, seconds, note)
 
     def browse(self, k: int = 24) -> tuple[Card, ...]:
         """Some images from all over the collection, to look at before the first query."""
@@ -159,8 +178,7 @@ class SearchService:
             if self._classifier is None or self._classifier[0] != key:
                 classifier = ZeroShotClassifier(encoder, names, [template.strip()])
                 self._classifier = (key, classifier)
-            scores = self._classifier[1].predict([picture])[0].scores
-        return softmax(scores, encoder.logit_scale)
+            return self._classifier[1].predict([picture])[0].probabilities
 
     def info(self) -> CollectionInfo:
         """Counts, model and index."""
@@ -182,14 +200,6 @@ class SearchService:
         found = {item.metadata.get("label") for item in self.collection.sample(_LOOKED_AT)}
         labels = sorted(str(label) for label in found - {None})
         return ", ".join(labels[:12]) if len(labels) > 1 else _GENERAL_LABELS
-
-
-def softmax(scores: dict[str, float], scale: float) -> dict[str, float]:
-    """Probabilities over the labels from their cosines and the model's logit scale."""
-    top = max(scores.values())
-    powers = {name: math.exp(scale * (score - top)) for name, score in scores.items()}
-    total = sum(powers.values())
-    return {name: power / total for name, power in powers.items()}
 
 
 def decode_upload(path: Path) -> Image.Image:

@@ -1,5 +1,8 @@
-"""The verbs of the command line that belong to no other package.
+"""The verbs of the command line that need neither a collection nor a run.
 
-core                `shards`, `classify`, `evaluate` and `doctor`
-doctor              what this machine has, and what would go wrong
+options             arguments and options that several verbs share
+shards              ``clipsys shards``
+classify            ``clipsys classify``
+models              ``clipsys models``
+doctor              ``clipsys doctor``
 """

@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass
 from typing import Literal
 
+from clipsys.errors import ClipsysError
+
 Grade = Literal["ok", "note", "problem"]
 
 
@@ -151,3 +153,15 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def doctor() -> None:
+    """Say what this machine has, and what would go wrong."""
+    findings = examine()
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        mark = {"ok": "ok  ", "note": "note", "problem": "FAIL"}[finding.grade]
+        print(f"{mark}  {finding.subject:{width}}  {finding.text}")
+    problems = [finding for finding in findings if finding.grade == "problem"]
+    if problems:
+        raise ClipsysError(f"{len(problems)} problem(s) found; see the lines marked FAIL")

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipsys.errors import DataError, SampleError
+from clipsys.corpora.paths import real_path
+from clipsys.errors import DataError, ImageDecodeError, SampleError
+from clipsys.files import NotRegularError, check_mode, read_regular
 from clipsys.images.decoding import EXTENSIONS
 from clipsys.shards.samples import Sample, check_texts
 
@@ -18,7 +20,7 @@ class Record:
     """One image of a corpus and what is known of it.
 
     Attributes:
-        uri: absolute path of the file, ``/abs/shard.tar#KEY`` or ``/abs/table.parquet#ROW``.
+        uri: real absolute path of the file, ``/abs/shard.tar#KEY`` or ``/abs/table.parquet#ROW``.
         read: returns the encoded image; raises `DataError` if it is gone.
         captions: all of them, the most important first.
         label: class label; in a folder, the name of the subfolder.
@@ -43,7 +45,8 @@ def file_record(
     label: str | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> Record:
-    """The record of an image file; of one that is missing, ``read`` fails."""
+    """The record of an image file, under its real path; of one that is missing, ``read`` fails."""
+    path = real_path(path)
     size: int | None = None
     mtime: int | None = None
     with contextlib.suppress(OSError):
@@ -64,13 +67,32 @@ def read_file(path: Path) -> bytes:
     """Reads a file.
 
     Raises:
+        ImageDecodeError: it is a pipe, a device or a folder.
         DataError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path)
+    except NotRegularError as error:
+        raise ImageDecodeError(
+            f"{path}: is {error.strerror}", uri=str(path), reason="not a file"
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read ({reason})") from error
+
+
+def check_regular(path: str) -> None:
+    """Refuses a table or a shard that is a pipe or a device: opening it could block for ever.
+
+    Raises:
+        DataError: it is no regular file. One that is missing or remote passes: opening it says so.
+    """
+    try:
+        check_mode(Path(path).stat().st_mode, path)
+    except NotRegularError as error:
+        raise DataError(f"{path}: is {error.strerror}") from error
+    except OSError:
+        return
 
 
 def to_sample(record: Record, key: str) -> Sample:

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles
 from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
 from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
+from clipsys.corpora.paths import real_path
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import ConfigError, DataError
 
@@ -101,21 +102,20 @@ def _text_records(path: Path, columns: Columns) -> Iterator[Record]:
     names = list(dict.fromkeys(name for row in rows for name in row.cells))
     roles = find_roles(path, names, columns)
     clean = _as_json if path.suffix.lower() in JSON_SUFFIXES else _as_cell
-    grouped: dict[str, list[Row]] = {}
+    grouped: dict[Path, list[Row]] = {}
     files: dict[str, Path] = {}
     for row in rows:
         cell = row.cells.get(roles.path or "")
         key = str(cell)
-        if key not in grouped:
+        if key not in files:
             try:
-                files[key] = locate(path, cell)
+                files[key] = real_path(locate(path, cell))
             except DataError as error:
                 yield _unusable(f"{path}#{row.number}", error, row.cells, roles)
                 continue
-            grouped[key] = []
-        grouped[key].append(row)
-    for key, group in grouped.items():
-        yield _of_file(files[key], [row.cells for row in group], roles, clean)
+        grouped.setdefault(files[key], []).append(row)
+    for file, group in grouped.items():
+        yield _of_file(file, [row.cells for row in group], roles, clean)
 
 
 def _as_json(value: Any) -> Any:
@@ -165,7 +165,7 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
                 )
                 continue
             try:
-                grouped.setdefault(locate(path, cell.path), []).append(row.cells)
+                grouped.setdefault(real_path(locate(path, cell.path)), []).append(row.cells)
             except DataError as error:
                 yield _unusable(f"{path}#{member}", error, row.cells, roles)
     if not num_rows:

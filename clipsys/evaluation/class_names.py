@@ -6,6 +6,7 @@ benchmark's data sets use) has one name a line: the first line is class 0.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from clipsys.errors import DataError
 from clipsys.paths import expand_path
 
 FILE_NAME = "classnames.txt"
+#: What CLIP benchmark's data sets have beside it: a prompt a line, with ``{c}`` for the class.
+TEMPLATES_NAME = "zeroshot_classification_templates.txt"
+
+_logger = logging.getLogger(__name__)
 
 
 def class_names(
@@ -66,9 +71,29 @@ def class_names(
     return {spelled.get(number, str(number)): name for number, name in enumerate(names) if name}
 
 
-def _beside(places: Iterable[Path]) -> Path | None:
+def prompt_templates(places: Iterable[Path]) -> list[str]:
+    """The prompts that `TEMPLATES_NAME` beside the data gives; none where there is no such file.
+
+    Raises:
+        DataError: it cannot be read, or is empty.
+    """
+    path = _beside(places, TEMPLATES_NAME)
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the templates cannot be read ({error})") from error
+    templates = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
+    if not templates:
+        raise DataError(f"{path}: has no templates; write one a line, with {{c}} for the class")
+    _logger.info("%s: %d templates are used; --template names others", path, len(templates))
+    return templates
+
+
+def _beside(places: Iterable[Path], name: str = FILE_NAME) -> Path | None:
     for place in places:
         for folder in (place, place.parent):
-            if (folder / FILE_NAME).is_file():
-                return folder / FILE_NAME
+            if (folder / name).is_file():
+                return folder / name
     return None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clipsys.corpora.columns import Columns
 from clipsys.corpora.records import Record
 from clipsys.corpora.sources import iterate_source, source_kind
 from clipsys.errors import DataError
-from clipsys.evaluation.class_names import class_names
+from clipsys.evaluation.class_names import class_names, prompt_templates
 from clipsys.evaluation.figures import (
     Captions,
     Floats,
@@ -43,7 +44,9 @@ def measure(
     captions: Captions = "all",
     match: str | None = None,
     templates: Sequence[str] | None = None,
+    columns: Columns = Columns(),
     classnames: str | None = None,
+    records: Iterable[Record] | None = None,
 ) -> dict[str, Any]:
     """Measures a model.
 
@@ -53,7 +56,10 @@ def measure(
         data: what `clipsys.corpora.sources.iterate_source` reads.
         captions: retrieval: which captions are queries.
         match: retrieval: metadata key; items with the same value are hits of each other.
-        templates: zero-shot: prompts with ``{}`` for the class.
+        templates: zero-shot: prompts with ``{}`` for the class; default
+            ``zeroshot_classification_templates.txt`` beside the data, or "a photo of a {}.".
+        columns: what the columns of a table mean.
+        records: the images, where ``data`` only names what they come from.
         classnames: zero-shot, where labels are numbers: a file with one class name a line; default
             ``classnames.txt`` beside the data.
 
@@ -65,48 +71,56 @@ def measure(
         DataError: the data cannot be read, or have no captions or labels.
     """
     encoder = model if isinstance(model, Encoder) else load(model)
-    image_ND, records = encode_records(encoder, data)
+    image_ND, kept = encode_records(encoder, data, columns=columns, records=records)
     if task == "retrieval":
         targets = retrieval_targets(
-            ((record.captions, record.metadata) for record in records),
+            ((record.captions, record.metadata) for record in kept),
             captions=captions,
             match=match,
         )
         metrics = retrieval_figures(image_ND, encoder.encode_text(targets.texts), targets)
     else:
-        labels = _labels(records, data)
+        labels = _labels(kept, data)
         if task == "zeroshot":
-            names = class_names(labels, _places(data), file=classnames, setting="--classnames")
+            places = _places(data)
+            names = class_names(labels, places, file=classnames, setting="--classnames")
             classes = sorted(names)
-            prompted = [names[label] for label in classes]
-            classifier = ZeroShotClassifier(encoder, prompted, templates or DEFAULT_TEMPLATES)
-            metrics = zeroshot_figures(image_ND, classifier.class_CD, classes, labels)
+            prompts = templates or prompt_templates(places) or DEFAULT_TEMPLATES
+            classifier = ZeroShotClassifier(encoder, list(names.values()), prompts)
+            # Two classes may have one name, as two of ImageNet's do; then they have one vector.
+            rows = [classifier.classes.index(names[label].strip()) for label in classes]
+            metrics = zeroshot_figures(image_ND, classifier.class_CD[rows], classes, labels)
         else:
             metrics = _probe(image_ND, labels)
     return {"task": task, "model": encoder.name, "data": str(data), "metrics": metrics}
 
 
 def encode_records(
-    encoder: Encoder, data: str | Path, *, batch_size: int = 64
+    encoder: Encoder,
+    data: str | Path,
+    *,
+    columns: Columns = Columns(),
+    records: Iterable[Record] | None = None,
+    batch_size: int = 64,
 ) -> tuple[Floats, list[Record]]:
     """Encodes every usable image of a source: (N, D) unit vectors and their records, in order.
 
     Raises:
         DataError: the source cannot be read, or none of its images can be used.
     """
-    records: list[Record] = []
+    kept: list[Record] = []
     vectors: list[Floats] = []
     pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     skipped: Counter[str] = Counter()
     with progress("Encoding images") as advance:
-        for record in iterate_source(data):
+        for record in iterate_source(data, columns=columns) if records is None else records:
             try:
                 image = decode_image(record.read(), uri=record.uri)
             except DataError as error:
                 skipped[getattr(error, "reason", "unreadable")] += 1
                 continue
             # Only what the figures need is kept: the image's bytes can go.
-            records.append(record)
+            kept.append(record)
             pixels.append(encoder.preprocess(image))
             if len(pixels) == batch_size:
                 vectors.append(encoder.encode_pixels(np.stack(pixels)))
@@ -118,9 +132,9 @@ def encode_records(
     if skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         _logger.warning("%d images cannot be used: %s", sum(skipped.values()), reasons)
-    if not records:
+    if not kept:
         raise DataError(f"{data}: none of the images can be used")
-    return np.concatenate(vectors), records
+    return np.concatenate(vectors), kept
 
 
 def _places(data: str | Path) -> list[Path]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import math
 import struct
 import zlib
@@ -25,6 +26,10 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipsys.errors import ImageDecodeError
+from clipsys.files import NotRegularError, read_regular
+from clipsys.images.native_messages import captured_messages
+
+_logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_PIXELS = 178_000_000
 
@@ -142,6 +147,7 @@ def decode_stored(
             uri=name,
             reason="too large",
         )
+    messages: list[str] = []
     try:
         if image.format in _JPEG_FORMATS:
             scale = _fraction(min(width, height), min_side)
@@ -149,16 +155,32 @@ def decode_stored(
             if pixels is not None:
                 return StoredImage(pixels, (width, height), scale, _orientation(image))
             image.draft("RGB", (width // scale, height // scale))
-        image.load()
+        _load(image, name, messages)
         # TIFF and HEIF turn themselves while they load; only JPEG comes at a fraction.
         full_size = (width, height) if image.format in _JPEG_FORMATS else image.size
         scale = round(full_size[0] / image.width)
         return StoredImage(_to_rgb(image), full_size, scale, _orientation(image))
     except _DECODER_ERRORS as error:
         reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        what = "; ".join([_one_line(error), *dict.fromkeys(messages)])
         raise ImageDecodeError(
-            f"{name}: the image does not decode ({_one_line(error)})", uri=name, reason=reason
+            f"{name}: the image does not decode ({what})", uri=name, reason=reason
         ) from error
+
+
+def _load(image: Image.Image, name: str, messages: list[str]) -> None:
+    """Decodes the pixels; ``messages`` takes what libtiff says of them."""
+    if image.format != "TIFF":
+        image.load()
+        return
+    said: list[str] = []
+    try:
+        with captured_messages() as said:
+            image.load()
+    finally:
+        messages += said
+        if said:
+            _logger.debug("%s: libtiff says: %s", name, "; ".join(said))
 
 
 def _fraction(side: int, min_side: int | None) -> int:
@@ -191,7 +213,11 @@ def _read(source: str | Path | bytes | IO[bytes], name: str) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
-        return Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
+        return read_regular(source) if isinstance(source, str | Path) else source.read()
+    except NotRegularError as error:
+        raise ImageDecodeError(
+            f"{name}: is {error.strerror}", uri=name, reason="not a file"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or _one_line(error)
         raise ImageDecodeError(

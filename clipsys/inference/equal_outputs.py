@@ -1,4 +1,4 @@
-"""Whether a faster way through a tower gives what the tower gives, found out by comparing."""
+"""Compares a faster way through a tower with the tower itself."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TOLERANCE = 1e-4
 def outputs_are_equal(
     model: Any, usual: Callable[[], torch.Tensor], faster: Callable[[], torch.Tensor]
 ) -> bool:
-    """Compares both in evaluation mode, in which the model is not left if it was not in it.
+    """Compares both in evaluation mode, and restores the model's own mode.
 
-    A model that ``faster`` was not written for, and on which either fails, is not equal.
+    A model on which either fails is not one that ``faster`` was written for: not equal.
     """
     was_training = model.training
     model.eval()

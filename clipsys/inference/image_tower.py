@@ -1,10 +1,10 @@
-"""The image tower without work whose result nobody sees.
+"""The image tower without computations that its output does not depend on.
 
 A vision transformer that is pooled at its class token needs only that token's output from its last
-block: queries, projection and MLP of the other tokens are work for nothing (7 % of ViT-B/32).
-Whether a tower is of this kind is found out by comparing outputs, not by its name; any other runs
-as it is. With chunks that fit the caches (`clipsys.inference.threads`) it is 1.3 times as fast as
-open_clip's own forward on two cores, with the same output to rounding.
+block: queries, projection and MLP of the other tokens are superfluous (7 % of ViT-B/32). Outputs
+are compared to decide whether a tower is of this kind; any other tower runs unchanged. With chunks
+that fit the caches (`clipsys.inference.threads`) it is 1.3 times as fast as open_clip's own forward
+on two cores, with the same output to rounding.
 
 The same forward with its matrix products in 8-bit integers is `int8_image_encoder`.
 

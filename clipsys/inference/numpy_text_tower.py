@@ -6,15 +6,16 @@ those of the tokens. It computes what torch computes, in float32:
 pre-norm transformer blocks, exact or "quick" GELU, pooled at the end-of-text token, which is why
 nothing needs to be computed behind it.
 
-Whether a model is one that this module understands is not guessed from its name: `verify` runs
-both and compares, tokens and vectors.
+`verify` decides whether this module computes a model correctly: it runs both and compares tokens
+and vectors.
 
 Shapes: L tokens, W tower width, H heads, D embedding width, N texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -181,16 +182,35 @@ class TowerWeights:
         self._read: dict[str, Floats] = {}
 
     def __getitem__(self, name: str) -> Floats:
+        """A whole tensor, read once.
+
+        Raises:
+            KeyError: there is none of that name.
+            ValueError: it is of a type that numpy does not have (bfloat16).
+        """
         tensor = self._read.get(name)
         if tensor is None:
-            # Two threads may both read it; the arrays are equal.
-            tensor = self._read[name] = _as_float32(self._file.get_tensor(self._prefix + name))
+            with self._known(name):
+                # Two threads may both read it; the arrays are equal.
+                tensor = self._read[name] = _as_float32(self._file.get_tensor(self._prefix + name))
         return tensor
 
     def rows(self, name: str, numbers: Sequence[int]) -> Floats:
-        """Rows of a matrix without reading the others."""
-        matrix = self._file.get_slice(self._prefix + name)
-        return _as_float32(np.concatenate([matrix[number : number + 1] for number in numbers]))
+        """Rows of a matrix without reading the others. Raises what `__getitem__` raises."""
+        with self._known(name):
+            matrix = self._file.get_slice(self._prefix + name)
+            return _as_float32(np.concatenate([matrix[number : number + 1] for number in numbers]))
+
+    @contextmanager
+    def _known(self, name: str) -> Iterator[None]:
+        from safetensors import SafetensorError
+
+        if name not in self.names:
+            raise KeyError(name)
+        try:
+            yield
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"{name}: cannot be read into numpy ({error})") from error
 
 
 def _as_float32(tensor: npt.NDArray[Any]) -> Floats:

@@ -1,10 +1,9 @@
 """The text tower on batches cut to their longest caption.
 
 A causal transformer that is pooled at the end-of-text token cannot see what follows that token, so
-the padding behind the longest caption of a batch is work for nothing: 77 -> 15 tokens encodes 5.2
-times faster (`benchmarks/text_tower.py`). Towers that attend to padding (SigLIP) or pool elsewhere
-give other results when cut; whether a tower may be cut is found out by comparing outputs, not by
-its name.
+the padding behind the longest caption of a batch is superfluous: 77 -> 15 tokens encodes 5.2 times
+faster (`benchmarks/text_tower.py`). Towers that attend to padding (SigLIP) or pool elsewhere
+give other results when cut; outputs are compared to decide whether a tower may be cut.
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import secrets
 import shutil
 import tempfile
@@ -41,20 +39,18 @@ from clipsys.models.architectures import (
     image_size_of,
     unknown_name,
 )
+from clipsys.models.construction import quiet_open_clip, without_random_values
 from clipsys.models.tokenization import Tokenizer, make_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from torch.overrides import TorchFunctionMode
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CARD_NAME = "clipsys.json"
 HEADS_NAME = "heads.safetensors"
 TEXT_CONFIG_NAME = "config.json"
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class ModelParts:
         name: what messages call it.
         spec: what `load_model` takes to load it again; empty for a model that was built.
         loaded_fingerprint: what `fingerprint` gave when a folder was loaded; else empty. Hashing
-            half a gigabyte twice would be felt at each start.
+            half a gigabyte twice would slow down each start.
     """
 
     model: nn.Module
@@ -116,7 +112,7 @@ def build_model(
     options["pretrained_text"] = bool(config["text_cfg"].get("hf_model_pretrained"))
     with tempfile.TemporaryDirectory(prefix="clipsys-model-") as folder:
         Path(folder, CONFIG_NAME).write_text(json.dumps(document), encoding="utf-8")
-        with _quiet_open_clip(), _hub_for(config) as unreachable:
+        with quiet_open_clip(), _hub_for(config) as unreachable:
             try:
                 model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, **options)
             except (
@@ -221,7 +217,7 @@ def _load_folder(folder: Path) -> ModelParts:
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
         own = _own_text_config(config, folder)
-        with _quiet_open_clip(), _without_random_values(), _hub_for({**config, **own}) as reason:
+        with quiet_open_clip(), without_random_values(), _hub_for({**config, **own}) as reason:
             unreachable = reason
             model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True, **own)
     except Exception as error:
@@ -270,7 +266,7 @@ def _load_hub(name: str, pretrained: str | None) -> ModelParts:
     quick_gelu = _is_of_quick_gelu(name, pretrained)
     with hub.quiet_hub() as unreachable:
         try:
-            with _quiet_open_clip(), _without_random_values(), warnings.catch_warnings():
+            with quiet_open_clip(), without_random_values(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided above
                 model = open_clip.create_model(
                     name,
@@ -312,55 +308,6 @@ def _is_of_quick_gelu(name: str, pretrained: str | None) -> bool:
 
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
     return bool((tag or {}).get("quick_gelu"))
-
-
-@contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    # open_clip logs its whole progress, and a warning about random weights, on the root logger.
-    root = logging.getLogger()
-
-    def drop(record: logging.LogRecord) -> bool:
-        return f"{os.sep}open_clip{os.sep}" not in record.pathname
-
-    filters = [(handler, drop) for handler in root.handlers]
-    had_handlers = bool(root.handlers)
-    if not had_handlers:  # logging.warning() would install a handler for good
-        root.addHandler(logging.NullHandler())
-    for handler, one in filters:
-        handler.addFilter(one)
-    try:
-        yield
-    finally:
-        for handler, one in filters:
-            handler.removeFilter(one)
-        if not had_handlers:
-            root.handlers.clear()
-
-
-def _without_random_values() -> TorchFunctionMode:
-    """While it holds, new layers are not filled with random numbers.
-
-    Where weights are loaded over all of them anyway: drawing 150 million numbers takes longer than
-    reading the file of a ViT-B/32.
-    """
-    from torch import Tensor
-    from torch.nn import init
-    from torch.overrides import TorchFunctionMode
-
-    drawing = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_}
-    drawing |= {init.kaiming_uniform_, init.kaiming_normal_}
-    drawing |= {init.xavier_uniform_, init.xavier_normal_}
-
-    class WithoutRandomValues(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            kwargs = kwargs or {}
-            if func in drawing:
-                return args[0] if args else kwargs["tensor"]  # torch.nn.init names it
-            return func(*args, **kwargs)
-
-    return WithoutRandomValues()
 
 
 def fingerprint(parts: ModelParts, weights: Mapping[str, torch.Tensor] | None = None) -> str:

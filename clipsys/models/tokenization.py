@@ -58,7 +58,8 @@ def make_tokenizer(config: Mapping[str, Any], *, folder: Path | None = None) -> 
         if source:
             with hub.without_hub():
                 return HFTokenizer(source, length, tokenizer_mode=mode, **options)  # type: ignore[no-any-return]
-    except (OSError, ValueError, TypeError, ImportError, KeyError) as error:
+    except Exception as error:
+        # transformers and tokenizers raise anything here, plain Exceptions too.
         raise ModelError(
             f"{source}: its tokenizer cannot be read ({_first_line(error)}); expected the files "
             "that a Hugging Face tokenizer's save_pretrained writes"
@@ -66,7 +67,7 @@ def make_tokenizer(config: Mapping[str, Any], *, folder: Path | None = None) -> 
     with hub.quiet_hub() as unreachable:
         try:
             return HFTokenizer(name, length, tokenizer_mode=mode, **options)  # type: ignore[no-any-return]
-        except (OSError, ValueError, TypeError, ImportError, KeyError) as error:
+        except Exception as error:  # as above
             where = f"{folder}: " if folder else ""
             if unreachable:
                 raise ModelError(

@@ -5,29 +5,27 @@ Heavy imports stand inside the functions: this module is loaded to print their h
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clipsys.commands import options
+from clipsys.printing import counted, json_text, print_paths, printable
+
 if TYPE_CHECKING:
     from clipsys.retrieval.maintenance.info import CollectionInfo
-
-_Folder = Annotated[Path, typer.Argument(help="Folder of the collection.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: The largest share of a collection that a filter removes without being told twice.
 _REMOVE_LIMIT = 0.1
 
 
-def info(collection: _Folder, *, as_json: _Json = False) -> None:
-    """Says what a collection holds: items, model, sizes, index and failures."""
+def info(collection: options.CollectionFolder, *, as_json: options.Json = False) -> None:
+    """Say what a collection holds: items, model, sizes, index and failures."""
     from clipsys.retrieval.collection import Collection
 
     with Collection.open(collection) as photos:
         found = photos.info()
-    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else _described(found))
+    typer.echo(json_text(found.to_dict()) if as_json else _described(found))
 
 
 def _described(found: CollectionInfo) -> str:
@@ -47,7 +45,7 @@ def _described(found: CollectionInfo) -> str:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.failures.items())
     lines.append(("failures", f"{found.num_failures:,}" + (f" ({reasons})" if reasons else "")))
     lines += [("source", source) for source in found.sources]
-    return "\n".join(f"{name:<11} {_printable(value)}" for name, value in lines)
+    return "\n".join(f"{name:<11} {printable(value)}" for name, value in lines)
 
 
 def _described_index(index: dict[str, Any]) -> list[tuple[str, str]]:
@@ -64,17 +62,20 @@ def _described_index(index: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def failures(
-    collection: _Folder,
+    collection: options.CollectionFolder,
     *,
     retry: Annotated[
         bool, typer.Option("--retry", help="Try each of them again, changed or not.")
     ] = False,
-    as_json: _Json = False,
+    as_json: options.Json = False,
+    paths: options.Paths = False,
+    paths0: options.Paths0 = False,
 ) -> None:
-    """Lists the files that could not be used, with their reasons."""
+    """List the files that could not be used, with their reasons."""
     from clipsys.processes.interruption import ending_in_order
     from clipsys.retrieval.collection import Collection
 
+    options.one_of(json=as_json, paths=paths, paths0=paths0)
     with Collection.open(collection) as photos:
         if retry and photos.failures(limit=1):
             with ending_in_order(lambda: "what was tried is kept; the same command tries the rest"):
@@ -83,60 +84,65 @@ def failures(
         ledger = photos.failures()
     if as_json:
         keys = ("uri", "reason", "message", "attempts", "captions", "metadata")
-        typer.echo(
-            json.dumps([{key: getattr(one, key) for key in keys} for one in ledger], indent=2)
-        )
+        typer.echo(json_text([{key: getattr(one, key) for key in keys} for one in ledger]))
+        return
+    if paths or paths0:
+        print_paths((one.uri for one in ledger), separator="\0" if paths0 else "\n")
         return
     for failure in ledger:
-        typer.echo(f"{failure.reason}: {_printable(failure.message)}")
-    typer.echo(f"{_count(len(ledger), 'file')} cannot be used", err=True)
+        typer.echo(f"{failure.reason}: {printable(failure.message)}")
+    typer.echo(f"{counted(len(ledger), 'file')} cannot be used", err=True)
 
 
 def duplicates(
-    collection: _Folder,
+    collection: options.CollectionFolder,
     *,
     threshold: Annotated[
         float, typer.Option(help="Cosine from which two images are nearly the same.")
     ] = 0.95,
-    as_json: _Json = False,
+    as_json: options.Json = False,
+    paths: options.Paths = False,
+    paths0: options.Paths0 = False,
 ) -> None:
-    """Lists groups of images that are nearly the same, in the whole collection."""
+    """List groups of images that are nearly the same, in the whole collection.
+
+    With --paths or --paths0 the copies alone: of each group all but the first.
+    """
     from clipsys.retrieval.collection import Collection
 
+    options.one_of(json=as_json, paths=paths, paths0=paths0)
     with Collection.open(collection) as photos:
         groups = photos.duplicates(threshold)
     if as_json:
         document = {"threshold": threshold, "groups": [group.to_dict() for group in groups]}
-        typer.echo(json.dumps(document, indent=2))
+        typer.echo(json_text(document))
+        return
+    if paths or paths0:
+        uris = (item.uri for group in groups for item in group.items[1:])
+        print_paths(uris, separator="\0" if paths0 else "\n")
         return
     for number, group in enumerate(groups, 1):
         typer.echo(f"group {number}: {len(group.items)} images")
         for item, score in zip(group.items, group.scores, strict=True):
-            typer.echo(f"  {score:.3f}  {item.id:>8}  {_printable(item.uri)}")
+            typer.echo(f"  {score:.3f}  {item.id:>8}  {printable(item.uri)}")
     copies = sum(len(group.items) - 1 for group in groups)
-    found = f"{_count(len(groups), 'group')}, {_count(copies, 'image')} more than one of each"
+    found = f"{counted(len(groups), 'group')}, {counted(copies, 'image')} more than one of each"
     typer.echo(found, err=True)
 
 
 def remove(
-    collection: _Folder,
+    collection: options.CollectionFolder,
     ids: Annotated[
-        Optional[list[int]],  # noqa: UP045  (typer evaluates annotations on Python 3.10 as well)
+        list[int] | None,
         typer.Argument(help="Ids of the items, as a search gives them.", metavar="[ID]..."),
     ] = None,
     *,
-    where: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Remove all items whose metadata match: K=V, K!=V, K<V, K<=V, K>V, K>=V, "
-            "'K in A,B', 'K contains V'. May be repeated; all must hold."
-        ),
-    ] = None,
+    where: options.Where = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Remove even more than a tenth of the collection.")
     ] = False,
 ) -> None:
-    """Removes items from a collection; their files stay where they are."""
+    """Remove items from a collection; their files stay where they are."""
     from clipsys.errors import CollectionError, QueryError
     from clipsys.retrieval.collection import Collection
 
@@ -150,13 +156,13 @@ def remove(
                 f"{_REMOVE_LIMIT:.0%}; if they are meant to go, say so with --yes"
             )
         removed = photos.remove(chosen)
-        typer.echo(f"{_count(removed, 'item')} removed, {len(photos):,} left")
+        typer.echo(f"{counted(removed, 'item')} removed, {len(photos):,} left")
     if ids and removed < len(set(ids)):
-        typer.echo(f"{_count(len(set(ids)) - removed, 'id')} of no item", err=True)
+        typer.echo(f"{counted(len(set(ids)) - removed, 'id')} of no item", err=True)
 
 
-def compact(collection: _Folder) -> None:
-    """Drops the vectors of deleted items, joins small segments, renews the index."""
+def compact(collection: options.CollectionFolder) -> None:
+    """Drop the vectors of deleted items, join small segments, renew the index."""
     from clipsys.retrieval.collection import Collection
     from clipsys.retrieval.writing.compaction import GRACE_S
 
@@ -174,8 +180,8 @@ def compact(collection: _Folder) -> None:
         )
 
 
-def verify(collection: _Folder, *, as_json: _Json = False) -> None:
-    """Checks every invariant of a collection against its files; exit status 1 if one is broken."""
+def verify(collection: options.CollectionFolder, *, as_json: options.Json = False) -> None:
+    """Check every invariant of a collection against its files; exit status 1 if one is broken."""
     from clipsys.retrieval.maintenance.verification import verify as find_faults
     from clipsys.retrieval.storage.manifest import read_manifest
 
@@ -189,12 +195,12 @@ def verify(collection: _Folder, *, as_json: _Json = False) -> None:
             "sound": not faults,
             "faults": [fault.to_dict() for fault in faults],
         }
-        typer.echo(json.dumps(document, indent=2))
+        typer.echo(json_text(document))
     else:
         for fault in faults:
-            typer.echo(_printable(str(fault)))
+            typer.echo(printable(str(fault)))
         message = (
-            f"{_count(len(faults), 'fault')}; `clipsys repair` mends what can be"
+            f"{counted(len(faults), 'fault')}; `clipsys repair` mends what can be"
             if faults
             else "sound"
         )
@@ -203,14 +209,14 @@ def verify(collection: _Folder, *, as_json: _Json = False) -> None:
         raise typer.Exit(1)
 
 
-def repair(collection: _Folder, *, as_json: _Json = False) -> None:
-    """Mends what `verify` finds; exit status 1 if something remains."""
+def repair(collection: options.CollectionFolder, *, as_json: options.Json = False) -> None:
+    """Mend what `verify` finds; exit status 1 if something remains."""
     from clipsys.retrieval.collection import Collection
 
     with Collection.open(collection, to_repair=True) as photos:
         report = photos.repair()
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        typer.echo(json_text(report.to_dict()))
     else:
         done = {
             "damaged segments dropped": report.segments_dropped,
@@ -225,17 +231,8 @@ def repair(collection: _Folder, *, as_json: _Json = False) -> None:
         words = [f"{count:,} {what}" for what, count in done.items() if count]
         typer.echo("\n".join(words) or "there was nothing to mend")
         for fault in report.remaining:
-            typer.echo(f"remains: {_printable(fault)}")
+            typer.echo(f"remains: {printable(fault)}")
         if report.requeued:
             typer.echo(f"next: clipsys failures {collection} --retry", err=True)
     if report.remaining:
         raise typer.Exit(1)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _printable(text: str) -> str:
-    """File names that are not UTF-8 must not end the output."""
-    return text.encode("utf-8", "replace").decode()

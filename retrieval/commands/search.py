@@ -5,24 +5,28 @@ Heavy imports stand inside the functions: this module is loaded to print its hel
 
 from __future__ import annotations
 
+import codecs
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from clipsys.retrieval.search.query import Hit, Part, Query
-    from clipsys.retrieval.search.searching import Options
+from clipsys.commands import options
+from clipsys.printing import printable
+from clipsys.retrieval.commands.hits import Answer, Format, print_answers
 
-#: What was asked in the words of the user, and the hits.
-Answer: TypeAlias = "tuple[str | None, list[Hit]]"
+if TYPE_CHECKING:
+    from clipsys.retrieval.collection import Collection
+    from clipsys.retrieval.search.options import Options
+    from clipsys.retrieval.search.query import Hit, Part, Query
 
 
 def search(
-    collection: Annotated[Path, typer.Argument(help="Folder of the collection.")],
+    collection: options.CollectionFolder,
     query: Annotated[
-        Optional[str],  # noqa: UP045  (typer evaluates annotations on Python 3.10 as well)
+        str | None,
         typer.Argument(
             help="What to look for: 'a dog', 'a dog + 0.5*beach - snow', 'item:12', "
             "'image:PATH - people'; signs stand between spaces."
@@ -30,79 +34,101 @@ def search(
     ] = None,
     *,
     image: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="An image to look for. May be repeated."),
+        list[Path] | None, typer.Option(help="An image to look for. May be repeated.")
     ] = None,
     like: Annotated[
-        Optional[list[int]],  # noqa: UP045
-        typer.Option(metavar="ID", help="More like this item. May be repeated."),
+        list[int] | None, typer.Option(metavar="ID", help="More like this item. May be repeated.")
     ] = None,
     negative: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("--not", help="What the hits should be unlike, as in QUERY. May be repeated."),
     ] = None,
     words: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
-            help="Words of the captions, alone or fused with the rest: 'dog -brown', "
-            "'\"on the beach\"', 'surf*'."
+            help="Words of the captions and file names, alone or fused with the rest: "
+            "'dog -brown', '\"on the beach\"', 'surf*'."
         ),
     ] = None,
-    where: Annotated[
-        Optional[list[str]],  # noqa: UP045
+    where: options.Where = None,
+    sort: Annotated[
+        str | None,
         typer.Option(
-            help="Only items whose metadata match: K=V, K!=V, K<V, K<=V, K>V, K>=V, "
-            "'K in A,B', 'K contains V'. May be repeated."
+            metavar="KEY",
+            help="Put the hits in the order of a metadata key, -KEY for descending; also uri, "
+            "caption, added, modified. With --relevant-only or --min-score all that they leave, "
+            "otherwise the best -k.",
         ),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     offset: Annotated[int, typer.Option(min=0, help="Hits to leave out before these.")] = 0,
     min_score: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Cosine below which nothing is a hit."),
+        float | None, typer.Option(help="Cosine below which nothing is a hit.")
     ] = None,
     relevant_only: Annotated[
         bool,
-        typer.Option("--relevant-only", help="Only what stands out from the rest, if anything."),
+        typer.Option(
+            "--relevant-only",
+            help="Only hits of a relevance that chance hardly explains. Where there is none, the "
+            "scores do not tell whether anything matches.",
+        ),
     ] = False,
     diverse: Annotated[
         bool, typer.Option("--diverse", help="Fold near-duplicates into one hit.")
     ] = False,
+    model: options.MovedModel = None,
     queries: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A file with a QUERY a line, answered together; - reads them here."),
+        Path | None,
+        typer.Option(
+            help="A file with a QUERY a line, answered together; - reads them here. A line that "
+            "cannot be answered is named, and the exit status is 1."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a hit a row.")] = False,
+    paths: options.Paths = False,
+    paths0: options.Paths0 = False,
 ) -> None:
-    """Searches a collection by text, image, item and caption words."""
+    """Search a collection by text, image, item and words; list what passes a filter.
+
+    Into a pipe, a hit is one line whose cells are separated by tabs.
+    """
     from clipsys.errors import QueryError
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.search.searching import NEAR_DUPLICATE, Options
-    from clipsys.retrieval.storage.filters import parse_where
+    from clipsys.retrieval.search.options import NEAR_DUPLICATE, Options
+    from clipsys.retrieval.storage.conditions import parse_where
 
-    if as_json and as_csv:
-        raise typer.BadParameter("give one of --json and --csv")
-    options = Options(
+    given = {"json": as_json, "csv": as_csv, "paths": paths, "paths0": paths0}
+    options.one_of(**given)
+    how = Format(next((name for name, is_given in given.items() if is_given), "table"))
+    asked = Options(
         k,
         offset,
         parse_where(where or None),
         min_score,
         relevant_only,
         NEAR_DUPLICATE if diverse else None,
+        sort,
     )
     others = [*(image or ()), *(like or ()), *(negative or ())]
-    if queries is not None:
-        if query is not None or others or words is not None:
-            raise QueryError("--queries stands alone: write the parts of each query in its line")
-        asked: list[str | None] = [*_lines(queries)]
-        wanted: list[str | Query] = [line for line in asked if line is not None]
-    else:
-        asked = [query]
-        wanted = [_compose(query, image or (), like or (), negative or (), words)]
-    with Collection.open(collection, few_searches=queries is None) as photos:
-        answers = list(zip(asked, photos.search_batch(wanted, options), strict=True))
-    _print(answers, options, batch=queries is not None, as_json=as_json, as_csv=as_csv)
+    if queries is not None and (query is not None or others or words is not None):
+        raise QueryError("--queries stands alone: write the parts of each query in its line")
+    lines = list(_lines(queries)) if queries is not None else []
+    composed = _compose(query, image or (), like or (), negative or (), words)
+    with Collection.open(collection, few_searches=queries is None, model=model) as photos:
+        if queries is None:
+            answers = [_answer(query, photos.search_batch([composed], asked)[0], asked)]
+        else:
+            answers = _answer_lines(photos, queries, lines, asked)
+    print_answers(answers, how, batch=queries is not None)
+    if any(answer.error is not None for answer in answers):
+        raise typer.Exit(1)
+
+
+def _answer(query: str | None, hits: list[Hit], asked: Options) -> Answer:
+    from clipsys.retrieval.search.options import doubt_of
+
+    return Answer(query, hits, note=doubt_of(hits, asked))
 
 
 def _compose(
@@ -111,7 +137,8 @@ def _compose(
     items: Sequence[int],
     negatives: Sequence[str],
     words: str | None,
-) -> Query:
+) -> Query | None:
+    """The query of the command line; None where nothing says what to look for."""
     from clipsys.retrieval.search.grammar import parse_part, parse_query
     from clipsys.retrieval.search.query import Part, Query
 
@@ -119,101 +146,86 @@ def _compose(
     parts += [Part(image=path) for path in images]
     parts += [Part(item=item) for item in items]
     parts += [parse_part(text, -1) for text in negatives]
-    return Query(tuple(parts), words)
+    return Query(tuple(parts), words) if parts or words is not None else None
 
 
-def _lines(path: Path) -> Iterator[str]:
-    import sys
+# ---- a file of queries -------------------------------------------------------------------------
 
+
+def _lines(path: Path) -> Iterator[tuple[int, str | None]]:
+    """Lines of a file that are not blank, with their numbers; None for one that is not UTF-8.
+
+    Raises:
+        QueryError: the file cannot be read, is no text, or has no line.
+    """
     from clipsys.errors import QueryError
 
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise QueryError(f"{path}: the queries cannot be read ({reason})") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise QueryError(f"{path}: the queries cannot be read ({error.strerror})") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = data.decode("utf-16", "replace").encode()
+    if b"\0" in data:
+        raise QueryError(f"{path}: the queries cannot be read (it is no text)")
+    lines = data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    filled = [(n, line.strip()) for n, line in enumerate(lines.split(b"\n"), 1) if line.strip()]
+    if not filled:
         raise QueryError(f"{path}: there are no queries; write one a line")
-    yield from lines
+    for number, line in filled:
+        try:
+            yield number, line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            yield number, None
 
 
-def _print(
-    answers: Sequence[Answer], options: Options, *, batch: bool, as_json: bool, as_csv: bool
-) -> None:
-    if as_csv:
-        _print_csv(answers)
-        return
-    if as_json:
-        import json
+def _answer_lines(
+    photos: Collection, path: Path, lines: Sequence[tuple[int, str | None]], asked: Options
+) -> list[Answer]:
+    """Answers in the order of the lines; names those that cannot be answered on stderr.
 
-        documents = [
-            {"query": query, "hits": [hit.to_dict() for hit in hits]} for query, hits in answers
-        ]
-        typer.echo(json.dumps(documents if batch else documents[0], indent=2))
-        return
-    for query, hits in answers:
-        if batch:
-            typer.echo(query)
-        if hits:
-            _print_table(hits)
+    Raises:
+        QueryError: all fail for the same reason, which is so not theirs.
+    """
+    from clipsys.errors import QueryError
+    from clipsys.retrieval.search.grammar import parse_query
+
+    read: dict[int, Query] = {}
+    found: dict[int, list[Hit] | str] = {}
+    for number, line in lines:
+        try:
+            if line is None:
+                raise QueryError("the line is not UTF-8 text")
+            read[number] = parse_query(line)
+        except QueryError as error:
+            found[number] = str(error)
+    found |= _search_all(photos, list(read.items()), asked)
+    failures = [outcome for outcome in found.values() if isinstance(outcome, str)]
+    if len(failures) == len(lines) > 1 and len(set(failures)) == 1:
+        raise QueryError(failures[0])
+    answers = []
+    for number, line in lines:
+        outcome = found[number]
+        if isinstance(outcome, str):
+            print(f"error: {printable(f'{path}:{number}: {outcome}')}", file=sys.stderr)
+            answers.append(Answer(line, error=outcome))
         else:
-            hint = "; without --relevant-only there are some" if options.relevant_only else ""
-            typer.echo(f"no hits{hint}", err=True)
+            answers.append(_answer(line, outcome, asked))
+    return answers
 
 
-def _print_csv(answers: Sequence[Answer]) -> None:
-    import csv
-    import io
-    import json
+def _search_all(
+    photos: Collection, queries: Sequence[tuple[int, Query]], asked: Options
+) -> dict[int, list[Hit] | str]:
+    """Hits by line, or why there are none: a batch that fails is halved down to the culprit."""
+    from clipsys.errors import ImageDecodeError, QueryError
 
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["query", "rank", "id", "score", "relevance", "uri", "caption", "metadata", "duplicates"]
-    )
-    for query, hits in answers:
-        for hit in hits:
-            row = [
-                query,
-                hit.rank,
-                hit.id,
-                hit.score,
-                hit.relevance,
-                hit.uri,
-                hit.caption,
-                json.dumps(dict(hit.metadata), ensure_ascii=False),
-                " ".join(map(str, hit.duplicates)),
-            ]
-            writer.writerow(row)
-    typer.echo(_printable(buffer.getvalue()), nl=False)
-
-
-def _print_table(hits: Sequence[Hit]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("rank", "id", "score", "stands out"):
-        table.add_column(name, justify="right")
-    table.add_column("image", overflow="fold")
-    table.add_column("caption")
-    for hit in hits:
-        more = f" (and {len(hit.duplicates)} like it)" if hit.duplicates else ""
-        cells = (
-            str(hit.rank),
-            str(hit.id),
-            "" if hit.score is None else f"{hit.score:.3f}",
-            "" if hit.relevance is None else f"{hit.relevance:+.1f}",
-            f"{hit.uri}{more}",
-            hit.caption or "",
-        )
-        # Text, not str: brackets in a file name are not rich's markup.
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
-    Console().print(table)
-
-
-def _printable(text: str) -> str:
-    """Names of files that are not UTF-8 hold what a terminal cannot print."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    try:
+        hits = photos.search_batch([query for _, query in queries], asked)
+    except (QueryError, ImageDecodeError) as error:
+        if len(queries) == 1:
+            return {queries[0][0]: str(error)}
+        middle = len(queries) // 2
+        halves = (queries[:middle], queries[middle:])
+        return {n: one for half in halves for n, one in _search_all(photos, half, asked).items()}
+    return dict(zip((number for number, _ in queries), hits, strict=True))

@@ -1,4 +1,4 @@
-"""What a collection needs of an encoder, taking turns at one, and which one is the right one.
+"""The interface of an encoder, one whose callers take turns, and the check that it fits.
 
 Shapes: B batch, N texts, D embedding width, (3, H, W) a preprocessed image.
 """
@@ -142,11 +142,18 @@ def load_encoder(folder: Path, pin: EncoderPin, *, precision: str = "fast") -> I
         raise
     except ClipsysError as error:
         raise ModelError(
-            f"{folder}: its model {pin.name} cannot be loaded from {pin.model} ({error}); put the "
-            "model back there, or index the sources into a new collection"
+            f"{folder}: its model{pin.name and f' {pin.name}'} cannot be loaded from {pin.model} "
+            f"({error}); if it lies elsewhere by now, `clipsys index {folder} --model PLACE` "
+            "records that, and `--model PLACE` of search and ui uses it once"
         ) from error
     check_encoder(folder, pin, encoder)
     return encoder
+
+
+def place_of(model: str) -> str:
+    """What a manifest says of a model's place: an absolute path for a folder, else its name."""
+    folder = Path(model.removeprefix("local-dir:")).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model
 
 
 def pin_of(encoder: ImageTextEncoder, model: str | None) -> EncoderPin:

@@ -3,8 +3,8 @@
 ``text_tower.json`` beside a collection's database says that numpy's outputs were compared with
 torch's and agreed, for which files: fingerprint of the model, path, size and modification time of
 weights and vocabulary. As long as all of that still holds, a text is encoded without importing
-torch and without hashing the weights. The file is derived: deleted, it is written again by the next
-search that has loaded the model anyway. Nothing but speed depends on it.
+torch and without hashing the weights. The file is derived: if deleted, it is written
+again by the next search that loads the model. Nothing but speed depends on it.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def remember(folder: Path, pin: EncoderPin, encoder: Any) -> bool:
 
     Returns whether they do. An encoder that is not `clipsys.Encoder`, weights in another format, a
     tower of another kind or a folder that cannot be written to are no errors: searches then load
-    the model as ever.
+    the model.
     """
-    loaded = sys.modules.get("clipsys.models.encoder")  # whoever has an Encoder has its module
+    loaded = sys.modules.get("clipsys.models.encoder")  # imported wherever an Encoder exists
     if loaded is None or not isinstance(encoder, loaded.Encoder):
         return False
     weights, vocabulary = _weights_of(pin.model), vocabulary_path()
@@ -118,7 +118,7 @@ def remember(folder: Path, pin: EncoderPin, encoder: Any) -> bool:
 
 
 def _weights_of(model: str) -> Path | None:
-    """The safetensors file of a model folder, a run folder or a model of the hub that is here."""
+    """The safetensors file of a model folder, a run folder or a downloaded model of the hub."""
     folder = Path(model.removeprefix("local-dir:")).expanduser()
     for place in (folder / _WEIGHTS, folder / "model" / _WEIGHTS):
         if place.is_file():
@@ -129,7 +129,7 @@ def _weights_of(model: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, _WEIGHTS)
-    # Through its links: the cache keeps the revision that was loaded under its own name.
+    # Links are resolved: the cache stores each revision under a name of its own.
     return Path(found).resolve() if isinstance(found, str) else None
 
 

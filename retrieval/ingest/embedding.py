@@ -10,39 +10,28 @@ batch size, not on the number of images. Every record ends in exactly one tally 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clipsys.corpora.records import Record
-from clipsys.corpora.sources import read_uri
 from clipsys.errors import DataError, ImageDecodeError
+from clipsys.processes.interruption import bounded_threads
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
+from clipsys.retrieval.ingest.loading import Job, Loader
+from clipsys.retrieval.ingest.moving import MovedFiles
 from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.ingest.sources import Entry
-from clipsys.retrieval.storage.items import (
-    Batch,
-    Failure,
-    Item,
-    ItemUpdate,
-    Location,
-    NewItem,
-    plain_text,
-    to_json,
-)
+from clipsys.retrieval.ingest.texts import Texts, merge
+from clipsys.retrieval.storage.items import Batch, Failure, Item, ItemUpdate, NewItem
 from clipsys.retrieval.storage.segments import Floats
+from clipsys.retrieval.storage.sources import Claim, origins_of
 from clipsys.retrieval.storage.store import Store
 
 #: A batch of the encoder is committed at once if the last commit is this many seconds ago. On a
@@ -52,22 +41,9 @@ COMMIT_INTERVAL_S = 1.0
 COMMIT_ITEMS = 4_096
 #: Records read ahead of the encoder, in batches.
 _BATCHES_AHEAD = 2
+#: Records of a second source for the same images that wait until those are committed.
+_FILLS_WAITING = 10_000
 _FAILURES_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What a worker made of a record: pixels to encode; None where the vector is there already."""
-
-    content_hash: str
-    pixels_CHW: npt.NDArray[np.uint8] | None = None
-
-
-@dataclass(frozen=True)
-class _Job:
-    entry: Entry
-    known: Item | None
-    future: Future[_Loaded]
 
 
 @dataclass(frozen=True)
@@ -112,11 +88,14 @@ class Embedder:
         self._batch_size = options.batch_size
         self._num_workers = options.num_workers or min(16, os.cpu_count() or 1)
         self._retry_failures = options.retry_failures
+        self._loader = Loader(store, encoder)
+        self._moved = MovedFiles(store)
         self._batch = Batch()
         #: New items with their vectors, which enter in one step: an interrupt may fall between any
         #: two.
         self._encoded: list[tuple[list[NewItem], Floats]] = []
         self._waiting: list[tuple[NewItem, npt.NDArray[np.uint8]]] = []
+        self._fills: list[Entry] = []
         self._last_commit = time.monotonic()
         self._source_error: DataError | None = None
 
@@ -132,38 +111,41 @@ class Embedder:
         Raises:
             DataError: the source broke off; raised after what it gave is committed.
         """
-        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="clipsys-decode")
         try:
-            for job in self._jobs_ahead(entries, pool, advance):
-                self._finish(job)
-                advance(1)
-            self._encode_waiting()
-            if self._source_error is not None:
-                raise self._source_error
+            with bounded_threads(self._num_workers, "clipsys-decode") as pool:
+                for job in self._jobs_ahead(entries, pool, advance):
+                    self._finish(job)
+                    advance(1)
+                self._settle_fills()
+                if self._source_error is not None:
+                    raise self._source_error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
             self._flush()
 
     def _jobs_ahead(
         self, entries: Iterable[Entry], pool: ThreadPoolExecutor, advance: Callable[[int], Any]
-    ) -> Iterator[_Job]:
+    ) -> Iterator[Job]:
         """Starts jobs ahead of their use and yields them in the order of the entries."""
-        ahead: deque[_Job] = deque()
+        ahead: deque[Job] = deque()
         limit = _BATCHES_AHEAD * self._batch_size + self._num_workers
         try:
             for entry in entries:
-                self._note_origin(entry)
                 if entry.repeated:
                     advance(1)
+                    self._fills.append(entry)
+                    if len(self._fills) >= _FILLS_WAITING:
+                        while ahead:
+                            yield ahead.popleft()
+                        self._settle_fills()
                     continue
-                record = entry.record
-                known = self._store.find(record.uri)
-                if self._settle_without_reading(record, known):
+                known = self._store.find(entry.record.uri)
+                if self._settle_without_reading(entry, known):
                     advance(1)
                     if self._num_uncommitted() >= COMMIT_ITEMS:
                         self._flush()
                     continue
-                ahead.append(_Job(entry, known, pool.submit(self._load, record, known)))
+                load = pool.submit(self._loader.load, entry.record, known)
+                ahead.append(Job(entry, known, load))
                 if len(ahead) >= limit:
                     yield ahead.popleft()
         except DataError as error:  # a shard that breaks off: what it gave so far still counts
@@ -171,70 +153,75 @@ class Embedder:
         while ahead:
             yield ahead.popleft()
 
-    def _note_origin(self, entry: Entry) -> None:
-        source, uri = entry.source, entry.record.uri
-        if source is not None and not self._store.has_origin(source, uri):
-            self._batch.origins.append((source, uri))
-
-    def _settle_without_reading(self, record: Record, known: Item | None) -> bool:
+    def _settle_without_reading(self, entry: Entry, known: Item | None) -> bool:
+        record = entry.record
         if record.mtime_ns is None:
             return False
         facts = (record.size_bytes, record.mtime_ns)
         if known is not None and (known.size_bytes, known.mtime_ns) == facts:
-            self._update(record, known)
+            self._update(entry, known)
             return True
         failure = None if self._retry_failures else self._store.find_failure(record.uri)
         if failure is not None and (failure.size_bytes, failure.mtime_ns) == facts:
+            self._merge(entry, Texts(failure.captions, failure.metadata))
             self.report.known_failures += 1
             return True
         return False
 
-    def _load(self, record: Record, known: Item | None, *, encode: bool = False) -> _Loaded:
-        """Reads, hashes and, if its content is new, decodes a record. Runs in a worker.
+    def _merge(self, entry: Entry, known: Texts | None, *, fills: bool = False) -> Texts:
+        """The texts that a record's item has from now on; notes who gave what."""
+        given, source, uri = Texts.of_record(entry.record), entry.source, entry.record.uri
+        origins = origins_of(self._store, uri) if source is not None else {}
+        if source is not None and source not in origins:
+            self._batch.origins.append((source, uri))
+        texts, claims = merge(given, known or Texts(), source, origins, fills=fills)
+        self._note_claims(uri, claims)
+        return texts
 
-        ``encode``: decodes it in any case.
-        """
-        data = record.read()
-        content_hash = hashlib.blake2b(data, digest_size=20).hexdigest()
-        is_known = known is not None and known.content_hash == content_hash
-        if not encode and (is_known or self._store.find_vector(content_hash) is not None):
-            return _Loaded(content_hash)
-        return _Loaded(content_hash, self._encoder.read_pixels(data, uri=record.uri))
+    def _note_claims(self, uri: str, claims: dict[str, Claim]) -> None:
+        self._batch.claims += [
+            (source, uri, claim.captions, claim.keys) for source, claim in claims.items()
+        ]
 
-    def _loaded(self, job: _Job) -> tuple[_Loaded, Location | None]:
-        """What the worker made of a record, and where its vector lies if that is known already.
+    def _settle_fills(self) -> None:
+        """Adds what a second source of this run says of images that an earlier one gave."""
+        self._encode_waiting()
+        self._flush()
+        fills, self._fills = self._fills, []
+        for entry in fills:
+            known = self._store.find(entry.record.uri)
+            texts = self._merge(entry, Texts.of_item(known) if known else None, fills=True)
+            if known is not None and Texts.of_item(known) != texts:
+                facts = (known.id, known.size_bytes, known.mtime_ns)
+                self._batch.updates.append(ItemUpdate(*facts, texts.captions, texts.metadata))
+                self.report.filled += 1
+            if self._num_uncommitted() >= COMMIT_ITEMS:
+                self._flush()
+        self._flush()
 
-        The place is looked up here, in the thread that commits: joining segments, which follows a
-        commit, moves vectors, and a place that a worker saw may be gone before the next one.
-        """
-        loaded, known = job.future.result(), job.known
-        if known is not None and loaded.content_hash == known.content_hash:
-            return loaded, None
-        location = (
-            None if loaded.pixels_CHW is not None else self._store.find_vector(loaded.content_hash)
-        )
-        if loaded.pixels_CHW is None and location is None:  # its owner went meanwhile
-            loaded = self._load(job.entry.record, known, encode=True)
-        return loaded, location
-
-    def _finish(self, job: _Job) -> None:
+    def _finish(self, job: Job) -> None:
         record, known = job.entry.record, job.known
         try:
-            loaded, location = self._loaded(job)
+            loaded, location = self._loader.finish(job)
         except DataError as error:
-            self._record_failure(record, known, error)
+            self._record_failure(job.entry, known, error)
             return
         if known is not None and loaded.content_hash == known.content_hash:
-            self._update(record, known)
+            self._update(job.entry, known)
             return
-        captions, metadata = _texts(record, known)
+        if known is None and location is not None and job.entry.item_id is None:
+            moved = self._moved.find(record.uri, loaded.content_hash)
+            if moved is not None:
+                self._move(job.entry, moved)
+                return
+        texts = self._merge(job.entry, Texts.of_item(known) if known else None)
         item = NewItem(
             uri=record.uri,
             content_hash=loaded.content_hash,
             size_bytes=record.size_bytes,
             mtime_ns=record.mtime_ns,
-            captions=captions,
-            metadata=metadata,
+            captions=texts.captions,
+            metadata=texts.metadata,
             location=location,
             replaces=known.id if known is not None else None,
             id=job.entry.item_id,
@@ -249,23 +236,51 @@ class Embedder:
             if self._commit_is_due():
                 self._flush()
 
-    def _update(self, record: Record, known: Item) -> None:
-        captions, metadata = _texts(record, known)
-        update = ItemUpdate(known.id, record.size_bytes, record.mtime_ns, captions, metadata)
-        same_file = (known.size_bytes, known.mtime_ns) == (record.size_bytes, record.mtime_ns)
-        if same_file and (known.captions, known.metadata) == (captions, metadata):
+    def _update(self, entry: Entry, known: Item) -> None:
+        record = entry.record
+        texts = self._merge(entry, Texts.of_item(known))
+        facts = (record.size_bytes, record.mtime_ns)
+        if (known.size_bytes, known.mtime_ns) == facts and Texts.of_item(known) == texts:
             self.report.unchanged += 1
             return
-        self._batch.updates.append(update)
+        self._batch.updates.append(ItemUpdate(known.id, *facts, texts.captions, texts.metadata))
         self.report.updated += 1
 
-    def _record_failure(self, record: Record, known: Item | None, error: DataError) -> None:
+    def _move(self, entry: Entry, item: Item) -> None:
+        """Gives an item the new place of its file."""
+        record, source = entry.record, entry.source
+        kept = self._moved.kept_claims(item, source) if source is not None else {}
+        given = Texts.of_record(record)
+        texts, claims = merge(given, Texts.of_item(item), source, kept)
+        if source is not None:
+            self._batch.origins += [(name, record.uri) for name in (*kept, source)]
+        self._note_claims(record.uri, {**kept, **claims})
+        self._batch.updates.append(
+            ItemUpdate(
+                item.id,
+                record.size_bytes,
+                record.mtime_ns,
+                texts.captions,
+                texts.metadata,
+                moved_from=item.uri,
+                moved_to=record.uri,
+            )
+        )
+        self.report.moved += 1
+
+    def _record_failure(self, entry: Entry, known: Item | None, error: DataError) -> None:
+        record = entry.record
         reason = error.reason if isinstance(error, ImageDecodeError) else "unreadable"
         # A file that could not even be read has no facts to recognise it by: it is tried again.
         facts = (None, None) if reason == "unreadable" else (record.size_bytes, record.mtime_ns)
-        captions, metadata = _texts(record, known)
+        texts = self._merge(entry, Texts.of_item(known) if known else None)
         failure = Failure(
-            record.uri, reason, str(error), *facts, captions=captions, metadata=metadata
+            record.uri,
+            reason,
+            str(error),
+            *facts,
+            captions=texts.captions,
+            metadata=texts.metadata,
         )
         self._batch.failures.append(failure)
         if len(self.report.first_failures) < _FAILURES_SHOWN:
@@ -301,39 +316,3 @@ class Embedder:
         if len(batch):
             self._commit(batch, np.concatenate(parts))
         self._last_commit = time.monotonic()
-
-
-def _texts(record: Record, known: Item | None) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions and metadata after this record, in the form in which they will be read back.
-
-    A source that knows none leaves those that another source gave: indexing a table of a folder's
-    images and then the folder itself does not strip them.
-    """
-    captions = tuple(plain_text(caption) for caption in record.captions)
-    metadata = dict(record.metadata)
-    if record.label is not None:
-        metadata.setdefault("label", record.label)
-    if known is not None:
-        captions = captions or known.captions
-        if not record.metadata:
-            metadata = {**known.metadata, **metadata}
-        elif "label" in known.metadata:
-            metadata.setdefault("label", known.metadata["label"])
-    return captions, json.loads(to_json(metadata))
-
-
-def retry_entry(failure: Failure) -> Entry:
-    """A ledger entry as a record, to be tried again."""
-    status = None
-    with contextlib.suppress(OSError):
-        status = Path(failure.uri).stat()
-    return Entry(
-        Record(
-            uri=failure.uri,
-            read=partial(read_uri, failure.uri),
-            captions=failure.captions,
-            metadata=dict(failure.metadata),
-            size_bytes=status.st_size if status else None,
-            mtime_ns=status.st_mtime_ns if status else None,
-        )
-    )

@@ -7,13 +7,18 @@ and more than a tenth of a source's items need a second word.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from clipsys.corpora.sources import source_kind
 from clipsys.errors import PruningRefusedError
+from clipsys.retrieval.ingest.moving import is_gone
+from clipsys.retrieval.ingest.texts import Texts, without_source
+from clipsys.retrieval.storage.items import ItemUpdate
+from clipsys.retrieval.storage.row_writing import update_item
 from clipsys.retrieval.storage.schema import python_text, sql_text
+from clipsys.retrieval.storage.sources import origins_of
 from clipsys.retrieval.storage.store import Store
 
 #: The share of a source's images that pruning removes without being told twice.
@@ -38,10 +43,10 @@ def find_vanished(
     for source, uris in seen.items():
         is_folder = "://" not in source and source_kind(source) == "folder"
         num_given, gone = 0, []
-        for uri in _given(store, source):
+        for uri in given_uris(store, source):
             num_given += 1
             # A folder that may not be listed hides its files; they are not gone for that.
-            if uri not in uris and not (is_folder and _may_exist(uri)):
+            if uri not in uris and not (is_folder and not is_gone(uri)):
                 gone.append(uri)
         if len(gone) > limit * num_given:
             raise PruningRefusedError(
@@ -56,20 +61,15 @@ def find_vanished(
 def prune(store: Store, vanished: Mapping[str, list[str]]) -> int:
     """Removes the items and ledger entries that no source gives any more. Returns how many items.
 
-    An image that another source still gives stays.
+    An image that another source still gives stays, with what that one says of it.
     """
     if not any(vanished.values()):
         return 0
     num_removed = 0
     with store.changing() as (connection, change):
         for source, uris in vanished.items():
-            (source_id,) = connection.execute(
-                "SELECT id FROM sources WHERE name = ?", (sql_text(source),)
-            ).fetchone()
+            _withdraw(store, connection, change, source, uris)
             keys = [(sql_text(uri),) for uri in uris]
-            connection.executemany(
-                f"DELETE FROM origins WHERE source = {int(source_id)} AND uri = ?", keys
-            )
             unclaimed = "uri = ? AND NOT EXISTS (SELECT 1 FROM origins o WHERE o.uri = {0}.uri)"
             connection.executemany(
                 f"DELETE FROM failures WHERE {unclaimed.format('failures')}", keys
@@ -82,7 +82,43 @@ def prune(store: Store, vanished: Mapping[str, list[str]]) -> int:
     return num_removed
 
 
-def _given(store: Store, source: str) -> Iterator[str]:
+def withdraw_removed_rows(store: Store, seen: Mapping[str, AbstractSet[str]]) -> None:
+    """Takes back what removed rows of tables said of images that other sources still give.
+
+    An image that no other source gives stays as it is until it is pruned.
+    """
+    for source, uris in seen.items():
+        if "://" not in source and source_kind(source) == "table":
+            gone = [uri for uri in given_uris(store, source) if uri not in uris]
+            shared = [uri for uri in gone if len(origins_of(store, uri)) > 1]
+            if shared:
+                with store.changing() as (connection, change):
+                    _withdraw(store, connection, change, source, shared)
+
+
+def _withdraw(
+    store: Store, connection: sqlite3.Connection, change: int, source: str, uris: Sequence[str]
+) -> None:
+    """Forgets that a source gave some uris, and what it said of those that others give."""
+    for uri in uris:
+        origins = origins_of(store, uri)
+        item = store.find(uri) if len(origins) > 1 else None
+        if item is not None:
+            texts = without_source(Texts.of_item(item), source, origins)
+            if texts != Texts.of_item(item):
+                facts = (item.id, item.size_bytes, item.mtime_ns)
+                update = ItemUpdate(*facts, texts.captions, texts.metadata)
+                update_item(connection, update, change)
+    for table in ("claims", "origins"):
+        connection.executemany(
+            f"DELETE FROM {table} WHERE uri = ? "
+            "AND source = (SELECT id FROM sources WHERE name = ?)",
+            [(sql_text(uri), sql_text(source)) for uri in uris],
+        )
+
+
+def given_uris(store: Store, source: str) -> Iterator[str]:
+    """What a source is known to give, in order."""
     query = (
         "SELECT uri FROM origins WHERE source = (SELECT id FROM sources WHERE name = ?) "
         "AND uri > ? ORDER BY uri LIMIT ?"
@@ -91,13 +127,3 @@ def _given(store: Store, source: str) -> Iterator[str]:
     while rows := store.read(query, (sql_text(source), last, _PAGE)):
         yield from (python_text(uri) for (uri,) in rows)
         last = rows[-1][0]
-
-
-def _may_exist(uri: str) -> bool:
-    try:
-        os.stat(uri)  # noqa: PTH116  (Path.exists takes a refusal for an absence in newer Pythons)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from clipsys.corpora.records import Record
-from clipsys.corpora.sources import count_images, iterate_source, source_kind
+from clipsys.corpora.folders import count_images
+from clipsys.corpora.paths import real_source
+from clipsys.corpora.records import Record, check_regular
+from clipsys.corpora.sources import iterate_source, source_kind
+from clipsys.corpora.tables import Columns
 from clipsys.errors import DataError
 from clipsys.progress import progress
+from clipsys.retrieval.storage.sources import KnownSource
 from clipsys.shards.random_access import index_shard
 from clipsys.shards.reading import expand_shards, shard_failure
 
@@ -20,8 +25,8 @@ class Entry:
     """A record on its way into a collection.
 
     Attributes:
-        source: the source that gave it, by `source_name`; None if no source claims it.
-        repeated: its uri came earlier in the same run; only the source's claim is news.
+        source: name of the source that gave it; None if no source claims it.
+        repeated: another source of the same run gave its uri before.
         item_id: the id that a new item takes; None: the next one.
     """
 
@@ -31,24 +36,66 @@ class Entry:
     item_id: int | None = None
 
 
-def check_sources(sources: Sequence[str | Path]) -> None:
+@dataclass(frozen=True)
+class Source:
+    """A source, under the one name that a collection remembers it by, and how it is read.
+
+    Attributes:
+        name: its real path, or its address.
+        exclude: patterns of what a folder leaves out besides what it leaves out anyway.
+        columns: what the columns of a table mean.
+    """
+
+    name: str
+    exclude: tuple[str, ...] = ()
+    columns: Columns = field(default_factory=Columns)
+
+    @classmethod
+    def of(cls, source: str | Path, exclude: Sequence[str], columns: Columns) -> Source:
+        """What a user named, by any path."""
+        return cls(real_source(source), tuple(exclude), columns)
+
+    @classmethod
+    def of_known(cls, known: KnownSource) -> Source:
+        """One that a collection knows, with the settings with which it was indexed last."""
+        columns = dict(known.settings.get("columns", {}))
+        if "captions" in columns:
+            columns["captions"] = tuple(columns["captions"])
+        return cls(
+            real_source(known.name), tuple(known.settings.get("exclude", ())), Columns(**columns)
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What `of_known` reads; empty where everything is as it is by default."""
+        columns = {key: value for key, value in asdict(self.columns).items() if value}
+        given = {"exclude": list(self.exclude), "columns": columns}
+        return {key: value for key, value in given.items() if value}
+
+    def records(self, on_error: Callable[[str, Exception], None] | None = None) -> Iterator[Record]:
+        """Its records; see `clipsys.corpora.sources.iterate_source`."""
+        return iterate_source(
+            self.name, columns=self.columns, exclude=self.exclude, on_error=on_error
+        )
+
+
+def check_sources(sources: Sequence[Source]) -> None:
     """Looks at the first record of each source, which is quick.
 
     Raises:
         DataError: none is named, or one of them is missing or empty.
     """
     if not sources:
-        raise DataError("nothing to add; name a folder, a table or shards")
+        raise DataError("nothing to add; name a folder, a table, shards or an image")
     for source in sources:
         broken = _Broken()
         try:
-            next(iterate_source(source, on_error=broken))
+            next(source.records(broken))
         except DataError:
             broken.raise_first()
             raise
 
 
-def count_records(sources: Sequence[str | Path], *, show_progress: bool = False) -> int | None:
+def count_records(sources: Sequence[Source], *, show_progress: bool = False) -> int | None:
     """How many records the sources have; None where only fetching them would tell.
 
     Folders are counted by names, tables gone through without an image, shards by their headers,
@@ -61,18 +108,18 @@ def count_records(sources: Sequence[str | Path], *, show_progress: bool = False)
     check_sources(sources)
     total: int | None = 0
     for source in sources:
-        kind = source_kind(source)
+        kind = source_kind(source.name)
         if kind == "shards":
-            number = _count_samples(source, show_progress=show_progress)
+            number = _count_samples(source.name, show_progress=show_progress)
         elif kind == "folder":
-            number = count_images(source)
+            number = count_images(source.name, source.exclude)
         else:
-            number = sum(1 for _ in iterate_source(source))
+            number = sum(1 for _ in source.records())
         total = None if total is None or number is None else total + number
     return total
 
 
-def _count_samples(source: str | Path, *, show_progress: bool) -> int | None:
+def _count_samples(source: str, *, show_progress: bool) -> int | None:
     """Samples of local shards, as far as they are whole; None where a shard is remote."""
     shards = expand_shards(source)
     if any("://" in shard for shard in shards):
@@ -82,40 +129,39 @@ def _count_samples(source: str | Path, *, show_progress: bool) -> int | None:
     with shown or nullcontext(lambda _: None) as advance:
         for shard in shards:
             with suppress(DataError):  # said when its turn comes
+                check_regular(shard)
                 total += len(index_shard(shard))
             advance(1)
     return total
 
 
-def source_name(source: str | Path) -> str:
-    """What a collection remembers a source by: its absolute path, or its address."""
-    return str(source) if "://" in str(source) else str(Path(source).expanduser().absolute())
-
-
 class Corpus:
     """The records of several sources, and after the walk which uris each of them gave."""
 
-    def __init__(self, sources: Sequence[str | Path]) -> None:
-        self._sources = list(dict.fromkeys(sources))
+    def __init__(self, sources: Sequence[Source], place: Callable[[str], str]) -> None:
+        """``place`` gives the one uri of an image whose folder is mounted in several places."""
+        self._sources = list({source.name: source for source in sources}.values())
+        self._place = place
         #: Uris by source, filled while iterating.
         self.seen: dict[str, set[str]] = {}
 
     def __iter__(self) -> Iterator[Entry]:
-        """Where several sources have the same uri, the first one's captions and metadata count.
+        """Where several sources have the same uri, later ones only fill what the first left open.
 
         Raises:
             DataError: a source cannot be read; or, after all of them, a shard broke off.
         """
         broken = _Broken()
         for source in self._sources:
-            name = source_name(source)
-            mine = self.seen.setdefault(name, set())
-            for record in iterate_source(source, on_error=broken):
-                if record.uri in mine:
+            mine = self.seen.setdefault(source.name, set())
+            for found in source.records(broken):
+                uri = self._place(found.uri)
+                record = found if uri == found.uri else replace(found, uri=uri)
+                if uri in mine:
                     continue
-                repeated = any(record.uri in others for others in self.seen.values())
-                mine.add(record.uri)
-                yield Entry(record, name, repeated=repeated)
+                repeated = any(uri in others for others in self.seen.values())
+                mine.add(uri)
+                yield Entry(record, source.name, repeated=repeated)
         broken.raise_first("; all that can be read is in the collection")
 
 

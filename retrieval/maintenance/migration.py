@@ -42,6 +42,8 @@ from clipsys.retrieval.writing.writer import clear_leftovers, clear_superseded
 #: The share of the images that may be gone or unreadable without being told twice.
 LOSS_LIMIT = 0.1
 _BUILDING = "building.json"
+#: Tables of notes on sources; see `clipsys.retrieval.storage.sources`.
+_NOTES = ("claims", "source_settings")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def migrate(
     with durable.writer_lock(folder / LOCK_NAME, holder=str(folder)):
         manifest = clear_superseded(folder, read_manifest(folder))
         if manifest.encoder.fingerprint == pin.fingerprint:
-            raise CollectionError(f"{folder}: its vectors are of model {pin.name} already")
+            raise CollectionError(_nothing_to_migrate(folder, manifest.encoder, pin))
         building = _prepare(folder, manifest, pin)
         for data in (folder / manifest.edition, building):
             upgrade_database(data / DATABASE_NAME)
@@ -92,6 +94,7 @@ def migrate(
             closing(Store(folder / manifest.edition / DATABASE_NAME)) as old,
             closing(Store(building / DATABASE_NAME)) as new,
         ):
+            new.add_source_tables()
             clear_leftovers(building, new)
             _drop_what_is_gone(old, new)
             report = _encode(old, new, building, encoder, pin, options, advance)
@@ -100,6 +103,16 @@ def migrate(
             compact(building / SEGMENTS, new, pin.dim)
             _swap(folder, manifest, building, new, pin, encoder)
     return report
+
+
+def _nothing_to_migrate(folder: Path, present: EncoderPin, pin: EncoderPin) -> str:
+    message = f"{folder}: its vectors are of model {pin.name} already, there is nothing to encode"
+    if present.model == pin.model:
+        return message
+    return (
+        f"{message}; the collection has it from {present.model}: "
+        f"`clipsys index {folder} --model {pin.model}`, without --migrate, records the new place"
+    )
 
 
 def _prepare(folder: Path, manifest: Manifest, pin: EncoderPin) -> Path:
@@ -217,10 +230,12 @@ def _carry_over(old: Store, new: Store) -> None:
             new.commit(Batch(updates=updates), None)
         with new.changing() as (connection, _):
             connection.execute("INSERT OR IGNORE INTO failures SELECT * FROM old.failures")
-            for table in ("origins", "sources"):
+            for table in (*_NOTES, "origins", "sources"):
                 connection.execute(f"DELETE FROM {table}")
-            for table in ("sources", "origins"):
-                connection.execute(f"INSERT INTO {table} SELECT * FROM old.{table}")
+            names = connection.execute("SELECT name FROM old.sqlite_master").fetchall()
+            for table in ("sources", "origins", *_NOTES):
+                if (table,) in names:  # those of notes came later
+                    connection.execute(f"INSERT INTO {table} SELECT * FROM old.{table}")
             connection.execute("DELETE FROM sqlite_sequence WHERE name = 'items'")
             connection.execute(
                 "INSERT INTO sqlite_sequence SELECT name, seq FROM old.sqlite_sequence "

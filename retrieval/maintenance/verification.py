@@ -198,9 +198,10 @@ def _text_faults(store: Store) -> Iterator[Fault]:
 
 def word_faults(store: Store) -> list[Fault]:
     """What is wrong with the words of captions; they can always be taken from the items again."""
-    names = {name for (name,) in store.read("SELECT name FROM sqlite_master")}
-    if words.TABLE not in names:
-        return []  # a collection from before there were any: the first search for words makes it
+    statements = dict(store.read("SELECT name, sql FROM sqlite_master"))
+    names = set(statements)
+    if statements.get(words.TABLE) != words.SCHEMA[0]:
+        return []  # of an earlier version: the first search for words makes it
     place = f"{store.path}, {words.TABLE}"
     problems = [f"trigger {name} is missing" for name in words.TRIGGERS if name not in names]
     try:

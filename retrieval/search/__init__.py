@@ -5,5 +5,6 @@ grammar          a query in one line
 ranking          the top k by exact cosine
 calibration      how many unrelated items would score as high
 view             a reader's snapshot and index, following the writer
-searching        filter, rank, fuse, fold, cut
+options          which hits come back, and in which order
+searching        filter, rank, fuse, cut, fold, sort
 """

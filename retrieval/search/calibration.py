@@ -2,15 +2,19 @@
 
 CLIP's cosines have no fixed scale: a good match of a text scores 0.3 with one model and 0.2 with
 another, an image's neighbours 0.8, and "a" scores higher than "a red bicycle" everywhere. What can
-be told is how far a hit stands out from the rest. The query is compared with a fixed sample of the
-collection, and a law is fitted to the bulk of these cosines, without those that stand out: as a
-rule they match. The law says how likely an item that has nothing to do with the query scores as
-high as a hit, and with N items::
+be told is the relevance of a hit: how far it lies above the rest. The query is compared with a
+fixed sample of the collection, and a law is fitted to the bulk of these cosines, without the
+highest ones: as a rule they match. The law says how likely an item that has nothing to do with the
+query scores as high as a hit, and with N items::
 
     relevance = -log10(N * P(cosine of an unrelated item >= score))
 
 It is the E-value of sequence search (Karlin and Altschul 1990) on a scale of tens: at 0 one
 unrelated item is expected to score as high by chance, at 2 a hundredth of one.
+
+A relevance says that a hit is hardly chance. That no hit has one does not say that nothing matches:
+where a model's right and wrong hits interleave, its scores do not tell (docs/searching.md has
+figures), and `options.doubt_of` says so.
 
 A normal law would be wrong in both directions, so two of its assumptions are dropped:
 
@@ -40,7 +44,7 @@ from clipsys.retrieval.storage.snapshot import Snapshot, unit_rows
 
 #: Items in the sample: a quantile of 2,048 cosines is known to 3 % of their deviation.
 SAMPLE_ITEMS = 2_048
-#: With fewer items than this there is no background to stand out from.
+#: With fewer items than this there is no background to compare with.
 MIN_ITEMS = 20
 #: `relevant_only` keeps what so many unrelated items, or fewer, are expected to match by chance.
 CHANCE = 0.05
@@ -51,7 +55,7 @@ RELEVANT = -math.log10(CHANCE)
 _ONE_DEVIATION = 0.841345
 _MAD_TO_DEVIATION = 1.4826
 #: Normal scores from here on are left out of the fit: one item in 740 where nothing matches.
-_STANDS_OUT = 3.0
+_MATCHING = 3.0
 #: Keeps logarithms and quotients finite where all cosines are equal, or where one is 1.
 _LEAST = 1e-7
 
@@ -106,14 +110,14 @@ class BackgroundLaw:
 
 
 def fit_law(cosines_S: npt.NDArray[np.floating]) -> BackgroundLaw:
-    """Fits median, deviation and skewness to the bulk of a sample, without what stands out of it.
+    """Fits median, deviation and skewness to the bulk of a sample, without its highest part.
 
-    Three numbers are taken twice, the second time without the items beyond `_STANDS_OUT`. Those are
+    Three numbers are taken twice, the second time without the items beyond `_MATCHING`. Those are
     few where nothing matches, however skewed the law, and most of those that match where many do.
     """
     all_S: Doubles = cosines_S.astype(np.float64)
     middle, freedom = _middle_and_freedom(all_S)
-    bulk_S: Doubles = all_S[_sphere_scores(all_S, middle, freedom) < _STANDS_OUT]
+    bulk_S: Doubles = all_S[_sphere_scores(all_S, middle, freedom) < _MATCHING]
     middle, freedom = _middle_and_freedom(bulk_S)
     sides = np.quantile(bulk_S, [1 - _ONE_DEVIATION, _ONE_DEVIATION])
     below, above = np.abs(_sphere_scores(sides, middle, freedom))

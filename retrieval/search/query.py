@@ -59,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Query:
-    """Parts that are added up, and words that captions are searched for.
+    """Parts that are added up, and words that captions and file names are searched for.
 
     With both, the two rankings are fused.
 
@@ -113,12 +113,12 @@ class Hit:
         rank: 1 is the best.
         id: the item's id in the collection; never used for another item.
         score: cosine similarity of the query with the item's stored vector, in [-1, 1]; None where
-            only words were asked for.
+            only words were asked for, or nothing.
         uri: where the image is: a file's path, or ``/path/shard.tar#KEY``.
         caption: its first caption, if it has one.
         metadata: as the source gave it.
-        relevance: how far the score stands out from what the query gives for the collection at
-            large: minus the decimal logarithm of how many unrelated items would score as high by
+        relevance: how far the score lies above what the query gives for the collection at large:
+            minus the decimal logarithm of how many unrelated items would score as high by
             chance, 0 for one, 2 for a hundredth; None without a score, or where there are too few
             items to tell. See `clipsys.retrieval.search.calibration`.
         duplicates: ids of near-duplicates that were folded into this hit, best first.

@@ -87,7 +87,7 @@ def rank(
         query_D: unit norm, float32.
         k: may exceed the number of items; all are returned then.
         allowed: ascending ids; only these may be returned. Applied before ranking.
-        coverage: of this index and snapshot, if it is at hand.
+        coverage: of this index and snapshot, if it is known already.
     """
     return rank_batch(snapshot, index, query_D[None, :], k, allowed=allowed, coverage=coverage)[0]
 

@@ -2,7 +2,8 @@
 
     filter (SQL) --> allowed ids --.
     query vector -----------------> rank by cosine --.
-    words (FTS5) -----------------> rank by BM25 -----+-> fuse -> cut -> fold -> offset, k -> hits
+    words (FTS5) -----------------> rank by BM25 -----+-> fuse -> cut -> fold -> sort -> k hits
+    neither ----------------------> newest first -----'
 
 Everything of one search sees one snapshot.
 
@@ -22,77 +23,40 @@ import numpy.typing as npt
 from clipsys.errors import QueryError
 from clipsys.retrieval.indexes.generation import LoadedIndex
 from clipsys.retrieval.search.calibration import RELEVANT, Background
+from clipsys.retrieval.search.options import NEAR_DUPLICATE, Options
 from clipsys.retrieval.search.query import Hit
 from clipsys.retrieval.search.ranking import Coverage, Ranking, exact_scores, rank_batch
 from clipsys.retrieval.search.view import View
-from clipsys.retrieval.storage import filters, words
+from clipsys.retrieval.storage import words
+from clipsys.retrieval.storage.conditions import Condition
 from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import Snapshot, unit_rows
+from clipsys.retrieval.storage.sorting import parse_sort
 from clipsys.retrieval.storage.store import Store
 
-#: From this cosine on two images are near-duplicates, unless another one is given. It depends on
-#: the model: ViT-B/32 gives re-encoded, resized or lightly cropped photographs 0.95 and more, other
-#: views of a scene less.
-NEAR_DUPLICATE = 0.95
+__all__ = ["NEAR_DUPLICATE", "Options", "Searcher", "Sought"]
+
 #: Ranks of the vectors that are fused with those of the words; those below hardly count.
 _FUSED_RANKS = 200
+#: Ranks in which those that a cut leaves are looked for, to sort all of them; more if all pass.
+_SORTED_RANKS = 1_000
 #: Filters whose result is remembered, as long as nothing is written.
 _REMEMBERED_FILTERS = 16
 
 
-@dataclass(frozen=True)
-class Options:
-    """Which hits of a query come back.
-
-    Attributes:
-        k: how many; fewer only if fewer items match.
-        offset: how many of the best are left out, for the next page.
-        conditions: on metadata, applied before ranking.
-        min_score: cosine below which nothing is a hit.
-        relevant_only: leaves out what unrelated items would match by chance, and with it every hit
-            where nothing is relevant.
-        diverse: cosine from which on two items are one hit; None: every item is its own.
-
-    Raises:
-        QueryError: a number is out of its range.
-    """
-
-    k: int = 10
-    offset: int = 0
-    conditions: tuple[filters.Condition, ...] = ()
-    min_score: float | None = None
-    relevant_only: bool = False
-    diverse: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_whole("k", self.k, 1)
-        _check_whole("offset", self.offset, 0)
-        for name, value in (("min_score", self.min_score), ("diverse", self.diverse)):
-            if value is not None and not -1 <= value <= 1:
-                raise QueryError(f"{name} is {value}; expected a cosine from -1 to 1")
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether hits without a cosine would be meaningless."""
-        return self.min_score is not None or self.relevant_only
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise QueryError(f"{name} is {value!r}; expected a whole number from {least} on")
-
-
 @dataclass(frozen=True, eq=False)
 class Sought:
-    """A query as the ranking sees it: a vector (D,) of unit norm, words, or both.
+    """A query as the ranking sees it: a vector (D,) of unit norm, words, both, or neither.
 
     Attributes:
-        made_of: items that the vector was made of; they are no news.
+        vector_D: None where no text, image or item is asked for.
+        words: None where none are asked for.
+        query_items: items that the vector was made of, which are not hits.
     """
 
     vector_D: Floats | None
     words: str | None = None
-    made_of: frozenset[int] = frozenset()
+    query_items: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +71,7 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class _Ranked:
-    """Ranked items; scores and relevance are None where only words were asked for."""
+    """Ranked items; scores and relevance are None where the query has no vector."""
 
     ids_K: Ints
     scores_K: npt.NDArray[np.float32] | None
@@ -142,25 +106,49 @@ class Searcher:
             self._view.background(snapshot),
         )
         allowed = self._allowed(options.conditions, snapshot)
-        depth = options.offset + options.k + max(len(query.made_of) for query in queries)
+        wanted = options.offset + options.k
+        depth = wanted + max(len(query.query_items) for query in queries)
         if any(query.words is not None for query in queries):
             depth = max(depth, _FUSED_RANKS)
+        if options.sorts_all:
+            depth = max(depth, _SORTED_RANKS)
         while True:
-            ranked = self._rank(state, queries, depth, allowed)
+            ranked = self._rank(state, queries, depth, allowed, options.sort)
             cut = [_cut(one, query, options) for one, query in zip(ranked, queries, strict=True)]
             if options.diverse is not None:
                 cut = [_fold(one, snapshot, options.diverse) for one in cut]
-            # Folding leaves fewer than were ranked: go deeper while there is more.
-            wanted = options.offset + options.k
-            enough = all(
-                len(one.ids_K) >= wanted or len(before.ids_K) < depth
-                for one, before in zip(cut, ranked, strict=True)
-            )
-            if options.diverse is None or enough:
+            # Folding leaves fewer than were ranked, and a sort wants all that a cut leaves: go
+            # deeper while there may be more.
+            if all(
+                len(before.ids_K) < depth or _suffices(one, before, query, options)
+                for one, before, query in zip(cut, ranked, queries, strict=True)
+            ):
                 break
             depth *= 4
+        if options.sort is not None:
+            cut = [
+                self._sorted(one, query, options) for one, query in zip(cut, queries, strict=True)
+            ]
         page = slice(options.offset, options.offset + options.k)
         return [self._hits(one, page) for one in cut]
+
+    def _sorted(self, ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
+        """The hits in the order of a key; where nothing cuts a ranking, only its best."""
+        if query.vector_D is not None and not options.sorts_all:
+            ranked = ranked.take(slice(0, options.offset + options.k))
+        return ranked.take(self._order(ranked.ids_K, options.sort))
+
+    def _order(self, ids_K: Ints, sort: str | None) -> Ints:
+        """Places of ids in the order of a key; those without it last, equal ones as they were."""
+        if sort is None:
+            return np.arange(len(ids_K))
+        key, descending = parse_sort(sort)
+        ids = ids_K.tolist()
+        values = self._store.sort_values(ids, key)
+        present = [place for place, item_id in enumerate(ids) if item_id in values]
+        missing = [place for place, item_id in enumerate(ids) if item_id not in values]
+        present.sort(key=lambda place: values[ids[place]], reverse=descending)
+        return np.array(present + missing, np.int64)
 
     def _rank(
         self,
@@ -168,6 +156,7 @@ class Searcher:
         queries: Sequence[Sought],
         depth: int,
         allowed: Ints | None,
+        sort: str | None,
     ) -> list[_Ranked]:
         given = [query.vector_D for query in queries if query.vector_D is not None]
         rankings: Iterator[Ranking] = iter(())
@@ -184,23 +173,25 @@ class Searcher:
             )
         ranked = []
         for query in queries:
-            worded, vector_D = None, query.vector_D
+            matched, vector_D = None, query.vector_D
             if query.words is not None:
-                worded = self._worded(query.words, state.snapshot, allowed)
+                matched = self._match_words(query.words, state.snapshot, allowed)
             if vector_D is None:
-                assert worded is not None  # it is one or the other
-                ranked.append(_Ranked(worded, None, None))
+                if matched is None:  # nothing is asked for: what passes, the last added first
+                    newest_N = (state.snapshot.ids_N if allowed is None else allowed)[::-1]
+                    matched = newest_N[self._order(newest_N, sort)][:depth]
+                ranked.append(_Ranked(matched, None, None))
                 continue
             ids_K, scores_K = next(rankings)
-            if worded is not None:
-                ids_K = words.fuse([ids_K, worded[:depth]])
+            if matched is not None:
+                ids_K = words.fuse([ids_K, matched[:depth]])
                 positions = np.searchsorted(state.snapshot.ids_N, ids_K)
                 scores_K = exact_scores(state.snapshot, positions, vector_D)
             relevance_K = state.background.relevance(vector_D, scores_K)
             ranked.append(_Ranked(ids_K, scores_K, relevance_K))
         return ranked
 
-    def _worded(self, text: str, snapshot: Snapshot, allowed: Ints | None) -> Ints:
+    def _match_words(self, text: str, snapshot: Snapshot, allowed: Ints | None) -> Ints:
         ids = self._store.match_words(words.match_expression(text))
         live = np.isin(ids, snapshot.ids_N, assume_unique=True)
         if allowed is not None:
@@ -208,9 +199,7 @@ class Searcher:
         found: Ints = ids[live]
         return found
 
-    def _allowed(
-        self, conditions: tuple[filters.Condition, ...], snapshot: Snapshot
-    ) -> Ints | None:
+    def _allowed(self, conditions: tuple[Condition, ...], snapshot: Snapshot) -> Ints | None:
         """Ids that pass the filter; remembered until the next commit."""
         if not conditions:
             return None
@@ -253,15 +242,23 @@ class Searcher:
 
 
 def _cut(ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
-    """Without the items that the query was made of, which are no news, and without the poor."""
-    keep_K = ~np.isin(ranked.ids_K, list(query.made_of))
+    """Without the items that the query was made of, and without those that score too low."""
+    keep_K = ~np.isin(ranked.ids_K, list(query.query_items))
     if options.needs_score and ranked.scores_K is None:
-        raise QueryError("words alone have no score to cut at; add something to look for")
+        alone = "words alone have" if query.words is not None else "a filter alone has"
+        raise QueryError(f"{alone} no score to cut at; add something to look for")
     if options.min_score is not None and ranked.scores_K is not None:
         keep_K &= ranked.scores_K >= options.min_score
     if options.relevant_only and ranked.relevance_K is not None:
         keep_K &= ranked.relevance_K >= RELEVANT
     return ranked.take(np.flatnonzero(keep_K))
+
+
+def _suffices(cut: _Ranked, ranked: _Ranked, query: Sought, options: Options) -> bool:
+    """Whether ranking deeper would add nothing to what is asked for."""
+    if options.sorts_all:
+        return len(cut.ids_K) < len(ranked.ids_K) - len(query.query_items)  # the cut was reached
+    return options.diverse is None or len(cut.ids_K) >= options.offset + options.k
 
 
 def _fold(ranked: _Ranked, snapshot: Snapshot, threshold: float) -> _Ranked:

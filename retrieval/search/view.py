@@ -107,7 +107,7 @@ class View:
         if stamp == self._manifest_stamp:
             return
         manifest = read_manifest(self._folder)
-        if manifest.encoder != self._pin:
+        if not manifest.encoder.makes_same_vectors(self._pin):
             _logger.warning(
                 "%s: its vectors are of model %s by now; this search still sees those of %s: "
                 "open it again",
@@ -129,9 +129,9 @@ class View:
                 if latest != published:  # a writer published the next one meanwhile
                     published = latest
                     continue
-                self._go_without(published, f"{published.file}: {_MISSING}")
+                self._search_without_index(published, f"{published.file}: {_MISSING}")
             except CollectionError as error:
-                self._go_without(published, str(error))
+                self._search_without_index(published, str(error))
         self._manifest_stamp = stamp
 
     def _load(self, published: IndexGeneration) -> LoadedIndex:
@@ -146,7 +146,7 @@ class View:
         on_gpus = copy_to_gpus(loaded.generation, loaded.faiss_index, size_bytes)
         return replace(loaded, on_gpus=on_gpus)
 
-    def _go_without(self, generation: IndexGeneration, reason: str) -> None:
+    def _search_without_index(self, generation: IndexGeneration, reason: str) -> None:
         # The index is derived: without it every search scans the vectors, exactly but more slowly.
         self._index, self._tried = None, generation
         _logger.warning("%s; until then every vector is compared", reason)

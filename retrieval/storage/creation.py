@@ -49,7 +49,7 @@ def create_folder(folder: Path, manifest: Manifest) -> None:
 
 
 def destroy_folder(folder: Path) -> None:
-    """Deletes a collection's folder; for whoever made it and could not fill it."""
+    """Deletes a collection's folder; called by the one that made it and could not fill it."""
     shutil.rmtree(folder)
 
 

@@ -1,11 +1,12 @@
 """One connection to a collection's SQLite file: opening, taking turns, transactions, errors.
 
 The database runs in WAL mode: any number of readers, in this process or others, go on while one
-writer commits.
+writer commits. Where the folder cannot be written to, it is read all the same (`connecting`).
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,20 @@ from typing import Any, TypeAlias
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.storage import metadata_index, words
-from clipsys.retrieval.storage.schema import SCHEMA, UPGRADED_VERSION, VERSION, check_length
-
-#: Seconds a statement waits for another connection's lock (commits take milliseconds).
-BUSY_TIMEOUT_S = 30.0
+from clipsys.retrieval.storage.connecting import (
+    Connection,
+    connect,
+    connect_to_copy,
+    is_writable,
+)
+from clipsys.retrieval.storage.schema import (
+    SCHEMA,
+    SOURCE_TABLES,
+    UPGRADED_VERSION,
+    VERSION,
+    check_length,
+)
+from clipsys.retrieval.storage.upgrading import upgrade
 
 Row: TypeAlias = tuple[Any, ...]
 
@@ -38,28 +49,28 @@ class Database:
         self.path = path
         self._lock = threading.RLock()
         check_length(path)
+        self._opened = self._connect()
+
+    def _connect(self) -> Connection:
         try:
-            self._connection = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode=rw",
-                uri=True,
-                timeout=BUSY_TIMEOUT_S,
-                isolation_level=None,  # transactions are begun and ended explicitly
-                check_same_thread=False,
-            )
-            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-            self._connection.create_function("casefold", 1, _casefold, deterministic=True)
-            self._connection.execute("PRAGMA foreign_keys = ON")
-            # WAL with FULL fsyncs the log at each commit: a commit survives a power cut.
-            self._connection.execute("PRAGMA synchronous = FULL")
+            opened = connect(self.path)
+            try:
+                (version,) = opened.sqlite.execute("PRAGMA user_version").fetchone()
+                if version == UPGRADED_VERSION and not is_writable(self.path):
+                    opened.close()
+                    opened = connect_to_copy(self.path, f"is of database version {version}")
+                    upgrade(opened.sqlite, opened.source)
+                    (version,) = opened.sqlite.execute("PRAGMA user_version").fetchone()
+                self._check_version(version)
+                _set_up(opened.sqlite)
+            except BaseException:
+                opened.close()
+                raise
         except sqlite3.Error as error:
             raise CollectionError(
-                f"{path}: the item database cannot be opened ({error}); restore it from a backup"
+                f"{self.path}: the item database cannot be opened ({error}); {_remedy(self.path)}"
             ) from error
-        try:
-            self._check_version(version)
-        except CollectionError:
-            self._connection.close()
-            raise
+        return opened
 
     def _check_version(self, version: int) -> None:
         if version == 0:
@@ -82,12 +93,32 @@ class Database:
     def close(self) -> None:
         """Closes the connection; using it afterwards is an error."""
         with self._lock:
-            self._connection.close()
+            self._opened.close()
+
+    def use_copy(self, reason: str) -> None:
+        """Goes on with a private copy, which may be changed although the collection may not."""
+        with self._lock:
+            try:
+                copy = connect_to_copy(self.path, reason)
+                _set_up(copy.sqlite)
+            except sqlite3.Error as error:
+                raise CollectionError(f"{self.path}: cannot be copied ({error})") from error
+            self._opened.close()
+            self._opened = copy
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether what is written gets into the collection."""
+        return is_writable(self.path)
 
     def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a query."""
-        with self.turn() as connection:
-            return connection.execute(query, parameters).fetchall()
+        while True:
+            with self.turn() as connection:
+                found = connection.execute(query, parameters).fetchall()
+                # Of an immutable database pages may have changed while they were read.
+                if connection.in_transaction or not self._opened.is_stale():
+                    return found
 
     def row(self, query: str, parameters: Sequence[Any] = ()) -> Row:
         """The first row of a query that has one in any case."""
@@ -97,8 +128,11 @@ class Database:
     def turn(self) -> Iterator[sqlite3.Connection]:
         """The connection, while no other thread uses it."""
         with self._lock:
+            if self._opened.is_stale() and not self._opened.sqlite.in_transaction:
+                self._opened.close()
+                self._opened = self._connect()
             try:
-                yield self._connection
+                yield self._opened.sqlite
             except sqlite3.Error as error:
                 raise CollectionError(f"{self.path}: the item database reports: {error}") from error
 
@@ -141,12 +175,26 @@ def create_database(path: Path) -> None:
             connection.executescript(SCHEMA)
             metadata_index.create_index(connection)
             words.ensure_table(connection)
+            for statement in SOURCE_TABLES:
+                connection.execute(statement)
         finally:
             connection.close()
     except sqlite3.Error as error:
         raise CollectionError(
             f"{path}: the item database cannot be made ({error}); free some space"
         ) from error
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
+    connection.create_function("casefold", 1, _casefold, deterministic=True)
+    connection.execute("PRAGMA foreign_keys = ON")
+    # WAL with FULL fsyncs the log at each commit: a commit survives a power cut.
+    connection.execute("PRAGMA synchronous = FULL")
+
+
+def _remedy(path: Path) -> str:
+    readable = os.access(path, os.R_OK) or not path.exists()
+    return "restore it from a backup" if readable else "this user may not read it"
 
 
 def _casefold(text: bytes) -> str:

@@ -96,7 +96,10 @@ def writer_lock(path: Path, *, holder: str) -> Iterator[None]:
             "wait until it ends, then try again"
         ) from None
     except OSError as error:
-        raise CollectionError(f"{holder}: cannot be written to ({error.strerror})") from error
+        raise CollectionError(
+            f"{holder}: the folder is not writable ({error.strerror}); it can be searched, but "
+            "commands that change it need write permission there"
+        ) from error
     try:
         yield
     finally:

@@ -1,11 +1,4 @@
-"""Conditions on metadata, and the SQL over the index of metadata that decides them.
-
-    {"year": 2024}                      equality; a list means: one of these
-    ["year>=2020", "colour=red"]        conditions as text, as on the command line
-    Condition("tags", "contains", "sea")
-
-All conditions must hold. Field names and values travel as parameters, never as SQL text. The fields
-``uri`` and ``caption`` mean the item's own, every other name a key of its metadata.
+"""The SQL that decides conditions on metadata, over the index of metadata.
 
 A condition becomes tests of an *entry*: a type, a value and what it is as a number; a list has an
 entry for each of its elements besides. They are tried on the distinct values of the key
@@ -22,21 +15,43 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, NamedTuple
 
-from clipsys.errors import QueryError
+from clipsys.retrieval.storage.conditions import (
+    ITEM_FIELDS,
+    Condition,
+    Operator,
+    Where,
+    parse_condition,
+    parse_where,
+)
 from clipsys.retrieval.storage.items import plain_text
-from clipsys.retrieval.storage.metadata_index import LONG, MAX_VALUE_BYTES, entries_of, number_of
+from clipsys.retrieval.storage.metadata_index import (
+    LONG,
+    MAX_VALUE_BYTES,
+    entries_below,
+    entries_of,
+    number_of,
+)
 from clipsys.retrieval.storage.schema import sql_text
 
-Operator = Literal["=", "!=", "<", "<=", ">", ">=", "in", "contains"]
+__all__ = [
+    "Condition",
+    "Operator",
+    "Selection",
+    "Where",
+    "parse_condition",
+    "parse_where",
+    "to_selection",
+]
 
-_PATTERN = re.compile(
-    r"\s*(?P<field>.+?)\s*(?:(?P<sign>!=|<=|>=|=|<|>)|\s(?P<word>in|contains)\s)\s*(?P<value>.*?)\s*",
-    re.DOTALL,
-)
+_DATE = re.compile(r"\d{4}-\d\d(-\d\d)?")
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d.*")
+#: SQL: a text that begins with a year and a month.
+_IS_DATE = "entry.type = 'text' AND entry.value GLOB '[12][0-9][0-9][0-9]-[01][0-9]*'"
 _NOTHING = "SELECT 0 WHERE 0"
 _ITEMS_OF = (
     "SELECT posting.item FROM metadata_values AS entry {index} "
@@ -53,8 +68,6 @@ _FOLDED = (
 )
 #: Types whose text is searched for a part.
 _WITH_PARTS = "('text', 'integer', 'real', 'true', 'false', 'object')"
-#: Fields that mean a column of the item and not a metadata key.
-ITEM_FIELDS = ("uri", "caption")
 
 
 class _Test(NamedTuple):
@@ -65,73 +78,7 @@ class _Test(NamedTuple):
     by_number: bool = False
 
 
-@dataclass(frozen=True)
-class Condition:
-    """``field operator value``; for ``in`` the value is a sequence.
-
-    Raises:
-        QueryError: the operator is unknown, or the value does not fit it.
-    """
-
-    field: str
-    operator: Operator
-    value: Any
-
-    def __post_init__(self) -> None:
-        if self.operator not in get_args(Operator):
-            raise QueryError(
-                f"filter on {self.field!r}: unknown operator {self.operator!r}; "
-                f"expected one of {', '.join(get_args(Operator))}"
-            )
-        values = self.value if self.operator == "in" else [self.value]
-        if isinstance(values, str) or not isinstance(values, Sequence):
-            raise QueryError(f"filter on {self.field!r}: `in` expects a list, found {values!r}")
-        for value in values:
-            if not isinstance(value, str | bool | int | float | None):
-                raise QueryError(
-                    f"filter on {self.field!r}: {value!r} is {type(value).__name__}; "
-                    "expected text, a number, true, false or null"
-                )
-
-
-Where: TypeAlias = "Mapping[str, Any] | Sequence[str | Condition] | str | Condition | None"
-
-
-def parse_condition(text: str) -> Condition:
-    """Reads ``K=V``, ``K>=V`` and so on, ``K in A,B`` or ``K contains V``.
-
-    Raises:
-        QueryError: it is none of these.
-    """
-    match = _PATTERN.fullmatch(text)
-    if match is None:
-        raise QueryError(
-            f"filter {text!r} is not understood; expected KEY=VALUE, or one of "
-            "!= < <= > >= in contains between key and value"
-        )
-    field, value = match["field"], match["value"]
-    if match["word"] == "in":
-        return Condition(field, "in", [part.strip() for part in value.split(",")])
-    operator = cast(Operator, match["word"] or match["sign"])
-    return Condition(field, operator, value)
-
-
-def parse_where(where: Where) -> tuple[Condition, ...]:
-    """Brings every accepted form of filter into conditions."""
-    if where is None:
-        return ()
-    if isinstance(where, str):
-        return (parse_condition(where),)
-    if isinstance(where, Condition):
-        return (where,)
-    if isinstance(where, Mapping):
-        return tuple(
-            Condition(key, "in", list(value))
-            if isinstance(value, list | tuple | set | frozenset)
-            else Condition(key, "=", value)
-            for key, value in where.items()
-        )
-    return tuple(parse_condition(part) if isinstance(part, str) else part for part in where)
+_PRESENT = _Test("entry.type != 'null'", [])
 
 
 @dataclass(frozen=True)
@@ -156,7 +103,7 @@ def to_selection(condition: Condition) -> Selection:
         found = to_selection(Condition(condition.field, "=", condition.value))
         return replace(found, excluded=not found.excluded)
     if condition.operator == "=" and condition.value is None:  # null, or not there at all
-        return replace(_select(condition.field, [_Test("entry.type != 'null'", [])]), excluded=True)
+        return replace(_select(condition.field, [_PRESENT]), excluded=True)
     return _select(condition.field, _tests(condition), _may_be_long(condition))
 
 
@@ -178,7 +125,29 @@ def _select(field: str, tests: Sequence[_Test], may_be_long: bool = False) -> Se
             f"WHERE entry.key = ? AND ({together}))"
         )
         parameters += [name, name, *(one for test in tests for one in test.parameters)]
+    if tests and (below := split_path(name)) is not None:
+        key, path, last = below
+        structs = _ITEMS_OF.format(index="", test=f"entry.type IN ('object', '{LONG}')")
+        together = " OR ".join(f"({test.text})" for test in tests)
+        selects.append(
+            f"SELECT items.id FROM ({structs}) AS found CROSS JOIN items ON items.id = found.item "
+            f"WHERE EXISTS (SELECT 1 FROM ({entries_below('items')}) AS entry "
+            f"WHERE entry.key = ? AND ({together}))"
+        )
+        parameters += [key, path, path, last, *(one for test in tests for one in test.parameters)]
     return Selection(" UNION ALL ".join(selects) or _NOTHING, tuple(parameters))
+
+
+def split_path(field: str) -> tuple[str, str, str] | None:
+    """``a.b.c`` as the key ``a``, the JSON path of ``a.b`` and the field ``c``; None if it is none.
+
+    A field of a struct. A key that holds the dots itself is found besides.
+    """
+    names = field.split(".")
+    if len(names) < 2 or not all(names) or '"' in field:
+        return None
+    path = "".join(f'."{name}"' for name in names[:-1])
+    return names[0], f"${path}", names[-1]
 
 
 def _select_by_column(column: str, tests: Sequence[_Test]) -> Selection:
@@ -211,11 +180,43 @@ def _tests(condition: Condition) -> list[_Test]:
             _Test(f"entry.type IN {_WITH_PARTS} AND instr({_FOLDED}, ?) > 0", [needle]),
         ]
         if number is not None:
-            tests.append(_Test("entry.type = 'element' AND entry.number = ?", [number], True))
+            numbers = _same_numbers([number])
+            test = f"entry.number IN ({_marks(numbers)})"
+            tests.append(_Test(f"entry.type = 'element' AND {test}", numbers, True))
         return tests
     if number is None:
-        return [_Test(f"entry.type = 'text' AND entry.value {operator} ?", [_text(value)])]
-    return [_Test(f"entry.type != 'element' AND entry.number {operator} ?", [number], True)]
+        return [_in_order_as_text(operator, _text(value))]
+    return _in_order_as_number(operator, number)
+
+
+def _in_order_as_text(operator: Operator, text: str) -> _Test:
+    if _DATE.fullmatch(text):
+        beginning = f"substr(entry.value, 1, {len(text)})"
+        return _Test(f"entry.type = 'text' AND {beginning} {operator} ?", [text])
+    if _MOMENT.fullmatch(text):
+        return _Test(f"entry.type = 'text' AND {_SPACED} {operator} ?", [text.replace("T", " ", 1)])
+    return _Test(f"entry.type = 'text' AND entry.value {operator} ?", [text])
+
+
+#: SQL: a date and a time with a blank between them, as some write them and others with a T.
+_SPACED = "(replace(substr(entry.value, 1, 11), 'T', ' ') || substr(entry.value, 12))"
+
+
+def _in_order_as_number(operator: Operator, number: int | float) -> list[_Test]:
+    both = _same_numbers([number])
+    # 0.1 of 32 bits is a little more than 0.1: `<=` and `>=` include it, `<` and `>` do not.
+    bound = max(both) if operator in ("<=", ">") else min(both)
+    return [_Test(f"entry.type != 'element' AND entry.number {operator} ?", [bound], True)]
+
+
+def _same_numbers(numbers: Sequence[int | float]) -> list[int | float]:
+    """Numbers, and what 32 bits keep of those that are not whole."""
+    kept: list[int | float] = []
+    for number in numbers:
+        kept.append(number)
+        if isinstance(number, float) and number != int(number) and abs(number) < 3.4e38:
+            kept.append(struct.unpack("f", struct.pack("f", number))[0])
+    return list(dict.fromkeys(kept))
 
 
 def _equals(values: Sequence[object]) -> list[_Test]:
@@ -223,7 +224,7 @@ def _equals(values: Sequence[object]) -> list[_Test]:
     tests: list[_Test] = []
     others = [one for one in values if one is not None and not _is_truth(one)]
     texts = [_text(one) for one in others]
-    numbers = [number for one in others if (number := _number(one)) is not None]
+    numbers = _same_numbers([number for one in others if (number := _number(one)) is not None])
     words = sorted({str(one).lower() for one in values if _is_truth(one)})
     if texts:
         tests.append(_Test(f"entry.type = 'text' AND entry.value IN ({_marks(texts)})", texts))
@@ -235,6 +236,14 @@ def _equals(values: Sequence[object]) -> list[_Test]:
         tests.append(_Test(f"entry.type = 'text' AND {_FOLDED} IN ({_marks(words)})", words))
     if None in values:
         tests.append(_Test("entry.type = 'null'", []))
+    for text in texts:
+        if _DATE.fullmatch(text):
+            next_one = f"substr(entry.value, {len(text) + 1}, 1) IN ('-', 'T', ' ')"
+            beginning = f"substr(entry.value, 1, {len(text)}) = ?"
+            tests.append(_Test(f"{_IS_DATE} AND {beginning} AND {next_one}", [text]))
+        elif _MOMENT.fullmatch(text):
+            spaced = text.replace("T", " ", 1)
+            tests.append(_Test(f"{_IS_DATE} AND {_SPACED} = ?", [spaced]))
     return tests
 
 

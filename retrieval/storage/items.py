@@ -69,26 +69,37 @@ class NewItem:
 
 @dataclass(frozen=True)
 class ItemUpdate:
-    """New file facts, captions and metadata for an item whose image stays the same."""
+    """New file facts, captions and metadata for an item whose image stays the same.
+
+    ``moved_from``, ``moved_to``: its file has another place by now; None: it is where it was.
+    """
 
     id: int
     size_bytes: int | None
     mtime_ns: int | None
     captions: tuple[str, ...]
     metadata: Mapping[str, Any]
+    moved_from: str | None = None
+    moved_to: str | None = None
 
 
 @dataclass
 class Batch:
-    """What one transaction commits. ``origins``: (source, uri), which source gave which uri."""
+    """What one transaction commits.
+
+    ``origins``: (source, uri), which source gave which uri. ``claims``: (source, uri, captions,
+    metadata keys), which texts of it; see `clipsys.retrieval.storage.sources`.
+    """
 
     new: list[NewItem] = field(default_factory=list)
     updates: list[ItemUpdate] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     origins: list[tuple[str, str]] = field(default_factory=list)
+    claims: list[tuple[str, str, bool, frozenset[str]]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.new) + len(self.updates) + len(self.failures) + len(self.origins)
+        notes = len(self.origins) + len(self.claims)
+        return len(self.new) + len(self.updates) + len(self.failures) + notes
 
 
 def plain_text(text: str) -> str:

@@ -30,6 +30,10 @@ class EncoderPin(BaseModel):
     fingerprint: str = Field(description="covers weights, preprocessing and tokenizer")
     dim: int = Field(gt=0, description="embedding width")
 
+    def makes_same_vectors(self, other: EncoderPin) -> bool:
+        """Whether vectors of both can be compared: the same weights, wherever they lie."""
+        return (self.fingerprint, self.dim) == (other.fingerprint, other.dim)
+
 
 class SearchEffort(BaseModel):
     """How hard a tuned index looks: what was found to reach the recall, and the recall found."""

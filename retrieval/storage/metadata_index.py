@@ -58,6 +58,11 @@ def entries_of(row: str, *, whole: bool = True) -> str:
     return _entries(f"json_each({row}.metadata) AS field", "", whole=whole)
 
 
+def entries_below(row: str) -> str:
+    """SQL: the entries of an object within one row of items, whose JSON path is bound twice."""
+    return _entries(f"json_each({row}.metadata, ?) AS field", "", whole=True)
+
+
 def _entries(source: str, first_column: str, *, whole: bool) -> str:
     # Lists and nulls are there or not; nothing compares them as a whole.
     value = "CASE WHEN field.type IN ('array', 'null') THEN '' ELSE field.value END"

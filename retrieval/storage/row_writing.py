@@ -6,7 +6,7 @@ Each takes the connection of the transaction that it is part of.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from clipsys.retrieval.storage.items import (
     Failure,
@@ -83,9 +83,18 @@ def update_item(connection: sqlite3.Connection, update: ItemUpdate, change: int)
             update.id,
         ),
     )
+    if update.moved_from is not None and update.moved_to is not None:
+        _move_item(connection, update.id, update.moved_from, update.moved_to)
     connection.execute(
         "DELETE FROM failures WHERE uri = (SELECT uri FROM items WHERE id = ?)", (update.id,)
     )
+
+
+def _move_item(connection: sqlite3.Connection, item_id: int, old: str, new: str) -> None:
+    """Gives an item the new place of its file; what was noted of the old one goes."""
+    connection.execute("UPDATE items SET uri = ? WHERE id = ?", (sql_text(new), item_id))
+    for table in ("origins", "claims", "failures"):
+        connection.execute(f"DELETE FROM {table} WHERE uri = ?", (sql_text(old),))
 
 
 def record_failure(connection: sqlite3.Connection, failure: Failure) -> None:
@@ -115,4 +124,15 @@ def record_origin(connection: sqlite3.Connection, source: str, uri: str) -> None
     connection.execute(
         "INSERT OR IGNORE INTO origins SELECT id, ? FROM sources WHERE name = ?",
         (sql_text(uri), sql_text(source)),
+    )
+
+
+def record_claim(
+    connection: sqlite3.Connection, source: str, uri: str, captions: bool, keys: Iterable[str]
+) -> None:
+    """Notes which of a uri's texts a source gave."""
+    connection.execute("INSERT OR IGNORE INTO sources (name) VALUES (?)", (sql_text(source),))
+    connection.execute(
+        "INSERT OR REPLACE INTO claims SELECT id, ?, ?, ? FROM sources WHERE name = ?",
+        (sql_text(uri), captions, to_json(sorted(keys)), sql_text(source)),
     )

@@ -17,6 +17,15 @@ UPGRADED_VERSION = 2
 #: All live ids without reading the items.
 LIVE_INDEX = "CREATE INDEX items_live ON items (id) WHERE state = 'live'"
 
+#: Tables that came later without a new version: earlier ones go on without them, and the first
+#: writer of this one adds them. ``claims``: see `sources`.
+SOURCE_TABLES = (
+    "CREATE TABLE IF NOT EXISTS claims (source INTEGER NOT NULL, uri TEXT NOT NULL, "
+    "captions INTEGER NOT NULL, keys TEXT NOT NULL, PRIMARY KEY (source, uri)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS source_settings "
+    "(source INTEGER PRIMARY KEY, settings TEXT NOT NULL)",
+)
+
 SCHEMA = f"""
 PRAGMA user_version = {VERSION};
 CREATE TABLE state (name TEXT PRIMARY KEY, value INTEGER NOT NULL);

@@ -25,15 +25,19 @@ from typing import Any
 
 import numpy as np
 
+from clipsys.errors import QueryError
 from clipsys.retrieval.storage import metadata_index, words
+from clipsys.retrieval.storage.conditions import Condition
 from clipsys.retrieval.storage.database import Database, create_database
-from clipsys.retrieval.storage.filters import ITEM_FIELDS, Condition, to_selection
-from clipsys.retrieval.storage.items import Batch, Failure, Item, Location
+from clipsys.retrieval.storage.filter_hints import explain_nothing, unknown_key
+from clipsys.retrieval.storage.filters import split_path, to_selection
+from clipsys.retrieval.storage.items import Batch, Failure, Item, Location, plain_text
 from clipsys.retrieval.storage.row_writing import (
     insert_item,
     insert_segment,
     mark_deleted,
     next_change,
+    record_claim,
     record_failure,
     record_origin,
     update_item,
@@ -41,11 +45,18 @@ from clipsys.retrieval.storage.row_writing import (
 from clipsys.retrieval.storage.schema import (
     SELECT_FAILURE,
     SELECT_ITEM,
+    SOURCE_TABLES,
     failure_of,
     item_of,
     sql_text,
 )
 from clipsys.retrieval.storage.segments import Ints, SegmentFile
+from clipsys.retrieval.storage.sorting import (
+    SORT_COLUMNS,
+    SortValue,
+    sort_queries,
+    sort_value,
+)
 
 FILE_NAME = "items.sqlite"
 #: Ids bound in one statement; SQLite's own bound is 32,766 from 3.32 on.
@@ -147,6 +158,11 @@ class Store:
         rows = self._database.rows(query, (content_hash,))
         return Location(*rows[0]) if rows else None
 
+    def items_of_content(self, content_hash: str, limit: int = 100) -> list[Item]:
+        """Live items whose files have this content, the oldest first."""
+        query = f"{SELECT_ITEM} WHERE content_hash = ? AND state = 'live' ORDER BY id LIMIT ?"
+        return [item_of(row) for row in self._database.rows(query, (content_hash, limit))]
+
     def find_failure(self, uri: str) -> Failure | None:
         """The ledger's entry of a uri."""
         rows = self._database.rows(f"{SELECT_FAILURE} WHERE uri = ?", (sql_text(uri),))
@@ -183,14 +199,6 @@ class Store:
         """A counter of the collection; see the schema."""
         return int(self._database.row("SELECT value FROM state WHERE name = ?", (name,))[0])
 
-    def has_origin(self, source: str, uri: str) -> bool:
-        """Whether a source is known to give a uri."""
-        query = (
-            "SELECT 1 FROM origins JOIN sources ON sources.id = origins.source "
-            "WHERE origins.uri = ? AND sources.name = ?"
-        )
-        return bool(self._database.rows(query, (sql_text(uri), sql_text(source))))
-
     def read(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query, for the modules that look after a collection."""
         return self._database.rows(query, parameters)
@@ -198,8 +206,14 @@ class Store:
     def select_ids(self, conditions: Sequence[Condition]) -> Ints:
         """Ids of live items for which all conditions hold, ascending, as of one moment.
 
-        Where none does, fields that no item has are warned of: as a rule they are misspelt.
+        Where none does, a warning says why: as a rule a key or a value is misspelt.
         """
+        found = self._select_ids(conditions)
+        if not len(found) and (reason := self.explain_nothing(conditions)):
+            _logger.warning("%s", reason)
+        return found
+
+    def _select_ids(self, conditions: Sequence[Condition]) -> Ints:
         selections = [to_selection(condition) for condition in conditions]
         with self._database.transaction("BEGIN") as connection:
             if all(selection.excluded for selection in selections):
@@ -210,26 +224,60 @@ class Store:
                     found = np.setdiff1d(found, ids, assume_unique=True)
                 else:
                     found = np.intersect1d(found, ids, assume_unique=True) if number else ids
-        if not len(found):
-            self._warn_of_unknown_fields(conditions)
         return found
 
-    def _warn_of_unknown_fields(self, conditions: Sequence[Condition]) -> None:
-        known = self.metadata_keys()
-        for condition in conditions:
-            if condition.field not in known and condition.field not in ITEM_FIELDS:
-                there = ", ".join(known) or "none at all"
-                _logger.warning("no item has metadata %r; there is %s", condition.field, there)
+    def explain_nothing(self, conditions: Sequence[Condition]) -> str | None:
+        """Why a filter selects nothing, with the nearest key or value; None if it does select."""
+        return explain_nothing(
+            conditions,
+            count=lambda chosen: len(self._select_ids(chosen)),
+            read=self._database.rows,
+        )
+
+    def sort_values(self, ids: Sequence[int], key: str) -> dict[int, SortValue]:
+        """What items are sorted by, by id; items that lack the key are left out.
+
+        Args:
+            ids: of the items.
+            key: a metadata key, a field of a struct as ``a.b``; or where no item has such metadata
+                ``uri``, ``caption``, ``added`` or ``modified``.
+
+        Raises:
+            QueryError: no item has it.
+        """
+        column = None if self._has_key(key) else SORT_COLUMNS.get(key)
+        below = split_path(key)
+        if column is None and not self._has_key(key) and not (below and self._has_key(below[0])):
+            known = [*self.metadata_keys(), *SORT_COLUMNS]
+            raise QueryError(f"cannot sort by {key!r}: {unknown_key(key, known)}")
+        found: dict[int, SortValue] = {}
+        for start in range(0, len(ids), _IDS_PER_STATEMENT):
+            chunk = [int(item_id) for item_id in ids[start : start + _IDS_PER_STATEMENT]]
+            marks = ",".join("?" * len(chunk))
+            for query, parameters in sort_queries(key, column, below):
+                rows = self._database.rows(f"{query} WHERE id IN ({marks})", (*parameters, *chunk))
+                for item_id, kind, value in rows:
+                    compared = sort_value(kind, value)
+                    if compared is not None:
+                        found[item_id] = compared
+        return found
+
+    def _has_key(self, key: str) -> bool:
+        query = "SELECT 1 FROM metadata_keys WHERE key = ?"
+        return bool(self._database.rows(query, (plain_text(key),)))
 
     def match_words(self, expression: str) -> Ints:
-        """Ids of live items whose captions match, best first (BM25), equal ones by id.
+        """Ids of live items whose captions and file names match, best first (BM25), then by id.
 
         ``expression`` comes from :func:`clipsys.retrieval.storage.words.match_expression`.
         """
-        query = f"SELECT rowid FROM {words.TABLE} WHERE text MATCH ? ORDER BY rank, rowid"
-        with self._database.turn() as connection:
-            words.ensure_table(connection)
-            rows = connection.execute(query, (expression,)).fetchall()
+        query = f"SELECT rowid FROM {words.TABLE} WHERE {words.TABLE} MATCH ? ORDER BY rank, rowid"
+        if not self.read(words.IS_CURRENT, (words.SCHEMA[0],)):
+            if not self._database.is_writable:
+                self._database.use_copy("has no words of file names yet")
+            with self._database.turn() as connection:
+                words.ensure_table(connection)
+        rows = self.read(query, (expression,))
         return np.fromiter((row[0] for row in rows), np.int64, len(rows))
 
     def metadata_keys(self) -> list[str]:
@@ -280,7 +328,16 @@ class Store:
                 record_failure(connection, failure)
             for source, uri in batch.origins:
                 record_origin(connection, source, uri)
+            for source, uri, captions, keys in batch.claims:
+                record_claim(connection, source, uri, captions, keys)
         return ids
+
+    def add_source_tables(self) -> None:
+        """Adds the tables that the database of an earlier version lacks."""
+        if not self.read("SELECT 1 FROM sqlite_master WHERE name = 'claims'"):
+            with self._database.transaction("BEGIN IMMEDIATE") as connection:
+                for statement in SOURCE_TABLES:
+                    connection.execute(statement)
 
     def note_segment_times(self, times_ns: Mapping[int, int]) -> None:
         """Records when segments were written, by database id."""

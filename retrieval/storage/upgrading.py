@@ -15,7 +15,14 @@ from pathlib import Path
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.storage import metadata_index
-from clipsys.retrieval.storage.schema import LIVE_INDEX, UPGRADED_VERSION, VERSION, check_length
+from clipsys.retrieval.storage.connecting import is_writable
+from clipsys.retrieval.storage.schema import (
+    LIVE_INDEX,
+    SOURCE_TABLES,
+    UPGRADED_VERSION,
+    VERSION,
+    check_length,
+)
 
 #: Seconds that another process may take that upgrades the same database.
 _TIMEOUT_S = 600.0
@@ -32,6 +39,8 @@ def upgrade_database(path: Path) -> bool:
         CollectionError: it cannot be written, or the disk is full; it is as it was.
     """
     check_length(path)
+    if path.exists() and not is_writable(path):
+        return False  # `Database` reads it through a copy
     try:
         connection = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode=rw",
@@ -46,7 +55,7 @@ def upgrade_database(path: Path) -> bool:
         return False  # opening it says what is wrong
     try:
         with closing(sqlite3.connect(path, timeout=_TIMEOUT_S, isolation_level=None)) as connection:
-            return _upgrade(connection, path)
+            return upgrade(connection, path)
     except sqlite3.Error as error:
         raise CollectionError(
             f"{path}: is of database version {UPGRADED_VERSION} and cannot be brought to version "
@@ -54,7 +63,8 @@ def upgrade_database(path: Path) -> bool:
         ) from error
 
 
-def _upgrade(connection: sqlite3.Connection, path: Path) -> bool:
+def upgrade(connection: sqlite3.Connection, path: Path) -> bool:
+    """Upgrades a connected database in one transaction; `path` is for the message."""
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -67,6 +77,8 @@ def _upgrade(connection: sqlite3.Connection, path: Path) -> bool:
         connection.execute("ALTER TABLE segments ADD COLUMN mtime_ns INTEGER")
         connection.execute(LIVE_INDEX)
         metadata_index.rebuild_index(connection)
+        for statement in SOURCE_TABLES:
+            connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
     except BaseException:

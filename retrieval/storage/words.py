@@ -1,13 +1,15 @@
-"""Searching the words of captions, by SQLite's FTS5, alone or beside the vectors.
+"""Searching the words of captions and of file names, by SQLite's FTS5, alone or beside the vectors.
 
     beach dog            both words, in any order; capitals and accents do not count
     "on the beach"       these words in this order
     surf*                words that begin so
     dog -brown           without that word
 
-The table follows the items by triggers, so whatever writes items cannot forget it. A collection
-that was made before the table existed gets it, filled, at the first search for words; older
-versions of clipsys go on working on it, since the triggers are the database's own.
+Of a sample in a shard the key is its file name; a row of a Parquet table has none. The table
+follows the items by triggers, so whatever writes items cannot forget it. A collection that was made
+before the table existed, or before it held file names, gets it, filled, at the first search for
+words; where that cannot be written, in a copy. Older versions of clipsys go on working on it, since
+the triggers are the database's own.
 """
 
 from __future__ import annotations
@@ -23,32 +25,42 @@ from clipsys.retrieval.storage.segments import Ints
 
 TABLE = "caption_words"
 _TEXT = "(SELECT group_concat(value, char(10)) FROM json_each({row}.captions))"
+# What follows the last slash; rtrim() cuts off all that is none.
+_BASENAME = (
+    "substr({row}.uri, 1 + length(rtrim({row}.uri, replace(CAST({row}.uri AS TEXT), '/', ''))))"
+)
+_NAME = (
+    "(SELECT CASE WHEN instr(name, '.tar#') THEN substr(name, 5 + instr(name, '.tar#')) "
+    "WHEN instr(name, '.parquet#') THEN '' ELSE name END "
+    f"FROM (SELECT CAST({_BASENAME} AS TEXT) AS name))"
+)
+_ENTER = f"INSERT INTO {TABLE} (rowid, text, name) SELECT {{row}}.id, {_TEXT}, {_NAME}"
+_STRIKE = f"DELETE FROM {TABLE} WHERE rowid = old.id"
 #: Run on an empty or a filled database, inside a transaction.
 SCHEMA = (
-    f"CREATE VIRTUAL TABLE {TABLE} USING fts5(text, tokenize = 'unicode61 remove_diacritics 2')",
-    f"CREATE TRIGGER {TABLE}_insert AFTER INSERT ON items "
-    "WHEN new.captions != '[]' AND new.state = 'live' BEGIN "
-    f"INSERT INTO {TABLE} (rowid, text) VALUES (new.id, {_TEXT.format(row='new')}); END",
-    f"CREATE TRIGGER {TABLE}_update AFTER UPDATE OF captions ON items "
-    "WHEN new.captions != old.captions BEGIN "
-    f"DELETE FROM {TABLE} WHERE rowid = old.id; "
-    f"INSERT INTO {TABLE} (rowid, text) SELECT new.id, {_TEXT.format(row='new')} "
-    "WHERE new.captions != '[]' AND new.state = 'live'; END",
+    f"CREATE VIRTUAL TABLE {TABLE} "
+    "USING fts5(text, name, tokenize = 'unicode61 remove_diacritics 2')",
+    f"CREATE TRIGGER {TABLE}_insert AFTER INSERT ON items WHEN new.state = 'live' BEGIN "
+    f"{_ENTER.format(row='new')}; END",
+    f"CREATE TRIGGER {TABLE}_update AFTER UPDATE OF captions, uri ON items "
+    "WHEN (new.captions, new.uri) IS NOT (old.captions, old.uri) BEGIN "
+    f"{_STRIKE}; {_ENTER.format(row='new')} WHERE new.state = 'live'; END",
     f"CREATE TRIGGER {TABLE}_retire AFTER UPDATE OF state ON items WHEN new.state != 'live' BEGIN "
-    f"DELETE FROM {TABLE} WHERE rowid = old.id; END",
-    f"CREATE TRIGGER {TABLE}_delete AFTER DELETE ON items BEGIN "
-    f"DELETE FROM {TABLE} WHERE rowid = old.id; END",
-    f"INSERT INTO {TABLE} (rowid, text) SELECT id, {_TEXT.format(row='items')} FROM items "
-    "WHERE state = 'live' AND captions != '[]'",
+    f"{_STRIKE}; END",
+    f"CREATE TRIGGER {TABLE}_delete AFTER DELETE ON items BEGIN {_STRIKE}; END",
+    f"{_ENTER.format(row='items')} FROM items WHERE state = 'live'",
 )
 
+#: Whether the table is there as it is made today; the statement that makes it is bound.
+IS_CURRENT = f"SELECT 1 FROM sqlite_master WHERE name = '{TABLE}' AND sql = ?"
 #: How many rows are not what the items say, in one statement and so as of one moment.
 COUNT_STRAY = f"""
-WITH wanted (id, text) AS (
-    SELECT id, {_TEXT.format(row="items")} FROM items WHERE state = 'live' AND captions != '[]'
-)
-SELECT (SELECT count(*) FROM (SELECT * FROM wanted EXCEPT SELECT rowid, text FROM {TABLE}))
-     + (SELECT count(*) FROM (SELECT rowid, text FROM {TABLE} EXCEPT SELECT * FROM wanted))
+WITH wanted (id, text, name) AS (
+    SELECT id, {_TEXT.format(row="items")}, {_NAME.format(row="items")}
+    FROM items WHERE state = 'live'
+), found (id, text, name) AS (SELECT rowid, text, name FROM {TABLE})
+SELECT (SELECT count(*) FROM (SELECT * FROM wanted EXCEPT SELECT * FROM found))
+     + (SELECT count(*) FROM (SELECT * FROM found EXCEPT SELECT * FROM wanted))
 """
 #: FTS5 compares its index with its rows; an error if they differ. A write as far as locks go.
 CHECK_INDEX = f"INSERT INTO {TABLE} ({TABLE}) VALUES ('integrity-check')"
@@ -60,15 +72,17 @@ _FUSION_CONSTANT = 60
 
 
 def ensure_table(connection: sqlite3.Connection) -> None:
-    """Makes the table if the database has none; several processes may do so at once."""
-    query = "SELECT count(*) FROM sqlite_master WHERE name = ?"
-    if connection.execute(query, (TABLE,)).fetchone()[0]:
+    """Makes the table if the database has none of today; several processes may do so at once."""
+
+    def is_current() -> bool:
+        return bool(connection.execute(IS_CURRENT, (SCHEMA[0],)).fetchall())
+
+    if is_current():
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if not connection.execute(query, (TABLE,)).fetchone()[0]:
-            for statement in SCHEMA:
-                connection.execute(statement)
+        if not is_current():
+            rebuild_table(connection)
         connection.execute("COMMIT")
     except BaseException:
         connection.execute("ROLLBACK")

@@ -61,12 +61,13 @@ def writing(
     """
     with durable.writer_lock(folder / LOCK_NAME, holder=str(folder)):
         manifest = read_manifest(folder)  # another process may have written since ours was read
-        if manifest.encoder != pin:
+        if not manifest.encoder.makes_same_vectors(pin):
             raise CollectionError(
                 f"{folder}: its vectors are of model {manifest.encoder.name} by now, not of "
                 f"{pin.name}; open it again"
             )
         data = folder / manifest.edition
+        store.add_source_tables()
         clear_leftovers(data, store)
         view.note_segment_times()
         delete_stale(data / INDEXES, manifest.index)
@@ -137,6 +138,12 @@ class Writer:
         """Joins small segments where there are many."""
         self._num_segments = 0
         join_small(self._data / SEGMENTS, self._store, self._manifest.encoder.dim)
+
+    def record_model(self, model: str) -> None:
+        """Notes in the manifest where the model lies by now."""
+        pin = self._manifest.encoder.model_copy(update={"model": model})
+        self._manifest = self._manifest.model_copy(update={"encoder": pin})
+        write_manifest(self._folder, self._manifest)
 
     def tidy_up(self) -> None:
         """What follows a run of commits: small segments joined, the index brought up to date."""

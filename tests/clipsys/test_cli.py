@@ -94,6 +94,81 @@ def test_classify_names_a_bad_image(
     assert "bad.jpg: not an image in a known format" in err.splitlines()[-1]
 
 
+def test_classify_answers_for_the_good_images_and_names_the_bad_ones(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise_image(0).save(tmp_path / "good.png")
+    noise_image(1).save(tmp_path / "last.png")
+    (tmp_path / "bad\x1b[31m.jpg").write_bytes(b"nothing")
+    (tmp_path / "labels.txt").write_text("\ufeffAnnas, Ltd\n\ncat\ncat\n", encoding="utf-8")
+    images = [str(tmp_path / name) for name in ("good.png", "bad\x1b[31m.jpg", "last.png")]
+    options = [
+        f"--labels-file={tmp_path / 'labels.txt'}",
+        "--label=a, b",
+        f"--model={model_folder}",
+    ]
+    status, out, err = run("classify", *images, *options, "--json", capsys=capsys)
+    rows = json.loads(out)
+    assert status == 1
+    assert [row["uri"] for row in rows] == [images[0], images[2]]
+    assert set(rows[0]["scores"]) == {"a, b", "Annas, Ltd", "cat"}
+    assert "class 'cat' is named twice" in err
+    assert f"error: {tmp_path}/bad\\x1b[31m.jpg: not an image" in err
+    status, out, _ = run("classify", *images, *options, capsys=capsys)
+    assert status == 1
+    assert [line.split("  ")[0] for line in out.splitlines()] == [images[0], images[2]]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ([], 2, "--labels, --label or --labels-file"),
+        (["--labels=a,"], 1, "two different classes"),
+        (["--labels=a,b", "--template=x"], 1, "expected one {}"),
+        (["--labels-file=none.txt"], 1, "none.txt: the classes cannot be read"),
+    ],
+)
+def test_classify_checks_its_classes_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], words: list[str], status: int, message: str
+) -> None:
+    done, out, err = run("classify", "a.png", "--model=no/where", *words, capsys=capsys)
+    assert (done, out) == (status, "")
+    assert message in err
+
+
+def test_table_options_reach_every_verb_that_takes_a_table(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["bild;satz;art"]
+    for number in range(4):
+        noise_image(number).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png;größe {number};{('rot', 'grün')[number % 2]}")
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="cp1252")
+    table = ["--path-column=Bild", "--caption-column=satz", "--label-column=art"]
+    options = [*table, "--encoding=cp1252"]
+    command = ["shards", str(tmp_path / "t.csv"), str(tmp_path / "out")]
+    assert run(*command, *options, capsys=capsys)[0] == 0
+    command = ["evaluate", str(model_folder), "--task=zeroshot", f"--data={tmp_path / 't.csv'}"]
+    status, out, _ = run(*command, *options, "--json", capsys=capsys)
+    assert (status, json.loads(out)["task"]) == (0, "zeroshot")
+    status, _, err = run("shards", str(tmp_path), str(tmp_path / "o"), *table, capsys=capsys)
+    assert status == 1
+    assert "--path-column, --caption-column, --label-column: for tables only" in err
+
+
+def test_help_is_imperative(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        out = run(verb, "--help", capsys=capsys)[1]
+        first = out.split("\n\n")[1].split()[0]
+        assert not first.endswith("s") or first in ("Compress", "Process"), (verb, first)
+
+
+def test_a_closed_pipe_ends_without_a_word() -> None:
+    command = f"{sys.executable} -m clipsys --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
 def test_evaluate_prints_json_and_a_table(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +200,15 @@ def test_an_empty_folder_is_an_error_and_leaves_nothing(
     assert status == 1
     assert "found; check the path" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_models_lists_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run("models", "RN50/", "--max-mb", "500", capsys=capsys)
+    assert status == 0
+    assert "RN50/openai" in out and "ViT" not in out
+    status, _, err = run("models", "RN50/", "--max-mb", "100", capsys=capsys)
+    assert status == 1
+    assert "no pretrained model 'RN50/' of 100 MB or less" in err
 
 
 def test_doctor_finds_no_problem_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,17 +157,17 @@ def test_changed_file_gets_a_new_vector_and_a_new_id(collection: Collection, pho
     assert collection.verify() == []
 
 
-def test_moved_file_keeps_its_vector(
+def test_moved_file_keeps_its_item(
     collection: Collection, photos: Path, encoder: ColourEncoder
 ) -> None:
     collection.add(photos, show_progress=False)
-    before = encoder.num_encoded
+    before, ids = encoder.num_encoded, [item.id for item in collection.items()]
     (photos / "red.png").rename(photos / "rouge.png")
     report = collection.add(photos, show_progress=False)
-    assert report.reused == 1
+    assert (report.moved, report.reused) == (1, 0)
     assert encoder.num_encoded == before
-    # The old name stays until it is pruned: its drive may only be unmounted.
-    assert set(names(collection.search("red", k=2))) == {"red", "rouge"}
+    assert names(collection.search("red", k=1)) == ["rouge"]
+    assert [item.id for item in collection.items()] == ids
     assert collection.verify() == []
 
 

@@ -397,5 +397,7 @@ def test_lock_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     with Collection.create(tmp_path / "c", ColourEncoder()) as photos:
         (photos.path / "writer.lock").unlink()
         (photos.path / "writer.lock").mkdir()
-        with pytest.raises(CollectionError, match=r"c: cannot be written to \(Is a directory\)"):
+        with pytest.raises(
+            CollectionError, match=r"c: the folder is not writable \(Is a directory\)"
+        ):
             photos.remove([1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import clipsys
+from clipsys.cli import main
 from clipsys.errors import CollectionError, DataError
 from clipsys.models.open_clip_models import build_model, save_model
 from clipsys.retrieval import Collection
@@ -65,3 +67,26 @@ def test_shard_is_indexed_and_a_truncated_one_keeps_what_it_gave(
             made.add(cut, show_progress=False)
         assert made.verify() == []
         assert len(made) > 20
+
+
+def test_a_collection_is_a_data_set(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["path,caption,label"]
+    for number in range(8):
+        noise_image(number).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,picture {number},class {number % 2}")
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    with Collection.create(tmp_path / "c", clipsys.load(model_folder)) as made:
+        made.add(tmp_path / "t.csv", show_progress=False)
+        (made.path / "thumbnails").mkdir(exist_ok=True)
+        noise_image(9).save(made.path / "thumbnails" / "0.png")  # no item
+    for task in ("retrieval", "zeroshot", "probe"):
+        found = []
+        for data in ("c", "t.csv"):
+            words = ["evaluate", str(model_folder), f"--task={task}", f"--data={tmp_path / data}"]
+            with pytest.raises(SystemExit) as ended:
+                main([*words, "--json"])
+            assert not ended.value.code
+            found.append(json.loads(capsys.readouterr().out)["metrics"])
+        assert found[0] == found[1]

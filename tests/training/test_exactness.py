@@ -26,6 +26,7 @@ from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
 from clipsys.training.objectives.protocol import Labels
 from clipsys.training.objectives.sigmoid import Sigmoid, SigmoidConfig
 from clipsys.training.recipe import EngineConfig
+from tests.conftest import no_tokenizer
 from tests.ranks import run_ranks
 from tests.training.losses.test_contrastive import naive_info_nce, naive_sigmoid_loss
 
@@ -68,7 +69,7 @@ def _clip(case: Case) -> Any:
     if case.loss == "sigmoid":
         config |= {"init_logit_bias": -3.0, "init_logit_scale": 1.5}
     torch.manual_seed(0)
-    model: Any = build_model(config, for_training=True).model
+    model: Any = build_model(config, for_training=True, tokenizer=no_tokenizer).model
     if case.dropout:
         # In the image tower: text is cut to the longest caption of what is encoded at once, which
         # draws other numbers in the reference.

@@ -9,6 +9,9 @@ import pytest
 
 from clipsys.errors import ConfigError
 from clipsys.models.open_clip_models import build_model
+from clipsys.training.distributed.process_group import import_deepspeed
+from clipsys.training.engine.deepspeed_engine import EngineConfig
+from clipsys.training.engine.zero import bucket_elements, zero_section
 from clipsys.training.plan import StepClock, duration, plan_run
 from clipsys.training.recipe import Recipe
 from tests.conftest import TINY_MODEL
@@ -41,6 +44,44 @@ def test_zero_divides_what_each_stage_promises() -> None:
     assert [p.gradients_bytes for p in plans] == [size, size, size / 2, size / 2]
     assert [p.weights_bytes for p in plans] == [size, size, size, size / 2]
     assert plans[0].images_bytes == 32 * 3 * 32 * 48
+
+
+def test_buckets_are_no_larger_than_the_gradients_and_can_be_set() -> None:
+    engines: list[dict[str, Any]] = [
+        {"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2, "overlap_comm": True},
+        {"zero_stage": 3, "bucket_mb": 1.0},
+    ]  # fmt: skip
+    plans = [_plan(_recipe(engine=engine)) for engine in engines]
+    size = plans[0].num_trained * 4
+    assert plans[0].buckets_bytes == size
+    assert size <= plans[1].buckets_bytes < size + 4 * 1024
+    assert plans[2].buckets_bytes == 2 * plans[1].buckets_bytes
+    assert 1e6 <= plans[3].buckets_bytes < 1e6 + 4 * 1024
+    assert plans[1].model_bytes > plans[1].buckets_bytes + plans[1].optimizer_bytes
+    large = bucket_elements(EngineConfig(zero_stage=1), 10**9, width=4)
+    assert large * 4 == pytest.approx(200e6, rel=1e-3)
+
+
+def test_settings_of_zero_reach_deepspeed() -> None:
+    config = EngineConfig(
+        zero_stage=3, bucket_mb=1.0, overlap_comm=False, offload_optimizer=True,
+        offload_parameters=True,
+    )  # fmt: skip
+    section = zero_section(config, 10**9, width=4, device_type="cuda")
+    parsed = import_deepspeed().runtime.zero.config.DeepSpeedZeroConfig(**section)
+    assert parsed.stage == 3 and parsed.overlap_comm is False
+    assert 250_000 <= parsed.reduce_bucket_size < 251_024
+    assert parsed.prefetch_bucket_size == parsed.allgather_bucket_size == parsed.reduce_bucket_size
+    assert parsed.offload_optimizer.device == parsed.offload_param.device == "cpu"
+    with pytest.raises(ConfigError, match="offload_optimizer moves memory from a GPU to the host"):
+        zero_section(config, 10**9, width=4, device_type="cpu")
+
+
+def test_what_is_offloaded_is_not_counted_for_the_device() -> None:
+    held = _plan(_recipe(engine={"zero_stage": 1}))
+    offloaded = _plan(_recipe(engine={"zero_stage": 1, "offload_optimizer": True}))
+    assert offloaded.model_bytes == held.model_bytes - held.optimizer_bytes
+    assert "offloaded to the host" in str(offloaded) and "offloaded" not in str(held)
 
 
 def test_what_is_locked_costs_no_gradients() -> None:
@@ -109,6 +150,13 @@ def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> Non
         ({"engine": {"zero_stage": 3, "ema_decay": 0.9}}, "ema_decay needs whole parameters"),
         ({"engine": {"zero_stage": 3, "compile": True}}, "compile needs whole parameters"),
         ({"engine": {"cache_on_host": True}}, "cache_on_host does nothing"),
+        ({"engine": {"zero_stage": 0, "bucket_mb": 5}}, "bucket_mb does nothing with"),
+        ({"engine": {"zero_stage": 0, "overlap_comm": True}}, "overlap_comm does nothing with"),
+        ({"engine": {"zero_stage": 0, "offload_optimizer": True}}, "offload_optimizer does noth"),
+        (
+            {"engine": {"zero_stage": 2, "offload_parameters": True}},
+            "offload_parameters needs parameters that are divided",
+        ),
         (
             {"model": {"unlocked_image_blocks": 0, "unlocked_text_blocks": 0}},
             "nothing would be trained",

@@ -11,6 +11,7 @@ import pytest
 
 from clipsys.config import Settings, load_settings
 from clipsys.training.checkpoints import FOLDER
+from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.manifest import MANIFEST_NAME
 from clipsys.training.objectives import BUILT_IN, objective_class
 from clipsys.training.recipe import Recipe
@@ -91,7 +92,7 @@ def test_what_cannot_change_is_refused_with_its_name_and_both_values(finished: P
         "optimizer.name=sgd": "optimizer.name was 'adamw' at step 6, now it is 'sgd'",
         "optimizer.layer_decay=0.5": "optimizer.layer_decay was None at step 6, now it is 0.5",
         "engine.zero_stage=3": "engine.zero_stage was 1 at step 6, now it is 3",
-        "engine.precision=bf16_params": "engine.precision was 'auto' at step 6",
+        "engine.precision=bf16_params": "now it is 'bf16_params', which a resumed run cannot",
         "objective.loss=sigmoid": "objective.name was 'infonce' at step 6",
         "data.batch_size=4": "data.batch_size was 8 at step 6, now it is 4",
         "data.resampled=true": "data.resampled was False at step 6",
@@ -169,6 +170,13 @@ def test_a_record_that_names_its_objective_as_a_loss_is_compared() -> None:
     assert not list(changed_settings(was, _recipe()))
     (change,) = changed_settings(was, _recipe(objective={"name": "sigmoid"}))
     assert change == Change("objective.name", "infonce", "sigmoid")
+
+
+def test_auto_is_the_precision_that_ran() -> None:
+    ran, unknown = (Resumption("", SavedBy(1, 1, precision), 4, ()) for precision in ("bf16", ""))
+    assert ran.settle(_recipe()).engine.precision == "bf16"
+    assert ran.settle(_recipe(engine={"precision": "fp32"})).engine.precision == "fp32"
+    assert unknown.settle(_recipe()).engine.precision == "auto"
 
 
 def test_the_recorded_recipe_keeps_the_changes_of_the_course_that_was_kept(tmp_path: Path) -> None:

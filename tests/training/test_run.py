@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import clipsys
 from clipsys.errors import TrainingError
 from clipsys.training.export import export_model
 from clipsys.training.journal import plot_curves, read_metrics
+from clipsys.training.loop import TrainingLoop
 from tests.conftest import noise_image
 from tests.training.runs import (
     PLAIN,
@@ -190,6 +192,14 @@ def test_micro_batches_change_no_result(shards: str, tmp_path: Path) -> None:
     whole, parts = (weights_of(recipe.parent / "run") for recipe in recipes)
     for name, weight in whole.items():
         np.testing.assert_allclose(parts[name], weight, atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_a_run_that_left_out_every_step_writes_no_model(tmp_path: Path) -> None:
+    engine = SimpleNamespace(num_applied_steps=0)
+    run: Any = SimpleNamespace(engine=engine, folder=tmp_path, recipe=None)
+    with pytest.raises(TrainingError, match="every one of the 0 steps was left out"):
+        TrainingLoop(run)._finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_curves_are_drawn_even_of_an_empty_run(tmp_path: Path) -> None:

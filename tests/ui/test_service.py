@@ -7,7 +7,7 @@ import pytest
 
 from clipsys.errors import ConfigError, ImageDecodeError, QueryError
 from clipsys.retrieval import Collection
-from clipsys.ui.service import Choices, SearchService, softmax
+from clipsys.ui.service import Choices, SearchService
 from tests.retrieval.colours import COLOURS, ColourEncoder
 
 OPTIONS = {field.name for field in dataclasses.fields(Choices)}
@@ -62,6 +62,27 @@ def test_grammar_words_and_cuts_reach_the_collection(service: SearchService) -> 
     assert len(names(service, text="red", diverse=True)) <= len(COLOURS)
 
 
+def test_a_filter_alone_lists_and_a_sort_orders(service: SearchService) -> None:
+    assert names(service, where="number>=1; number<3") == ["blue", "green"]  # added last, first
+    assert names(service, where="number<3", sort="number") == ["red", "green", "blue"]
+    assert names(service, sort="label", descending=True, k=2) == ["yellow", "white"]
+    assert sorted(names(service, text="red", k=3, sort="number")) == sorted(
+        names(service, text="red", k=3)
+    )
+    with pytest.raises(QueryError, match="Say what to look for"):
+        service.search(choices=Choices(where=" ; "))
+
+
+def test_an_empty_answer_says_why(service: SearchService) -> None:
+    answer = service.search(text="red", choices=Choices(where="label=Red"))
+    assert answer.note == "no 'label' is 'Red'; the nearest is 'red' (capitals count)"
+    assert "metadata 'lable'" in str(service.search(choices=Choices(where="lable=red")).note)
+    assert service.search(text="red", choices=Choices(where="label=red")).note is None
+    note = service.search(text="red", choices=Choices(relevant_only=True)).note
+    assert note is not None
+    assert "fewer than 20 items" in note
+
+
 def test_visitors_cannot_name_files_of_this_machine(service: SearchService, photos: Path) -> None:
     line = f"image:{photos / 'blue.png'}"
     for question in ({"text": line}, {"text": "red", "negative": line}, {"text": f"red - {line}"}):
@@ -85,11 +106,6 @@ def test_classification_gives_probabilities(service: SearchService, photos: Path
     assert list(result) == ["red", "green", "blue", "yellow"]
     assert max(result, key=result.__getitem__) == "green"
     assert sum(result.values()) == pytest.approx(1)
-
-
-def test_softmax_of_one_label_is_certain_and_large_scales_do_not_overflow() -> None:
-    assert softmax({"a": -0.5}, 100.0) == {"a": 1.0}
-    assert softmax({"a": 1.0, "b": -1.0}, 1e6) == {"a": 1.0, "b": 0.0}
 
 
 def test_classification_needs_two_labels(service: SearchService, photos: Path) -> None:

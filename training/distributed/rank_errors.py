@@ -61,21 +61,17 @@ def _record(error: Exception, *, deliberate: bool) -> None:
         text = f"waited in vain for another rank, which is stuck or gone ({text})"
     now = time.time()
     report = {
-        "message": {
-            "message": f"{type(error).__name__}: {error}",
-            "extraInfo": {
-                "py_callstack": traceback.format_exc(),
-                "timestamp": str(int(now)),
-                # What elastic has no field for.
-                "clipsys": {
-                    "kind": type(error).__name__,
-                    "message": text,
-                    "rank": int(os.environ.get("RANK", "0")),
-                    "deliberate": deliberate,
-                    "time": now,
-                },
-            },
-        }
+        # The short form of elastic's file: torchrun shows the line, without a traceback.
+        "message": f"{type(error).__name__}: {error}",
+        "timestamp": str(int(now)),
+        # What elastic has no field for.
+        "clipsys": {
+            "kind": type(error).__name__,
+            "message": text,
+            "rank": int(os.environ.get("RANK", "0")),
+            "deliberate": deliberate,
+            "time": now,
+        },
     }
     partial = Path(f"{name}.partial")
     partial.write_text(json.dumps(report), encoding="utf-8")
@@ -90,7 +86,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     reports = []
     for path in folder.glob("*.json"):
         document = json.loads(path.read_text(encoding="utf-8"))
-        reports.append(document["message"]["extraInfo"]["clipsys"])
+        reports.append(document["clipsys"])
     return sorted(reports, key=lambda report: (not report["deliberate"], report["time"]))
 
 

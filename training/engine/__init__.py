@@ -6,5 +6,6 @@ gradient_check      stopping before a gradient that is not finite reaches the we
 ema                 an average of the weights
 momentum            copies of towers that follow them
 repartition         ZeRO's state for another number of ranks
+zero                stages, buckets and what is offloaded
 deepspeed_engine    `Engine`
 """

@@ -23,7 +23,7 @@ from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.config import Settings
@@ -40,6 +40,7 @@ from clipsys.training.engine.gradient_check import (
 from clipsys.training.engine.momentum import MomentumAverage
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
+from clipsys.training.engine.zero import zero_section
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, State, stack_rows
 from clipsys.training.model.trained import MOMENTUM_PREFIX, TrainedModel
 
@@ -97,6 +98,26 @@ class EngineConfig(Settings):
         lt=1,
         description="average of the weights that is evaluated and exported; 0: none",
     )
+    bucket_mb: PositiveFloat | None = Field(
+        None,
+        description="gradients that are exchanged at once; with ZeRO stage 1 to 3; default 200 MB "
+        "(100 MB of 16 bits), or all gradients where they are smaller",
+    )
+    overlap_comm: bool | None = Field(
+        None,
+        description="exchange gradients while others are computed, with a second bucket at stages "
+        "1 and 2; default at stage 3 only",
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="keep the optimizer's state in the host's memory and step there; a GPU with "
+        "ZeRO stage 1 to 3",
+    )
+    offload_parameters: bool = Field(
+        False,
+        description="keep weights in the host's memory until a layer needs them; a GPU with ZeRO "
+        "stage 3",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or mps")
 
 
@@ -137,7 +158,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(parameter_groups(model, optimizer), optimizer),
-            config=self._deepspeed_config(local_batch_size, model.precision),
+            config=self._deepspeed_config(local_batch_size, model),
             dist_init_required=False,
         )
         if config.zero_stage and model.precision != "fp16":
@@ -151,16 +172,24 @@ class Engine:
         self._average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self._refresh_scale()
 
-    def _deepspeed_config(self, local_batch_size: int, precision: str) -> dict[str, Any]:
+    def _deepspeed_config(self, local_batch_size: int, model: TrainedModel) -> dict[str, Any]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return {
             "train_micro_batch_size_per_gpu": local_batch_size,
             "gradient_accumulation_steps": 1,
             # DeepSpeed clips at 1.0 unless one is set.
             "gradient_clipping": self.config.gradient_clipping,
-            "zero_optimization": {"stage": self.config.zero_stage},
+            "zero_optimization": zero_section(
+                self.config,
+                sum(parameter.numel() for parameter in trained),
+                width=2 if self._has_masters else 4,
+                device_type=self.device.type,
+            ),
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": precision == "bf16_params"},
-            "fp16": {"enabled": precision == "fp16"},
+            # torch's optimizers step on the host too; DeepSpeed's own needs a compiler.
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": model.precision == "bf16_params"},
+            "fp16": {"enabled": model.precision == "fp16"},
             "steps_per_print": 1_000_000_000,
         }
 

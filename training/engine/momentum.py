@@ -4,8 +4,7 @@ After each update a copy moves to ``momentum · copy + (1 - momentum) · weight`
 rank holds: whole tensors at ZeRO stages 0 to 2, its partition at stage 3. The weights are read from
 their float32 masters, and where parameters have 16 bits the copies have float32 masters here: an
 average kept in bfloat16 stalls, since its steps are smaller than half a unit in the last place.
-Running statistics of batch norm follow like the weights that they belong to (EMAN, Cai et al. 2021,
-"Exponential Moving Average Normalization for Self-supervised and Semi-supervised Learning").
+Running statistics of batch norm are copied: what the trained towers have seen, on all ranks.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ class MomentumAverage:
             if self._has_masters:
                 self._hold(copy).copy_(held)
         for statistic, copied in self._statistics:
-            copied.lerp_(statistic.to(copied), self._weight)
+            copied.copy_(statistic)
         if self._is_partitioned:
             # Small parameters stay gathered; the gathered values are old now.
             copies: list[Any] = [copy for _, copy in self._pairs]

@@ -23,7 +23,10 @@ _SIXTEEN_BITS = (("bf16", "bf16_params"), ("fp16", "fp16"))
 
 
 class SavedBy(NamedTuple):
-    """Who saved a checkpoint: the number of ranks, the ZeRO stage and the precision."""
+    """Who saved a checkpoint: the number of ranks, the ZeRO stage and the precision.
+
+    Without a manifest, the precision of weights of 32 bits is not known: it is empty.
+    """
 
     world_size: int
     zero_stage: int
@@ -47,9 +50,7 @@ def read_saved_by(checkpoint: Path) -> SavedBy:
         saved = SavedBy(
             int(state["world_size"]),
             int(config["zero_optimization"]["stage"]),
-            next(
-                (precision for name, precision in _SIXTEEN_BITS if config[name]["enabled"]), "fp32"
-            ),
+            next((precision for name, precision in _SIXTEEN_BITS if config[name]["enabled"]), ""),
         )
     except Exception as error:  # pickle and zip raise nearly anything on damaged bytes
         raise TrainingError(f"{path}: cannot be read ({type(error).__name__})") from error

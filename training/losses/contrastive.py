@@ -102,11 +102,12 @@ def _cross_entropy(
 
     def tiled(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor, *_: Any) -> torch.Tensor:
         # Which key is whose does not matter for the time that this is measured by.
-        anyhow = Pairing(0, pairing.ids_C)
-        compute = partial(one_way, pairing=anyhow, tile_size=tile_size)
+        any_pairing = Pairing(0, pairing.ids_C)
+        compute = partial(one_way, pairing=any_pairing, tile_size=tile_size)
         return differentiable(compute, query, key, scale.reshape(()))
 
-    if query_BD.is_cuda and not pairing.ignore:
+    # The kernels leave no pair out.
+    if query_BD.is_cuda and not pairing.ignore and pairing.masked is None:
         from clipsys.training.losses.fused import FusedCrossEntropy, faster_tiling
 
         if tiling := faster_tiling(query_BD, key_ND, tiled):

@@ -4,10 +4,11 @@ The same function as `one_way` of `clipsys.training.losses.tiled`, to which it i
 the (B, N) logits are not written anywhere, not even a tile of them. Triton is imported at the first
 use.
 
-What was run: the kernels through Triton's interpreter on a CPU, against a float64 reference, and
-their compilation for compute capability 8.0 and 9.0. No GPU was at hand: the tests marked ``gpu``
-were not run, and no speed was measured. That is why nothing here claims to be faster;
-`faster_tiling` measures it on the user's device and decides.
+Untested on a GPU. What was run: the kernels through Triton's interpreter on a CPU, against a
+float64 reference, and their compilation for compute capability 8.0 and 9.0. The tests marked
+``gpu`` have not run and no speed was measured (``make gpu`` does both), so nothing here claims to
+be faster; `faster_tiling` measures it on the user's device and decides. Only runs of several ranks
+ask it: a single one has `two_way`, with less than half of the products.
 
 Shapes: B queries, N keys, D width, S splits of the other side.
 """
@@ -32,8 +33,8 @@ class Tiling(NamedTuple):
         other: rows of the other side in a tile.
         width: of the features, taken at once.
         num_warps: warps of a program.
-        programs: to be had at least, by splitting the other side: several for each of a large
-            GPU's 132 to 148 multiprocessors.
+        programs: at least so many are started, by splitting the other side: several for each of a
+            large GPU's 132 to 148 multiprocessors.
     """
 
     own: int = 64
@@ -243,8 +244,8 @@ def faster_tiling(
     """Measures, once for each shape, dtype and device, whether to use the kernels, and how cut.
 
     Args:
-        query_BD: features of the step at hand; their values do not matter.
-        key_ND: keys of the step at hand.
+        query_BD: features of this step; their values do not matter.
+        key_ND: keys of this step.
         alternative: what the kernels stand in for.
         seconds: how long ``function(*arguments)`` takes with its backward; by default the median
             of five runs, by CUDA's events.
@@ -294,7 +295,7 @@ def _measure(
         width,
         str(dtype).removeprefix("torch."),
         usual_s * 1e3,
-        f"{best_s * 1e3:.3g} ms" if best else "not to be had",
+        f"{best_s * 1e3:.3g} ms" if best else "unavailable",
         "the fused kernels" if chosen else "PyTorch",
     )
     return chosen

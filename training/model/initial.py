@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,27 @@ def initial_model(settings: ModelConfig, *, with_bias: bool = False) -> ModelPar
     if settings.unlocked_text_blocks is not None:
         lock_tower(parts.model, "text", settings.unlocked_text_blocks)
     return parts
+
+
+def resumed_settings(settings: ModelConfig, model_folder: Path) -> ModelConfig:
+    """What the model of a resumed run is made from.
+
+    A run that began with pretrained weights goes on with the architecture, the preprocessing and
+    the tokenizer of its checkpoint: the weights that it began with may be gone, or changed.
+
+    Args:
+        settings: the recipe's section.
+        model_folder: the checkpoint's model.
+    """
+    if settings.pretrained is None:
+        return settings
+    from_checkpoint: dict[str, Any] = {
+        "pretrained": str(model_folder),
+        "architecture": None,
+        "preprocess": {},
+    }
+    as_they_are = ("image_size", "context_length", "initial_logit_scale", "initial_logit_bias")
+    return settings.model_copy(update={**from_checkpoint, **dict.fromkeys(as_they_are)})
 
 
 def fingerprint(parts: ModelParts, *, weights: bool) -> str:

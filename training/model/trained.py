@@ -7,13 +7,16 @@ Its parameters are named ``clip.*`` (open_clip's model), ``heads.*`` (the object
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from clipsys.training.model.outputs import Inputs, Outputs, Rows
 from clipsys.training.model.towers import TowerOptions, Towers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: What the names of the momentum copy's parameters begin with.
 MOMENTUM_PREFIX = "momentum."
@@ -64,8 +67,19 @@ class TrainedModel(Towers):
         self.momentum: Towers | None = None
         if copies:
             self.momentum = Towers(*copies, TowerOptions(options.precision), has_text=has_text)
-            # Frozen, hence in evaluation mode: a target depends on its own sample alone.
             self.momentum.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; momentum towers stay in evaluation mode, but for their batch norm.
+
+        That takes the statistics of the batch, as in MoCo. With the running ones of the trained
+        towers the keys of a ResNet on emoji all became equal, and with them the queries.
+        """
+        super().train(mode)
+        for module in self.momentum.modules() if self.momentum is not None else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode)
+        return self
 
     def use_precision(self, precision: str) -> str:
         """Computes in another precision from now on; returns the one until now."""

@@ -50,9 +50,8 @@ class MoCo(Objective[MoCoConfig]):
 
     Inputs:
         Two views of each image: one passes the trained tower, the other one the momentum tower.
-        The momentum tower is in evaluation mode, its batch statistics follow like its weights
-        (EMAN, Cai et al. 2021): a key depends on its own image alone, so there is no leak through
-        batch statistics that would have to be shuffled away.
+        Batch norm takes the statistics of what passes each rank at once, in both towers, and keys
+        are not shuffled among ranks: take a tower without batch norm where that matters.
 
     Recommendations:
         Small batches, since negatives come from the queue. The queue should be several batches

@@ -210,5 +210,5 @@ def test_files_that_are_no_images_by_their_names_are_said_once(
     with caplog.at_level("INFO"):
         for _ in range(2):
             list(iterate_source(image_folder))
-    (line,) = [r.getMessage() for r in caplog.records if "no images by their names" in r.msg]
+    (line,) = [r.getMessage() for r in caplog.records if "not images by name" in r.getMessage()]
     assert "3 other files" in line and "(2 .psd, 1 .pdf)" in line

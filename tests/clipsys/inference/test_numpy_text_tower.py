@@ -142,3 +142,17 @@ def test_weights_are_those_of_the_file_in_every_thread(tmp_path: Path) -> None:
             assert read.dtype == np.float32 and found[name] is read
         rows = elsewhere.submit(found.rows, "a", [2, 0, 2]).result()
     np.testing.assert_array_equal(rows, tensors["text.a"][[2, 0, 2]])
+
+
+def test_a_tensor_that_is_missing_or_not_numpys_is_named(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"half": torch.ones(2, 2, dtype=torch.bfloat16)}, tmp_path / "w")
+    weights = TowerWeights(tmp_path / "w")
+    with pytest.raises(ValueError, match="half: cannot be read into numpy"):
+        weights["half"]
+    with pytest.raises(ValueError, match="half: cannot be read into numpy"):
+        weights.rows("half", [0])
+    with pytest.raises(KeyError, match="other"):
+        weights["other"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,14 @@ import torch
 from clipsys.inference.text_tower import text_encoder
 from clipsys.models.open_clip_models import build_model
 from tests.conftest import TINY_MODEL
+from tests.tiny_models import (
+    HF_TEXT_TOWERS,
+    coca_config,
+    hf_text_config,
+    siglip_config,
+    write_text_model,
+    write_tokenizer,
+)
 
 _TEXTS = ["a dog", "a somewhat longer caption of a dog", ""]
 
@@ -33,7 +42,8 @@ def test_a_causal_tower_is_cut_and_gives_the_same(custom: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"no_causal_mask": True, "custom": True}, {"pool_type": "last"}]
+    "settings",
+    [{"no_causal_mask": True, "custom": True}, {"pool_type": "last"}, {"pool_type": "eos"}],
 )
 def test_a_tower_that_sees_padding_is_not_cut(settings: dict[str, Any]) -> None:
     model, tokens_BL = _model(**settings)
@@ -45,3 +55,16 @@ def test_the_comparison_leaves_the_model_in_its_mode() -> None:
     model, _ = _model()
     text_encoder(model.train())
     assert model.training
+
+
+@pytest.mark.parametrize("kind", ["siglip", "coca", *HF_TEXT_TOWERS])
+def test_a_tower_of_another_kind_keeps_its_full_length(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if kind == "siglip":
+        config = siglip_config(write_tokenizer(tmp_path))
+    else:
+        config = (
+            coca_config() if kind == "coca" else hf_text_config(write_text_model(tmp_path, kind))
+        )
+    model = build_model(config).model.eval()
+    assert text_encoder(model) == model.encode_text

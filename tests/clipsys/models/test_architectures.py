@@ -14,6 +14,7 @@ from clipsys.models.architectures import (
     image_size_of,
     with_image_size,
 )
+from clipsys.models.catalogue import pretrained_models, pretrained_names
 from clipsys.models.open_clip_models import build_model
 from tests.conftest import TINY_MODEL
 from tests.tiny_models import coca_config
@@ -147,3 +148,15 @@ def test_coca_is_its_pair_of_towers() -> None:
     assert not any(name.startswith("text_decoder") for name, _ in model.named_parameters())
     assert model.encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
     assert contrastive_pair(TINY_MODEL) == TINY_MODEL
+
+
+def test_pretrained_models_are_counted(on_meta: Any) -> None:
+    names = pretrained_names("vit-b-32/LAION2B_s34b")
+    (model,) = pretrained_models(names)
+    assert model.name == "ViT-B-32/laion2b_s34b_b79k"
+    built = on_meta("ViT-B-32")
+    assert model.parameters == sum(parameter.numel() for parameter in built.parameters())
+    assert model.size_mb == pytest.approx(model.parameters * 4 / 1e6)
+    assert (model.dim, model.image_size, model.tokenizer) == (512, 224, "")
+    (multilingual,) = pretrained_models(pretrained_names("xlm-roberta-base-vit-b-32"))
+    assert multilingual.parameters is None and multilingual.tokenizer == "xlm-roberta-base"

@@ -54,10 +54,10 @@ def test_the_scale_is_0d_on_disk_and_1d_in_training(model_folder: Path) -> None:
 
 
 def test_layers_whose_weights_are_loaded_are_not_filled_with_random_numbers() -> None:
-    from clipsys.models.open_clip_models import _without_random_values
+    from clipsys.models.construction import without_random_values
 
     before = torch.random.get_rng_state()
-    with _without_random_values():
+    with without_random_values():
         torch.nn.MultiheadAttention(8, 2)
         torch.nn.Embedding(4, 4)
         torch.nn.Conv2d(3, 8, 4)

@@ -76,8 +76,9 @@ def test_a_vocabulary_of_sentencepiece_is_enough(tmp_path: Path) -> None:
     assert int((tokens == 1).sum()) == 1  # one end
 
 
-def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", '{"version": "1.0"}', "[]"])
+def test_a_damaged_tokenizer_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match="its tokenizer cannot be read") as caught:
         make_tokenizer(_config(hf_tokenizer_name="any"), folder=tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

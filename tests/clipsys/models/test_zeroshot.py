@@ -31,6 +31,37 @@ def test_probabilities_are_a_softmax_of_scaled_cosines(encoder: clipsys.Encoder)
     assert prediction.probability == pytest.approx(weight.max() / weight.sum(), abs=1e-4)
 
 
+def test_each_class_has_a_probability(encoder: clipsys.Encoder) -> None:
+    classifier = clipsys.ZeroShotClassifier(encoder, ["cat", "dog", "{x}"], ["a {} {x}"])
+    (prediction,) = classifier.predict([noise_image(0)])
+    assert list(prediction.probabilities) == ["cat", "dog", "{x}"]
+    assert sum(prediction.probabilities.values()) == pytest.approx(1)
+    assert prediction.probability == prediction.probabilities[prediction.label]
+
+
+def test_a_sigmoid_model_decides_on_each_class_by_itself(
+    encoder: clipsys.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(encoder), "logit_bias", -3.0)
+    classifier = clipsys.ZeroShotClassifier(encoder, ["cat", "dog"])
+    (prediction,) = classifier.predict([noise_image(0)])
+    for name, score in prediction.scores.items():
+        expected = 1 / (1 + np.exp(3.0 - encoder.logit_scale * score))
+        assert prediction.probabilities[name] == pytest.approx(expected)
+    assert prediction.probability == max(prediction.probabilities.values())
+
+
+def test_large_scales_do_not_overflow(
+    encoder: clipsys.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(encoder), "logit_scale", 1e9)
+    classifier = clipsys.ZeroShotClassifier(encoder, ["cat", "dog"])
+    for bias in (None, -3.0):
+        monkeypatch.setattr(type(encoder), "logit_bias", bias)
+        (prediction,) = classifier.predict([noise_image(0)])
+        assert all(0 <= one <= 1 for one in prediction.probabilities.values())
+
+
 def test_repeated_and_empty_classes_are_dropped(encoder: clipsys.Encoder) -> None:
     assert clipsys.ZeroShotClassifier(encoder, ["cat ", "cat", "", "dog"]).classes == ["cat", "dog"]
 

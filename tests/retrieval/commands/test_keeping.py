@@ -65,7 +65,7 @@ def test_failures_are_listed_and_retried(
     (photos / "bad.png").write_bytes((photos / "red.png").read_bytes())
     status, out, err = run(capsys, "failures", folder, "--retry")
     assert (status, out) == (0, "")
-    assert "1 moved or copied" in err
+    assert "1 copied" in err
     assert run(capsys, "failures", folder, "--retry", "--json")[1] == "[]\n"
 
 

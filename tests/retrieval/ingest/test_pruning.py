@@ -35,13 +35,13 @@ def test_what_vanished_stays_until_it_is_pruned(collection: Collection, many: Pa
     assert collection.add(many, show_progress=False, prune_vanished=True).pruned == 0
 
 
-def test_moved_file_keeps_its_vector_when_its_old_name_is_pruned(
+def test_moved_file_has_not_vanished(
     collection: Collection, many: Path, encoder: ColourEncoder
 ) -> None:
     before = encoder.num_encoded
     (many / "0003.png").rename(many / "moved.png")
     report = collection.add(many, show_progress=False, prune_vanished=True)
-    assert (report.reused, report.pruned) == (1, 1)
+    assert (report.moved, report.pruned) == (1, 0)
     assert encoder.num_encoded == before
     assert "moved.png" in uris(collection)
 
@@ -125,7 +125,7 @@ def test_file_that_cannot_be_listed_is_not_gone(
     collection: Collection, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "clipsys.corpora.sources._walk", lambda root: (root / f"{n:04d}.png" for n in range(5))
+        "clipsys.corpora.folders._walk", lambda root, _: (root / f"{n:04d}.png" for n in range(5))
     )
     collection.add(many, show_progress=False, prune_vanished=True)
     assert len(collection) == 20

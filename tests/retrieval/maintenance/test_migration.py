@@ -272,4 +272,4 @@ def test_command_migrates_and_adds(
     assert "now of model 1; 6 added" in out
     assert "1 added, 6 unchanged" in out
     assert json.loads(run(capsys, "info", tmp_path / "c", "--json")[1])["model"] == "1"
-    assert run(capsys, "index", tmp_path / "c")[0] == 1
+    assert run(capsys, "index", tmp_path / "c")[0] == 0

@@ -11,7 +11,13 @@ from clipsys.errors import QueryError
 from clipsys.retrieval.storage.items import Batch, ItemUpdate, Location, NewItem
 from clipsys.retrieval.storage.segments import SegmentFile
 from clipsys.retrieval.storage.store import Store
-from clipsys.retrieval.storage.words import TABLE, fuse, match_expression
+from clipsys.retrieval.storage.words import (
+    COUNT_STRAY,
+    TABLE,
+    TRIGGERS,
+    fuse,
+    match_expression,
+)
 
 CAPTIONS: list[tuple[str, ...]] = [
     ("A brown dog on the beach", "the dog's ball"),
@@ -104,3 +110,63 @@ def test_fusion_is_the_sum_of_reciprocal_ranks() -> None:
     assert fuse([vectors, words]).tolist() == [5, 9, 3, 1]
     assert fuse([vectors, np.array([8])]).tolist() == [5, 8, 3, 9, 1]
     assert fuse([np.array([], np.int64), np.array([], np.int64)]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "words", "others"),
+    [
+        ("/pictures/summer/Beach_dog-01.JPG", "beach dog 01", "summer pictures"),
+        ("/s/walk.tar#00/kite_7", "kite 7", "walk tar"),
+        ("/s/kites.tar#kite_7", "kite", "kites tar"),
+        ("/s/table.parquet#12", "", "table parquet 12"),
+        ("/p/Forêt (été).png", "foret ete", ""),
+        ("/p/caf\udce9_beach.jpg", "beach", "p"),
+        ("/p/with # sign.jpg", "sign", ""),
+        ("name.jpg", "name", ""),
+    ],
+)
+def test_words_of_file_names_are_found(tmp_path: Path, uri: str, words: str, others: str) -> None:
+    with closing(Store.create(tmp_path / "items.sqlite")) as made:
+        made.commit(Batch(new=[NewItem(uri, "0", 1, 1, ("a cat",), {})]), SegmentFile("s", 1, "0"))
+        for word in words.split():
+            assert found(made, word) == {0}, word
+            assert found(made, f"cat {word}") == {0}  # one word of each
+            assert found(made, f'"cat {word}"') == set()  # they are no phrase
+        for word in others.split():
+            assert found(made, word) == set(), word
+        assert made.read(COUNT_STRAY) == [(0,)]
+
+
+_OLD_TEXT = "(SELECT group_concat(value, char(10)) FROM json_each({}.captions))"
+
+
+def make_captions_only(path: Path) -> None:
+    """The table as it was before it held the names of files."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for name in TRIGGERS:
+            connection.execute(f"DROP TRIGGER {name}")
+        connection.execute(f"DROP TABLE {TABLE}")
+        connection.execute(
+            f"CREATE VIRTUAL TABLE {TABLE} "
+            "USING fts5(text, tokenize = 'unicode61 remove_diacritics 2')"
+        )
+        connection.execute(
+            f"CREATE TRIGGER {TABLE}_insert AFTER INSERT ON items WHEN new.captions != '[]' BEGIN "
+            f"INSERT INTO {TABLE} (rowid, text) VALUES (new.id, {_OLD_TEXT.format('new')}); END"
+        )
+        connection.execute(
+            f"INSERT INTO {TABLE} (rowid, text) SELECT id, {_OLD_TEXT.format('items')} FROM items "
+            "WHERE state = 'live' AND captions != '[]'"
+        )
+
+
+def test_a_table_without_file_names_is_made_anew_at_the_first_search(
+    store: Store, tmp_path: Path
+) -> None:
+    make_captions_only(tmp_path / "items.sqlite")
+    with closing(Store(tmp_path / "items.sqlite")) as opened:
+        new = [NewItem("/late_kite.jpg", "9", 1, 1, (), {}, Location(1, 0))]
+        opened.commit(Batch(new=new), None)
+        assert found(opened, "kite") == {6}
+        assert found(opened, "dog") == {0, 1}
+        assert opened.read(COUNT_STRAY) == [(0,)]

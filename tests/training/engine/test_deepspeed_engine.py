@@ -21,7 +21,7 @@ from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
 from clipsys.training.objectives.protocol import Labels
 from clipsys.training.recipe import EngineConfig
-from tests.conftest import TINY_MODEL
+from tests.conftest import TINY_MODEL, no_tokenizer
 from tests.ranks import run_ranks
 
 _BATCH = 12
@@ -38,7 +38,7 @@ def _engine(
 ) -> Engine:
     torch.manual_seed(0)
     architecture = {**_MODEL, "vision_cfg": _RESNET} if resnet else _MODEL
-    clip = build_model(architecture, for_training=True).model
+    clip = build_model(architecture, for_training=True, tokenizer=no_tokenizer).model
     model = TrainedModel(clip, _OBJECTIVE, TowerOptions(precision), width=32)
     return Engine(
         model,
@@ -230,6 +230,30 @@ def test_fp16_finds_a_loss_scale_and_then_trains() -> None:
         assert scales[0] == pytest.approx(1 / 0.07, rel=1e-6)
         assert scales[-1] < scales[0] * 0.999
         assert all(abs(value).max() < 10 for value in state.values())
+
+
+def _scaling(rank: int, world_size: int) -> tuple[dict[str, float], int, str]:
+    engine = _engine(world_size, precision="fp16", zero_stage=1)
+    _advance(engine, range(_MANY_STEPS), rank, world_size)
+    figures, applied = engine.scaling_figures(), engine.num_applied_steps
+    if rank == 1:
+        engine.module.clip.ln_final.weight.register_hook(lambda gradient: gradient * float("nan"))
+    try:
+        _advance(engine, range(40), rank, world_size)
+    except NonFiniteGradientError as error:
+        return figures, applied, str(error)
+    return figures, applied, ""
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="the processor has no fp16"
+)
+def test_fp16_counts_the_steps_that_it_leaves_out_and_gives_up_at_the_smallest_scale() -> None:
+    for figures, applied, error in run_ranks(_scaling, 2):
+        assert 0 < figures["skipped_steps"] == _MANY_STEPS - applied
+        # The first overflow is forgiven (hysteresis), each one after it halves the scale.
+        assert figures["loss_scale"] == 2 ** (17 - figures["skipped_steps"])
+        assert error == "the gradient of ln_final.weight is not finite at any loss scale of fp16"
 
 
 def test_the_average_follows_weights_and_running_statistics() -> None:

@@ -208,7 +208,7 @@ class _Clock:
         (3.0, [2.0, 1.0, 2.5], 1, "PyTorch 3e+03 ms, fused kernels 1e+03 ms; using the fused"),
         (0.5, [2.0, 1.0, 2.5], None, "fused kernels 1e+03 ms; using PyTorch"),
         (3.0, [2.0, None, None], 0, "out of shared memory"),
-        (3.0, [None, None, None], None, "fused kernels not to be had; using PyTorch"),
+        (3.0, [None, None, None], None, "fused kernels unavailable; using PyTorch"),
     ],
 )
 def test_the_fastest_is_chosen_once_for_a_shape_and_said(
@@ -266,4 +266,4 @@ def test_the_choice_is_measured_on_the_gpu(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, logger="clipsys"):
         chosen = faster_tiling(query, key, naive_cross_entropy)
     assert chosen is None or chosen in fused.TILINGS
-    assert "fused kernels not to be had" not in caplog.text
+    assert "fused kernels unavailable" not in caplog.text

@@ -12,7 +12,7 @@ import torch
 import clipsys
 from clipsys.errors import ClipsysError, ConfigError, TrainingError
 from clipsys.models.open_clip_models import ModelParts, build_model, load_model, save_model
-from clipsys.training.model.initial import ModelConfig, initial_model
+from clipsys.training.model.initial import ModelConfig, initial_model, resumed_settings
 from tests.conftest import TINY_MODEL, noise_image
 from tests.tiny_models import (
     HF_TEXT_TOWERS,
@@ -182,7 +182,7 @@ def test_coca_begins_as_its_pair_of_towers(tmp_path: Path) -> None:
 def test_the_sigmoid_loss_begins_with_its_own_scale_where_the_architecture_has_a_bias(
     siglip: Path,
 ) -> None:
-    parts = initial_model(ModelConfig(architecture=siglip_config(siglip)), loss="sigmoid")
+    parts = initial_model(ModelConfig(architecture=siglip_config(siglip)), with_bias=True)
     assert parts.model.logit_scale.exp().item() == pytest.approx(10)
     assert parts.model.logit_bias.item() == -10
 
@@ -209,3 +209,17 @@ def test_a_hugging_face_text_tower_is_locked_but_for_its_last_block(
     assert any(name.startswith("proj.") for name in trained)
     assert any(".0." in name and name.startswith("transformer.") for name in trained)
     assert not any("embed" in name for name in trained)
+
+
+def test_a_resumed_run_goes_on_with_what_its_checkpoint_says(siglip: Path, tmp_path: Path) -> None:
+    settings = ModelConfig(
+        pretrained=str(siglip), image_size=64, patch_dropout=0.5, preprocess={"mean": [0.4] * 3}
+    )
+    began = initial_model(settings, with_bias=True)
+    save_model(began, tmp_path / "checkpoint")
+    resumed = initial_model(resumed_settings(settings, tmp_path / "checkpoint"), with_bias=True)
+    assert resumed.preprocessing == began.preprocessing
+    assert resumed.config == began.config
+    _assert_equal_vectors(resumed, began)
+    tuned = initial_model(ModelConfig(pretrained=str(tmp_path / "checkpoint")))
+    assert "patch_dropout" not in tuned.config["vision_cfg"]

@@ -50,9 +50,9 @@ class _WithPrototypes(SimCLR):
         return value + scores.square().mean(), state
 
 
-def _model(objective: Any) -> TrainedModel:
+def _model(objective: Any, **changes: Any) -> TrainedModel:
     torch.manual_seed(0)
-    clip = build_model(TINY_MODEL, for_training=True).model
+    clip = build_model({**TINY_MODEL, **changes}, for_training=True).model
     freeze_unused(clip, image=True, text=False, temperature=False)
     return TrainedModel(clip, objective, width=32)
 
@@ -142,3 +142,48 @@ def test_heads_freeze_and_thaw_like_towers(stages: tuple[int, ...]) -> None:
     projection = {f"projection.{number}.{kind}" for number in (0, 2) for kind in ("weight", "bias")}
     for moved in run_ranks(_steps, 2, cases):
         assert moved == [rest, rest | projection] * len(stages)
+
+
+def _statistics(rank: int, world_size: int) -> dict[str, tuple[Any, Any]]:
+    objective = MoCo(MoCoConfig(head_width=8, queue_size=4, momentum=0.9))
+    model = _model(
+        objective, vision_cfg={"image_size": 32, "layers": [1] * 4, "width": 8, "head_width": 32}
+    )
+    engine = Engine(
+        model,
+        config=EngineConfig(zero_stage=1),
+        optimizer=OptimizerConfig(lr=0.01),
+        local_batch_size=4,
+        device=torch.device("cpu"),
+        momentum=objective.momentum,
+        state=objective.initial_state(
+            width=32, num_samples=8, generator=torch.Generator().manual_seed(0)
+        ),
+    )
+    engine.train()
+    momentum = engine.module.momentum
+    assert momentum is not None
+    # Statistics of the batch, as in MoCo; anything else rests.
+    assert {type(module) for module in momentum.modules() if module.training} == {nn.BatchNorm2d}
+    views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
+    labels = Labels(torch.arange(4), torch.arange(4))
+    engine.accumulate(
+        [lambda: Inputs(views.unbind())],
+        lambda outputs, targets, state: objective.loss(outputs, targets, labels, state),
+    )
+    engine.update(1.0)
+    buffers = dict(engine.module.named_buffers())
+    return {
+        name: (buffers[name.removeprefix(MOMENTUM_PREFIX)].numpy(), copy.numpy())
+        for name, copy in buffers.items()
+        if name.startswith(MOMENTUM_PREFIX) and "running_" in name
+    }
+
+
+def test_momentum_towers_have_the_batch_statistics_of_all_ranks() -> None:
+    first, second = run_ranks(_statistics, 2)
+    assert len(first) > 10
+    for name, (trained, copied) in first.items():
+        assert (trained == copied).all() and (copied == second[name][1]).all(), name
+    # Each rank saw other images; the mean has left its beginning.
+    assert any(abs(copied).max() > 0 for _, copied in first.values())

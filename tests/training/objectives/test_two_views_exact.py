@@ -28,6 +28,7 @@ from clipsys.training.objectives.moco import MoCo, MoCoConfig
 from clipsys.training.objectives.protocol import Labels
 from clipsys.training.objectives.simclr import SimCLR, SimCLRConfig
 from clipsys.training.recipe import EngineConfig
+from tests.conftest import no_tokenizer
 from tests.ranks import run_ranks
 
 _STEPS, _BATCH, _WIDTH = 4, 16, 16
@@ -74,7 +75,7 @@ def _model(case: Case) -> tuple[Any, TrainedModel]:
     settings = _OBJECTIVES[case.name]
     objective: Any = (MoCo if settings.name == "moco" else SimCLR)(settings)
     torch.manual_seed(0)
-    clip = build_model(_MODEL, for_training=True).model
+    clip = build_model(_MODEL, for_training=True, tokenizer=no_tokenizer).model
     freeze_unused(clip, image=True, text=False, temperature=False)
     return objective, TrainedModel(clip, objective, TowerOptions(case.precision), width=_WIDTH)
 

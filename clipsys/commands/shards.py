@@ -1,16 +1,16 @@
-"""The verbs `shards`, `classify`, `evaluate` and `doctor`; heavy imports wait until one runs."""
+"""The verb `shards`; heavy imports wait until it runs."""
 
 from __future__ import annotations
 
-import json
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-DEFAULT_MODEL = "ViT-B-32/laion2b_s34b_b79k"
+from clipsys.commands import options
+from clipsys.printing import json_text, printable
+
 #: Of each kind of fault.
 _SHOWN = 3
 
@@ -32,13 +32,10 @@ def shards(
         typer.Option(min=16, metavar="PIXELS", help="Reduce the shorter side; default: as it is."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and decode.")] = 1,
-    path_column: Annotated[
-        str, typer.Option(help="Column with the image's path, or the image itself (Parquet).")
-    ] = "",
-    caption_column: Annotated[
-        list[str] | None, typer.Option(help="Column with captions; may be repeated.")
-    ] = None,
-    label_column: Annotated[str, typer.Option(help="Column with the class label.")] = "",
+    path_column: options.PathColumn = "",
+    caption_column: options.CaptionColumn = None,
+    label_column: options.LabelColumn = "",
+    encoding: options.Encoding = "",
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the shards SOURCE instead; no OUT.")
     ] = False,
@@ -66,7 +63,6 @@ def shards(
     if out is None:
         raise typer.BadParameter("name the folder to write into", param_hint="OUT")
     from clipsys.corpora.packing import pack
-    from clipsys.corpora.tables import Columns
     from clipsys.disk import drive_errors_explained
     from clipsys.errors import DataError
 
@@ -78,12 +74,14 @@ def shards(
             prefix=prefix,
             shard_bytes=int(shard_mb * 1e6),
             shuffle_seed=shuffle,
-            columns=Columns(path_column, tuple(caption_column or ()), label_column),
+            columns=options.columns_of(
+                [source], path_column, caption_column, label_column, encoding
+            ),
             resize=resize,
             workers=workers,
         )
     for info in report.shards:
-        print(out / info.name)
+        print(printable(out / info.name))
     total = sum(info.num_samples for info in report.shards)
     size = sum(info.size_bytes for info in report.shards)
     resumed = f", {report.resumed} of them written before" if report.resumed else ""
@@ -94,7 +92,8 @@ def shards(
     if report.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
         total = sum(report.skipped.values())
-        print(f"skipped {total:,} ({reasons}); see {report.skipped_path}", file=sys.stderr)
+        where = printable(str(report.skipped_path))
+        print(f"skipped {total:,} ({reasons}); see {where}", file=sys.stderr)
 
 
 def _write_manifests(source: str, workers: int) -> None:
@@ -104,14 +103,14 @@ def _write_manifests(source: str, workers: int) -> None:
 
     report = write_manifests(source, default_cache(), workers=workers)
     for path in report.paths:
-        print(path)
+        print(printable(path))
     print(
         f"{report.num_samples:,} samples in {report.num_shards:,} shards, "
         f"{report.num_kept:,} of them listed before",
         file=sys.stderr,
     )
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     if report.faults:
         more = f" (and {len(report.faults) - 1} more)" if len(report.faults) > 1 else ""
         raise DataError(f"not listed: {report.faults[0]}{more}")
@@ -123,11 +122,11 @@ def _verify_shards(source: str, workers: int, as_json: bool) -> None:
 
     report = check_shards(source, workers=workers)
     if as_json:
-        print(json.dumps({"sound": report.sound, **vars(report)}, indent=2, ensure_ascii=False))
+        print(json_text({"sound": report.sound, **vars(report)}))
     else:
         print(f"{report.num_samples:,} samples in {report.num_shards} shards")
         for fault in report.shard_faults:
-            print(fault)
+            print(printable(fault))
         for reason, places in report.unusable.items():
             print(f"{len(places)} unusable, {reason}: {_first_few(places)}")
         if report.without_text:
@@ -149,111 +148,4 @@ def _verify_shards(source: str, workers: int, as_json: bool) -> None:
 
 def _first_few(places: list[str]) -> str:
     more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-    return ", ".join(places[:_SHOWN]) + more
-
-
-def classify(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    labels: Annotated[str, typer.Option(help='Classes, separated by commas: "cat,dog".')],
-    model: Annotated[
-        str, typer.Option(help="NAME/TAG, hf-hub:ORG/REPO, model folder or run folder.")
-    ] = DEFAULT_MODEL,
-    template: Annotated[
-        list[str] | None, typer.Option(help="Prompt with {} for the class; may be repeated.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Zero-shot classification of images."""
-    from clipsys.models.encoder import load
-    from clipsys.models.zeroshot import DEFAULT_TEMPLATES, ZeroShotClassifier
-
-    encoder = load(model)
-    classifier = ZeroShotClassifier(encoder, labels.split(","), template or DEFAULT_TEMPLATES)
-    predictions = classifier.predict(images)
-    if as_json:
-        rows = [
-            {"uri": str(path), **vars(prediction)}
-            for path, prediction in zip(images, predictions, strict=True)
-        ]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
-        return
-    width = max(len(str(path)) for path in images)
-    for path, prediction in zip(images, predictions, strict=True):
-        print(f"{path!s:{width}}  {prediction.label}  {prediction.probability:.3f}")
-
-
-class Task(str, Enum):
-    """What `evaluate` measures."""
-
-    zeroshot = "zeroshot"
-    retrieval = "retrieval"
-    probe = "probe"
-
-
-class QueryCaptions(str, Enum):
-    """Which captions of an item are queries."""
-
-    first = "first"
-    all = "all"
-
-
-def evaluate(
-    model: Annotated[str, typer.Argument(help="NAME/TAG, hf-hub:…, model folder or run folder.")],
-    task: Annotated[Task, typer.Option(help="What to measure.")],
-    data: Annotated[str, typer.Option(help="A folder, a table or shards.")],
-    captions: Annotated[
-        QueryCaptions, typer.Option(help="retrieval: which captions are queries.")
-    ] = QueryCaptions.all,
-    match: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY", help="retrieval: any item with the same metadata KEY is a hit."
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="zeroshot: prompt with {} for the class.")
-    ] = None,
-    classnames: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="zeroshot: names of numbered classes, one a line; default classnames.txt "
-            "beside the data.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure a model on labelled or captioned images."""
-    from clipsys.evaluation.tasks import measure
-
-    result = measure(
-        model,
-        task.value,
-        data,
-        captions=captions.value,
-        match=match,
-        templates=template,
-        classnames=classnames,
-    )
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{result['task']} of {result['model']} on {result['data']}")
-    for name, value in result["metrics"].items():
-        print(f"  {name:36} {value:>10,.4g}")
-
-
-def doctor() -> None:
-    """Say what this machine has, and what would go wrong."""
-    from clipsys.commands.doctor import examine
-
-    findings = examine()
-    width = max(len(finding.subject) for finding in findings)
-    for finding in findings:
-        mark = {"ok": "ok  ", "note": "note", "problem": "FAIL"}[finding.grade]
-        print(f"{mark}  {finding.subject:{width}}  {finding.text}")
-    problems = [finding for finding in findings if finding.grade == "problem"]
-    if problems:
-        from clipsys.errors import ClipsysError
-
-        raise ClipsysError(f"{len(problems)} problem(s) found; see the lines marked FAIL")
+    return printable(", ".join(places[:_SHOWN]) + more)

@@ -1,0 +1,64 @@
+"""Contexts in which open_clip makes a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def quiet_open_clip() -> Iterator[None]:
+    """A context in which open_clip says nothing.
+
+    It logs its whole progress, and a warning about random weights, on the root logger.
+    """
+    root = logging.getLogger()
+
+    def drop(record: logging.LogRecord) -> bool:
+        return f"{os.sep}open_clip{os.sep}" not in record.pathname
+
+    filters = [(handler, drop) for handler in root.handlers]
+    had_handlers = bool(root.handlers)
+    if not had_handlers:  # logging.warning() would install a handler for good
+        root.addHandler(logging.NullHandler())
+    for handler, one in filters:
+        handler.addFilter(one)
+    try:
+        yield
+    finally:
+        for handler, one in filters:
+            handler.removeFilter(one)
+        if not had_handlers:
+            root.handlers.clear()
+
+
+def without_random_values() -> TorchFunctionMode:
+    """A context in which new layers are not filled with random numbers.
+
+    For models whose weights are all loaded afterwards: drawing 150 million numbers takes longer
+    than reading the file of a ViT-B/32.
+    """
+    from torch import Tensor
+    from torch.nn import init
+    from torch.overrides import TorchFunctionMode
+
+    drawing = {Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_}
+    drawing |= {init.kaiming_uniform_, init.kaiming_normal_}
+    drawing |= {init.xavier_uniform_, init.xavier_normal_}
+
+    class WithoutRandomValues(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in drawing:
+                return args[0] if args else kwargs["tensor"]  # torch.nn.init names it
+            return func(*args, **kwargs)
+
+    return WithoutRandomValues()
