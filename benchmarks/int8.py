@@ -4,10 +4,11 @@
 
 The peer is torchao's dynamic quantisation (`Int8DynamicActivationInt8WeightConfig`: scales for each
 row and each output channel, as ours), applied to the same forward of the same tower, so that only
-the products differ; once as it is, and once with its products compiled by `torch.compile`, which it
-is made for. Each way runs with threads apart and with operations shared by all threads, and enters
-with the better of both. ViT-B/32 of random weights: speed does not depend on them. A ResNet, which
-has no int8 form, stands beside it in fp32 and bf16.
+the products differ. Each way runs with threads apart and with operations shared by all threads, and
+enters with the better of both. ViT-B/32 of random weights: speed does not depend on them. A ResNet,
+which has no int8 form, stands beside it in fp32 and bf16. The products of a block are compared one
+by one too, there also with torchao's compiled by `torch.compile`, which it is made for; by
+processor time, so that a machine that is busy gives the same ratios.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from clipsys.inference import image_tower
 from clipsys.inference.int8 import Int8Linear
-from clipsys.inference.threads import Arrangement, in_chunks
+from clipsys.inference.threads import Arrangement, in_chunks, limited_threads
 from clipsys.models.open_clip_models import build_model
 from clipsys.probe import machine
 
@@ -38,7 +40,6 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-compile", action="store_true", help="leave compiled torchao out")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     image_BCHW = torch.randn(BATCH, 3, 224, 224)
@@ -47,8 +48,9 @@ def main() -> None:
     cores = machine.available_cores()
     report = {
         "batch": BATCH,
-        MODEL: _compare(_ways(tower, compiled=not arguments.no_compile), image_BCHW, arguments),
-        RESNET: _compare(_float_ways(resnet.encode_image), image_BCHW, arguments),
+        MODEL: _compare(_ways(tower), image_BCHW, arguments.rounds),
+        RESNET: _compare(_float_ways(resnet.encode_image), image_BCHW, arguments.rounds),
+        "products, one thread": _products(arguments.rounds),
         "machine": {**machine.describe(), "cores": cores, "instructions": _instructions()},
     }
     if machine.waiting_s() > 1:
@@ -67,15 +69,13 @@ def _float_ways(encode: Encode) -> dict[str, tuple[Encode, int]]:
     return {"fp32": (encode, chunk), "bf16": (in_bf16, chunk)}
 
 
-def _ways(model: Any, *, compiled: bool) -> dict[str, tuple[Encode, int]]:
+def _ways(model: Any) -> dict[str, tuple[Encode, int]]:
     """Name -> how to encode, and how many images pass together."""
     chunk = image_tower.INT8_CHUNK
     make = image_tower._ClassTokenTower
     ways = _float_ways(image_tower.image_encoder(model))
     ways["int8 of clipsys"] = (make(model.visual, Int8Linear), chunk)
     ways["int8 of torchao"] = (make(model.visual, _torchao), chunk)
-    if compiled:
-        ways["int8 of torchao, compiled"] = (make(model.visual, _torchao_compiled), chunk)
     return ways
 
 
@@ -90,14 +90,42 @@ def _torchao(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.nn.M
     return layer.eval()
 
 
-def _torchao_compiled(weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.nn.Module:
-    layer = _torchao(weight_OI, bias_O)
-    layer.compile(dynamic=True)
-    return layer
+def _products(rounds: int) -> dict[str, Any]:
+    """Milliseconds of each product of a block, for as many tokens as pass a thread at once."""
+    rows_NI = {width: torch.randn(50 * image_tower.INT8_CHUNK, width) for width in (768, 3072)}
+    report = {}
+    for inputs, outputs in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
+        weight_OI, bias_O = torch.randn(outputs, inputs) / 28, torch.randn(outputs)
+        layer = _torchao(weight_OI, bias_O)
+        ways: dict[str, Encode] = {
+            "fp32": partial(F.linear, weight=weight_OI, bias=bias_O),
+            "int8 of clipsys": Int8Linear(weight_OI, bias_O),
+            "int8 of torchao": layer,
+            "int8 of torchao, compiled": torch.compile(layer),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        errors = {}
+        with torch.no_grad(), limited_threads(1):
+            exact = ways["fp32"](rows_NI[inputs])
+            for name, multiply in ways.items():
+                errors[name] = float((multiply(rows_NI[inputs]) - exact).norm() / exact.norm())
+            for _ in range(20 * rounds):
+                for name, multiply in ways.items():
+                    started = time.thread_time()
+                    multiply(rows_NI[inputs])
+                    times[name].append(1000 * (time.thread_time() - started))
+        report[f"{inputs} x {outputs}"] = {
+            name: {
+                "milliseconds": round(statistics.median(own), 3),
+                "relative_error": round(errors[name], 5),
+            }
+            for name, own in times.items()
+        }
+    return report
 
 
 def _compare(
-    ways: dict[str, tuple[Encode, int]], image_BCHW: torch.Tensor, arguments: argparse.Namespace
+    ways: dict[str, tuple[Encode, int]], image_BCHW: torch.Tensor, rounds: int
 ) -> dict[str, Any]:
     threads = torch.get_num_threads()
     arranged = {
@@ -113,7 +141,7 @@ def _compare(
             features_BD = encode(image_BCHW).float()
             exact_BD = exact_BD if len(exact_BD) else features_BD
             cosines[name] = float(F.cosine_similarity(features_BD, exact_BD).min())
-        for _ in range(arguments.rounds):
+        for _ in range(rounds):
             for name, encode in arranged.items():
                 started = time.perf_counter()
                 encode(image_BCHW)

@@ -210,7 +210,7 @@ class TrainingLoop:
             "precision: fp32, not bf16 (the first loss is %.4f in bf16 and %.4f in fp32)",
             *(loss, exact),
         )
-        self.run.engine.module.precision = "fp32"
+        self.run.engine.module.use_precision("fp32")
         engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
         self.recipe = self.recipe.model_copy(update={"engine": engine})
         on_first_rank(lambda: write_recipe(self.run.folder, self.recipe, None))

@@ -9,6 +9,7 @@ compared with that in fp32; where they differ the run takes fp32.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -46,8 +47,11 @@ def choose_training_precision(recipe: Recipe, model: ModelParts, device: torch.d
         ConfigError: the device cannot compute in what was asked for.
     """
     precision: str = recipe.engine.precision
-    threads = recipe.engine.threads
-    if precision == "auto":
+    recorded = on_first_rank(lambda: _recorded(recipe))
+    threads = recipe.engine.threads or recorded.get("threads")
+    if precision == "auto" and recorded:
+        precision = _as_before(recorded, device)
+    elif precision == "auto":
         precision, measured = _decide(recipe, model, device)
         threads = threads or measured
     _check_possible(precision, device)
@@ -59,17 +63,8 @@ def choose_training_precision(recipe: Recipe, model: ModelParts, device: torch.d
 
 def _decide(recipe: Recipe, model: ModelParts, device: torch.device) -> tuple[str, int | None]:
     """What ``auto`` is, and the number of threads if it is another one than usual."""
-    recorded = on_first_rank(lambda: _recorded(recipe))
-    if recorded is not None:
-        precision = str(recorded.get("precision", "auto"))
-        if precision == "auto":  # clipsys 0.1 decided by this flag, and did not record the choice
-            precision = "bf16" if _was_bf16(device) else "fp32"
-        _logger.info("precision: %s (as the run was started)", precision)
-        return precision, recorded.get("threads")
     if device.type != "cpu":
-        precision, reason = choose_by_device(device)
-        if device.type == "cuda" and precision == "fp32":
-            precision = "fp16"
+        precision, reason = _by_device(device)
         _logger.info("precision: %s (%s)", precision, reason)
         return precision, None
     return on_first_rank(lambda: _measured(recipe, model))
@@ -83,25 +78,36 @@ def _measured(recipe: Recipe, model: ModelParts) -> tuple[str, int | None]:
     return figures.precision, None if threads == usual_threads() else threads
 
 
-def _recorded(recipe: Recipe) -> dict[str, Any] | None:
-    """The section ``engine`` of the run that is being resumed; None for a new run."""
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """The section ``engine`` of the run that is being resumed; empty for a new run."""
     path = recipe.run_folder / "config.yaml"
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         return dict(document.get("engine", {}))
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{path}: the recipe of the run cannot be read ({error}); state engine.precision to "
+            f"{path}: the recipe of the run cannot be read ({reason}); state engine.precision to "
             "resume without it"
         ) from error
 
 
-def _was_bf16(device: torch.device) -> bool:
-    if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported()
-    return choose_by_device(device)[0] == "bf16"
+def _as_before(recorded: dict[str, Any], device: torch.device) -> str:
+    precision = str(recorded.get("precision", "auto"))
+    if precision == "auto":  # clipsys 0.1 decided by flags, and did not record what it chose
+        precision = _by_device(device)[0]
+        if device.type == "cpu":
+            precision = "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    _logger.info("precision: %s (as the run was started)", precision)
+    return precision
+
+
+def _by_device(device: torch.device) -> tuple[str, str]:
+    """What a GPU trains in, and the reason in words."""
+    precision, reason = choose_by_device(device)
+    return ("fp16" if device.type == "cuda" and precision == "fp32" else precision), reason
 
 
 def _check_possible(precision: str, device: torch.device) -> None:
@@ -143,4 +149,4 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
 
 def agrees(loss: float, exact: float) -> bool:
     """Whether a loss is near enough to that in fp32; one that is NaN or infinite is not."""
-    return abs(loss - exact) <= LOSS_TOLERANCE * abs(exact) + LOSS_MARGIN
+    return math.isfinite(exact) and abs(loss - exact) <= LOSS_TOLERANCE * abs(exact) + LOSS_MARGIN

@@ -96,6 +96,9 @@ _UNREMARKABLE = (
     "data.cache_dir",
     "engine.device",
 )
+#: Values that are no change: the run goes on with what it was started with
+#: (`clipsys.training.precision`).
+_AS_BEFORE: dict[str, Any] = {"engine.precision": "auto", "engine.threads": None}
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def _changes(
         inner = getattr(settings, name)
         if isinstance(inner, BaseModel) and isinstance(was[name], Mapping):
             yield from _changes(was[name], inner, now[name], f"{prefix}{name}.")
-        elif was[name] != now[name]:
+        elif was[name] != now[name] and now[name] != _AS_BEFORE.get(prefix + name, ...):
             yield Change(prefix + name, was[name], now[name])
 
 

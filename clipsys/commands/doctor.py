@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clipsys.errors import ClipsysError
+from clipsys.probe.machine import available_cores
+
+#: The model whose speed stands for others of its kind.
+_EXAMPLE = "ViT-B-32"
 
 Grade = Literal["ok", "note", "problem"]
 
@@ -28,6 +32,7 @@ def examine() -> list[Finding]:
     return [
         Finding("ok", "system", f"Python {platform.python_version()}, {platform.platform()}"),
         *_devices(),
+        *_speed(),
         *_codecs(),
         *_faiss(),
         *_untested(),
@@ -47,20 +52,41 @@ def _devices() -> list[Finding]:
         text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         findings.append(Finding("ok", f"cuda:{index}", text))
     if not cuda and not torch.backends.mps.is_available():
-        amx = torch.cpu._is_amx_tile_supported()
-        vnni = torch.cpu._is_vnni_supported()
-        kind = (
-            "with AMX: in bf16" if amx
-            else "in fp32; images of vision transformers are indexed in int8" if vnni
-            else "without AMX and VNNI: in fp32"
-        )  # fmt: skip
-        findings.append(
-            Finding("note", "device", f"no GPU; training and encoding use the CPU, {kind}")
-        )
+        findings.append(Finding("note", "device", "no GPU; training and encoding use the CPU"))
     if shutil.which("nvidia-smi") and not cuda:
-        text = "an NVIDIA driver is here, but torch sees no GPU; install a CUDA build of torch"
+        text = "an NVIDIA driver is installed, but torch sees no GPU; install a CUDA build of torch"
         findings.append(Finding("problem", "device", text))
     return findings
+
+
+def _speed() -> list[Finding]:
+    """What the products of a ViT-B/32 run at on this processor, and what follows for a run."""
+    import torch
+
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return []
+    from open_clip.model import CLIP
+
+    from clipsys.inference import int8
+    from clipsys.models.architectures import architecture_config
+    from clipsys.models.devices import encoding_work
+    from clipsys.probe import cache
+    from clipsys.probe.figures import choose_precision
+    from clipsys.probe.machine import processor
+    from clipsys.probe.probing import probe
+
+    with torch.device("meta"):  # shapes without values: nothing is downloaded or computed
+        model = CLIP(**architecture_config(_EXAMPLE))
+    work = encoding_work(model, _EXAMPLE, (224, 224), with_int8=int8.is_fast())
+    figures = probe(work)
+    if figures is None:
+        text = "not measured (CLIPSYS_PROBE=off): precision auto is fp32"
+        return [Finding("note", "speed", text)]
+    auto = choose_precision({n: r for n, r in figures.gflops.items() if n != "int8"})
+    text = f"{processor()}, {_EXAMPLE}: {figures}"
+    stored = "not stored: the machine is busy" if figures.busy else f"stored in {cache.folder()}"
+    where = f"precision auto is {auto}, fast is {figures.precision}; {stored}"
+    return [Finding("ok", "speed", text), Finding("ok", "speed", where)]
 
 
 def _codecs() -> list[Finding]:
@@ -127,9 +153,9 @@ def _deepspeed() -> list[Finding]:
 
 
 def _threads() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     asked = os.environ.get("OMP_NUM_THREADS")
-    if asked and asked.isdigit() and cores and int(asked) > cores:
+    if asked and asked.isdigit() and int(asked) > cores:
         text = f"OMP_NUM_THREADS is {asked}, more than the {cores} cores; unset it"
         return [Finding("note", "OpenMP", text)]
     return [Finding("ok", "OpenMP", f"{cores} cores, OMP_NUM_THREADS {asked or 'not set'}")]

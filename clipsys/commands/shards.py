@@ -67,6 +67,7 @@ def shards(
     from clipsys.errors import DataError
 
     remedy = "make room and repeat the command, which goes on from here"
+    columns = options.columns_of([source], path_column, caption_column, label_column, encoding)
     with drive_errors_explained(out, DataError, remedy):
         report = pack(
             source,
@@ -74,9 +75,7 @@ def shards(
             prefix=prefix,
             shard_bytes=int(shard_mb * 1e6),
             shuffle_seed=shuffle,
-            columns=options.columns_of(
-                [source], path_column, caption_column, label_column, encoding
-            ),
+            columns=columns,
             resize=resize,
             workers=workers,
         )

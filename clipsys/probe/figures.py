@@ -40,7 +40,7 @@ class Figures:
     def __str__(self) -> str:
         rates = ", ".join(f"{name}: {_rate(rate)}" for name, rate in self.gflops.items())
         text = f"{rates} GFLOP/s a core; {self.precision} is used"
-        if len(self.arrangements) > 1:
+        if self.arrangements:
             tried = ", ".join(f"{one}: {_rate(rate)}" for one, rate in self.arrangements)
             verb = "is" if self.arrangement.threads == 1 else "are"
             text += f"; {tried}; {self.arrangement} {verb} used"

@@ -24,9 +24,9 @@ BUDGET_S = 0.5
 _PRECISION_SHARE = 0.6
 #: Rounds that pieces are cut for: one warms up, and three have a median.
 _ROUNDS = 4
-#: Takes 0.2 ms or so, and says how large pieces may be and which precisions are hopeless: a
+#: Takes 0.1 ms or so, and says how large pieces may be and which precisions are hopeless: a
 #: processor without instructions for one may be a hundred times slower in it.
-_SMALL = Product((128, 256), (256, 256))
+_SMALL = Product((64, 256), (256, 256))
 _SMALL_BUDGET_S = 0.02
 _HOPELESS = 3.0
 #: Share of the time that threads may have waited for cores; with more, what they did says nothing.
@@ -62,22 +62,25 @@ def measure(
     *,
     budget_s: float = BUDGET_S,
     clock: Clock = time.perf_counter,
+    stopwatch: Clock = time.thread_time,
     waiting_s: Clock = machine.waiting_s,
 ) -> Figures:
     """Times these products within a budget, and chooses.
 
-    Precisions are compared on one thread. That is how images are encoded, and it is what can be
-    measured on a machine that does something else as well: threads that share an operation wait for
-    the one whose core is taken, which was measured to cost them nine tenths of their rate.
+    Precisions are compared on one thread, by its processor time. That is how images are encoded,
+    and it can be measured on a machine that does something else as well: threads that share an
+    operation wait for the one whose core is taken, which was measured to cost them nine tenths of
+    their rate.
 
     Args:
         products: of the whole tower; not empty.
         conditions: how they are computed.
         budget_s: seconds for everything.
         clock: seconds; another one in tests.
+        stopwatch: seconds of this thread's processor time; another one in tests.
         waiting_s: seconds that this process has waited for cores; another one in tests.
     """
-    started, timer = clock(), Timer(conditions, clock)
+    started, timer = clock(), Timer(conditions, clock, stopwatch)
     products = largest(products)
     with limited_threads(1):
         rates = timer.precisions(
@@ -99,7 +102,7 @@ def measure(
         gflops={name: round(rate, 1) for name, rate in rates.items()},
         precision=precision,
         arrangements=() if busy else tuple((one, round(rate, 1)) for one, rate in tried),
-        arrangement=conditions.arrangements[0] if busy else choose_arrangement(tried),
+        arrangement=choose_arrangement(tried) if tried and not busy else conditions.arrangements[0],
         busy=busy,
     )
 
@@ -110,6 +113,7 @@ class Timer:
 
     conditions: Conditions
     clock: Clock
+    stopwatch: Clock
 
     def precisions(
         self,
@@ -119,11 +123,11 @@ class Timer:
         *,
         until: float,
     ) -> dict[str, float]:
-        """GFLOP/s of each precision over the whole tower, with torch's threads as they are."""
+        """GFLOP/s of each precision over the whole tower, on this thread alone."""
         operations = [
             {name: computation(piece, name, self.conditions) for name in names} for piece in pieces
         ]
-        seconds = time_in_turn(operations, until=until, clock=self.clock)
+        seconds = time_in_turn(operations, until=until, clock=self.clock, stopwatch=self.stopwatch)
         return {
             name: self._overall(products, pieces, [one[name] for one in seconds]) for name in names
         }
@@ -136,8 +140,10 @@ class Timer:
         *,
         until: float,
     ) -> list[tuple[Arrangement, float]]:
-        """GFLOP/s of each arrangement of threads over the whole tower."""
+        """GFLOP/s of each arrangement of threads over the whole tower; none for a single one."""
         tried = self.conditions.arrangements
+        if len(tried) == 1:
+            return []
         pools = {one: single_threads(one.threads) for one in tried if one.apart}
         try:
             operations = []

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
 from clipsys.inference import int8
-from clipsys.inference.int8 import MIN_AGREEMENT, CheckedInt8, Int8Linear
-from clipsys.inference.threads import EncodeImage
+from clipsys.inference.int8 import Int8Linear
 
 pytestmark = pytest.mark.skipif(not int8.is_fast(), reason="this processor has no VNNI")
 
@@ -64,68 +61,3 @@ def test_zeros_give_the_bias_and_nan_gives_nan() -> None:
     product = Int8Linear(_numbers(32, 64), bias_O)
     torch.testing.assert_close(product(torch.zeros(3, 64)), bias_O.expand(3, -1), atol=0, rtol=0)
     assert product(torch.full((2, 64), torch.nan)).isnan().all()
-
-
-def _twice(image_BCHW: torch.Tensor) -> torch.Tensor:
-    return image_BCHW.flatten(1) * 2
-
-
-def _turned(image_BCHW: torch.Tensor, cosine: float) -> torch.Tensor:
-    """Features at this cosine from those of `_twice`, each of another length."""
-    exact = _twice(image_BCHW)
-    other = torch.randn(exact.shape, generator=torch.Generator().manual_seed(9))
-    other -= exact * (other * exact).sum(1, keepdim=True) / (exact * exact).sum(1, keepdim=True)
-    unit = torch.nn.functional.normalize
-    return 3 * (cosine * unit(exact) + (1 - cosine**2) ** 0.5 * unit(other))
-
-
-def test_int8_stays_where_the_first_images_agree(caplog: pytest.LogCaptureFixture) -> None:
-    encode = CheckedInt8(_twice, lambda: lambda images: _turned(images, 0.995))
-    images = _numbers(40, 3, 4, 4)
-    with caplog.at_level(logging.INFO):
-        torch.testing.assert_close(encode(images), _turned(images, 0.995))
-    assert "int8 (the first 16 images agree with fp32 to a cosine of 0.9950)" in caplog.text
-    torch.testing.assert_close(encode(images[:1]), _turned(images[:1], 0.995))
-
-
-@pytest.mark.parametrize("cosine", [MIN_AGREEMENT - 0.001, -1.0, float("nan")])
-def test_int8_is_given_up_where_they_do_not(
-    cosine: float, caplog: pytest.LogCaptureFixture
-) -> None:
-    encode = CheckedInt8(_twice, lambda: lambda images: _turned(images, cosine))
-    images = _numbers(10, 3, 4, 4)
-    torch.testing.assert_close(encode(images), _twice(images), atol=0, rtol=0)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "fp32, not int8 (the first 10 images" in caplog.text
-    torch.testing.assert_close(encode(images[:2]), _twice(images[:2]), atol=0, rtol=0)
-
-
-def test_one_image_that_does_not_agree_is_enough() -> None:
-    def wrong_for_one(images: torch.Tensor) -> torch.Tensor:
-        features = _twice(images)
-        features[3] *= -1
-        return features
-
-    images = _numbers(16, 3, 4, 4)
-    encode = CheckedInt8(_twice, lambda: wrong_for_one)
-    torch.testing.assert_close(encode(images), _twice(images), atol=0, rtol=0)
-
-
-def test_few_images_are_encoded_exactly_and_decide_nothing() -> None:
-    made: list[bool] = []
-
-    def make() -> EncodeImage:
-        made.append(True)
-        return lambda images: _turned(images, 0.999)
-
-    encode = CheckedInt8(_twice, make)
-    images = _numbers(8, 3, 4, 4)
-    torch.testing.assert_close(encode(images[:7]), _twice(images[:7]), atol=0, rtol=0)
-    assert not made, "a single query waits for nothing"
-    torch.testing.assert_close(encode(images), _turned(images, 0.999), atol=0, rtol=0)
-
-
-def test_a_tower_that_cannot_be_in_int8_stays_exact() -> None:
-    images = _numbers(20, 3, 4, 4)
-    encode = CheckedInt8(_twice, lambda: None)
-    torch.testing.assert_close(encode(images), _twice(images), atol=0, rtol=0)

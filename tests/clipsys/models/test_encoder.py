@@ -10,6 +10,10 @@ import clipsys
 from clipsys.errors import ConfigError, ImageDecodeError
 from clipsys.images.decoding import decode_image
 from clipsys.inference import int8
+from clipsys.inference.threads import Arrangement
+from clipsys.models import devices
+from clipsys.probe.figures import Figures, choose_precision
+from clipsys.probe.probing import Work
 from tests.conftest import TINY_MODEL, noise_image
 
 
@@ -81,12 +85,73 @@ def test_bf16_stays_close_to_fp32(model_folder: Path, encoder: clipsys.Encoder) 
     assert float((low * encoder.encode_image([noise_image(1)])).sum()) > 0.999
 
 
+def _measured(monkeypatch: pytest.MonkeyPatch, **gflops: float) -> list[tuple[str, ...]]:
+    """Lets a machine have these rates; returns the precisions that it is asked for."""
+    asked: list[tuple[str, ...]] = []
+
+    def probe(work: Work) -> Figures:
+        asked.append(work.precisions)
+        rates = {name: gflops[name] for name in work.precisions if name in gflops}
+        return Figures(rates, choose_precision(rates), (), Arrangement(1))
+
+    monkeypatch.setattr(devices, "probe", probe)
+    return asked
+
+
+@pytest.mark.parametrize("asked", ["auto", "fast"])
+def test_what_is_measured_to_be_faster_is_used_and_checked(
+    asked: str,
+    model_folder: Path,
+    encoder: clipsys.Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _measured(monkeypatch, fp32=88, bf16=378, int8=300)
+    images = [noise_image(seed) for seed in range(9)]
+    low = clipsys.load(model_folder, device="cpu", precision=asked)
+    assert low.precision == "bf16"
+    with caplog.at_level("INFO"):
+        actual = low.encode_image(images)
+    assert "bf16 (the first 9 images agree with fp32 to a cosine of" in caplog.text
+    exact = encoder.encode_image(images)
+    assert np.abs(actual - exact).max() > 1e-5, "not in bf16"
+    assert (actual * exact).sum(axis=1).min() > 0.999
+    monkeypatch.setattr("clipsys.inference.checking.MIN_AGREEMENT", 1.01)
+    refused = clipsys.load(model_folder, device="cpu", precision="auto")
+    np.testing.assert_array_equal(refused.encode_image(images), exact)
+    assert refused.precision == "fp32"
+    np.testing.assert_array_equal(refused.encode_text(["a"]), encoder.encode_text(["a"]))
+
+
+@pytest.mark.skipif(not int8.is_fast(), reason="this processor has no VNNI")
+def test_auto_leaves_int8_out_and_what_is_asked_for_is_not_measured(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = _measured(monkeypatch, fp32=100, bf16=50, int8=290)
+    assert clipsys.load(model_folder, device="cpu").precision == "fp32"
+    assert clipsys.load(model_folder, device="cpu", precision="fast").precision == "int8"
+    assert asked == [("fp32", "bf16"), ("fp32", "bf16", "int8")]
+    for precision in ("fp32", "bf16", "int8"):
+        assert clipsys.load(model_folder, precision=precision).precision == precision
+    assert len(asked) == 2
+
+
+def test_a_real_probe_decides_and_is_stored(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CLIPSYS_PROBE")
+    monkeypatch.setattr("clipsys.probe.machine.waiting_s", lambda: 0.0)
+    assert clipsys.load(model_folder, device="cpu").precision in ("fp32", "bf16")
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
 @pytest.mark.skipif(not int8.is_fast(), reason="this processor has no VNNI")
 @pytest.mark.parametrize("asked", ["int8", "fast"])
 def test_int8_stays_close_to_fp32_and_leaves_texts_alone(
     asked: str, model_folder: Path, encoder: clipsys.Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    _measured(monkeypatch, fp32=100, bf16=50, int8=290)
     low = clipsys.load(model_folder, precision=asked)
     assert low.precision == "int8"
     images = [noise_image(seed) for seed in range(9)]
@@ -99,15 +164,18 @@ def test_int8_stays_close_to_fp32_and_leaves_texts_alone(
 def test_without_vnni_int8_is_refused_and_fast_is_fp32(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _measured(monkeypatch, fp32=100, bf16=50, int8=290)
     monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     assert clipsys.load(model_folder, device="cpu", precision="fast").precision == "fp32"
     with pytest.raises(ConfigError, match="int8: this processor has no instructions for it"):
         clipsys.load(model_folder, device="cpu", precision="int8")
 
 
 @pytest.mark.skipif(not int8.is_fast(), reason="this processor has no VNNI")
-def test_int8_is_refused_for_a_tower_that_it_is_not_for(tmp_path: Path) -> None:
+def test_int8_is_refused_for_a_tower_that_it_is_not_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _measured(monkeypatch, fp32=100, bf16=50, int8=290)
     from clipsys.models.open_clip_models import build_model, save_model
 
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
