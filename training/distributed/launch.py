@@ -5,8 +5,8 @@ Under torchrun, the deepspeed launcher, SLURM or MPI the ranks exist already: `e
 run's error.
 
 Why not torch.distributed.elastic's agent, which torchrun runs: it ends a run with a report of
-forty lines, of all ranks, and a traceback; it has no one line of the rank that failed first, and
-its agent is not noticed by its ranks when it is killed. Its form of error files is used.
+forty lines, of all ranks, and a traceback of its own; the one line of the rank that failed first is
+not what the user sees. Its form of error files is used.
 """
 
 from __future__ import annotations
