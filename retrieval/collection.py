@@ -170,7 +170,7 @@ class Collection:
                 search or an addition first needs it.
             few_searches: it is opened for one search or two: what pays only later is left out.
             precision: in which the manifest's model encodes images; see `clipsys.load`.
-            model: where the manifest's model lies by now, as `clipsys.load` takes it; None: where
+            model: where the manifest's model lies now, as `clipsys.load` takes it; None: where
                 the manifest says.
             to_repair: opens it although vector files are damaged.
 
@@ -491,7 +491,7 @@ class Collection:
         return known_sources(self._store)
 
     def rename_source(self, old: str | Path, new: str | Path) -> int:
-        """Says where a source is by now. Its images keep their ids. Returns how many moved along.
+        """Records where a source is now. Its images keep their ids. Returns how many moved along.
 
         Raises:
             DataError: there is no such source, or nothing usable at the new place.
@@ -528,7 +528,7 @@ class Collection:
     def compact(self) -> CompactionReport:
         """Drops the vectors of deleted items, joins small segments, renews the index.
 
-        Replaced files are deleted by the writer that comes after, a minute later at the earliest:
+        Replaced files are deleted by a later writer, after a minute at the earliest:
         searches that are under way, in other processes too, read them to their end.
 
         Raises:
@@ -538,7 +538,7 @@ class Collection:
             return writer.compact()
 
     def record_model(self, model: str) -> None:
-        """Notes where the collection's model lies by now, if that is not where it was.
+        """Records where the collection's model lies now.
 
         Args:
             model: what `clipsys.load` takes; a folder's path becomes absolute.
@@ -563,7 +563,7 @@ class Collection:
         options: MigrationOptions | None = None,
         show_progress: bool = True,
     ) -> AddReport:
-        """Encodes every image anew with another model, beside the old vectors, then swaps.
+        """Encodes every image again with another model, beside the old vectors, then swaps.
 
         Items keep their ids. Readers, this object too, go on with the old vectors: open the
         collection again to search the new ones. A migration that was killed goes on when it is

@@ -46,7 +46,7 @@ def real_source(source: str | Path) -> str:
 
 
 def forget_folders() -> None:
-    """Looks at folders anew from now on: links may have changed since the last walk."""
+    """Clears what is remembered of folders: links may have changed since the last walk."""
     real_folder.cache_clear()
 
 

@@ -21,7 +21,7 @@ def sources(
         tuple[str, str] | None,
         typer.Option(
             metavar="OLD NEW",
-            help="Say where a source is by now; its images keep their ids and are not read.",
+            help="Record where a source is now; its images keep their ids and are not read.",
         ),
     ] = None,
     forget: Annotated[
@@ -48,7 +48,7 @@ def sources(
         if rename is not None:
             moved = photos.rename_source(*rename)
             images = counted(moved, "image")
-            said = f"{rename[0]} is {real_source(rename[1])} by now; {images} moved along"
+            said = f"{rename[0]} is now {real_source(rename[1])}; {images} moved along"
             typer.echo(printable(said), err=True)
         if forget is not None:
             removed = photos.forget_source(forget, limit=1.0 if yes else PRUNE_LIMIT)

@@ -143,7 +143,7 @@ def load_encoder(folder: Path, pin: EncoderPin, *, precision: str = "fast") -> I
     except ClipsysError as error:
         raise ModelError(
             f"{folder}: its model{pin.name and f' {pin.name}'} cannot be loaded from {pin.model} "
-            f"({error}); if it lies elsewhere by now, `clipsys index {folder} --model PLACE` "
+            f"({error}); if it was moved, `clipsys index {folder} --model PLACE` "
             "records that, and `--model PLACE` of search and ui uses it once"
         ) from error
     check_encoder(folder, pin, encoder)

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import RecallError
-from clipsys.retrieval.indexes import fastscan, gpu, memory
-from clipsys.retrieval.indexes.clustering import Halves, nearest, spherical_kmeans
+from clipsys.retrieval.indexes import fastscan, gpu
+from clipsys.retrieval.indexes.clustering import draw_sample, nearest, spherical_kmeans
 from clipsys.retrieval.indexes.generation import read_file, searchable
 from clipsys.retrieval.indexes.inverted_file import InvertedFile, MappedLists, fill
+from clipsys.retrieval.indexes.memory import default_memory_bytes
 from clipsys.retrieval.indexes.new_file import new_file
 from clipsys.retrieval.indexes.planning import (
     CODE_SAMPLE,
@@ -49,11 +50,6 @@ _logger = logging.getLogger(__name__)
 
 _KMEANS_ROUNDS = 8
 _HNSW_BUILD_EFFORT = 120
-
-
-def default_memory_bytes() -> int:
-    """Half of the memory that there is: the other half is the encoder's and everybody else's."""
-    return memory.total_bytes() // 2
 
 
 def build_index(
@@ -268,22 +264,10 @@ def _assign(trained: Any, snapshot: Snapshot, positions: Ints) -> npt.NDArray[np
     return list_N
 
 
-def _sample(snapshot: Snapshot, count: int) -> Halves:
-    """Vectors drawn without replacement, in the order of the segments: (count, D), unit norm."""
-    chosen = np.random.default_rng(0).choice(len(snapshot), count, replace=False)
-    chosen.sort()
-    sample_ND = np.empty((count, snapshot.vectors.dim), np.float16)
-    start = 0
-    for ids_N, vectors_ND in snapshot.blocks(chosen):
-        sample_ND[start : start + len(ids_N)] = vectors_ND
-        start += len(ids_N)
-    return sample_ND
-
-
 def _train(index: Any, plan: IndexPlan, snapshot: Snapshot) -> None:
     """Finds the centroids, then whatever the codes need; on GPUs where FAISS sees any."""
     inverted = _faiss.extract_index_ivf(index)
-    sample_ND = _sample(snapshot, plan.num_training)
+    sample_ND = draw_sample(snapshot, plan.num_training)
     code_sample_ND = sample_ND[:: max(1, len(sample_ND) // CODE_SAMPLE)].copy()
     if gpu.num_gpus() > 0:
         centroids_LD = unit_rows(

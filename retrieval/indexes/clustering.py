@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.retrieval.storage.segments import Floats, Ints
+from clipsys.retrieval.storage.snapshot import Snapshot
 
 Halves = npt.NDArray[np.float16]
 
@@ -66,3 +67,15 @@ def nearest(vectors_ND: Floats | Halves, centroids_LD: Floats) -> tuple[Ints, Fl
         list_N[start : start + rows] = best_B
         score_N[start : start + rows] = scores_BL[np.arange(len(best_B)), best_B]
     return list_N, score_N
+
+
+def draw_sample(snapshot: Snapshot, count: int) -> Halves:
+    """Vectors drawn without replacement, in the order of the segments: (count, D), unit norm."""
+    chosen = np.random.default_rng(0).choice(len(snapshot), count, replace=False)
+    chosen.sort()
+    sample_ND = np.empty((count, snapshot.vectors.dim), np.float16)
+    start = 0
+    for ids_N, vectors_ND in snapshot.blocks(chosen):
+        sample_ND[start : start + len(ids_N)] = vectors_ND
+        start += len(ids_N)
+    return sample_ND

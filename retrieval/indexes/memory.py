@@ -92,3 +92,8 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="ascii").splitlines()
     except OSError:
         return []
+
+
+def default_memory_bytes() -> int:
+    """Half of the memory that there is: the other half is the encoder's and everybody else's."""
+    return total_bytes() // 2

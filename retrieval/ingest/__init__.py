@@ -4,7 +4,7 @@ sources          several sources as one stream of records
 report           what became of the records
 texts            an item's captions and metadata, following its sources
 loading          reading and decoding records in threads
-moving           files that have another place by now
+moving           files that were moved
 embedding        records to committed batches, decoding ahead of the encoder
 pruning          removing what no source gives any more
 healing          one item a file, whatever paths led to it

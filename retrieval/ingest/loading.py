@@ -47,7 +47,7 @@ class Loader:
     def load(self, record: Record, known: Item | None, *, encode: bool = False) -> Loaded:
         """Reads, hashes and, if its content is new, decodes a record. Runs in a worker.
 
-        ``encode``: decodes it in any case.
+        ``encode``: decode it even if its content is known.
         """
         data = record.read()
         content_hash = hashlib.blake2b(data, digest_size=20).hexdigest()

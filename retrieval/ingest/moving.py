@@ -1,13 +1,14 @@
-"""A file that has another place by now: its item keeps its id.
+"""Files that were moved: their items keep their ids.
 
 A record whose uri is new and whose content is known is a moved file if no file lies any more where
-an item with that content had its own, and a copy otherwise. A whole folder that was renamed is
-nothing but many moved files.
+an item with that content had its own, and a copy otherwise. A renamed
+folder is many moved files.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import PurePath
 
 from clipsys.retrieval.ingest.texts import Texts, claims_of_all
@@ -21,24 +22,33 @@ class MovedFiles:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._taken: set[int] = set()
+        #: By content: items whose files are gone, by the names that these had, the oldest first.
+        self._gone: dict[str, dict[str, deque[Item]]] = {}
 
     def find(self, uri: str, content_hash: str) -> Item | None:
         """The item of a file that lay elsewhere before; one of the same name if there are several.
 
         Of a file that was replaced meanwhile nothing is known: only what is gone has moved.
         """
-        candidates = [
-            item
-            for item in self._store.items_of_content(content_hash)
-            if item.id not in self._taken and item.uri != uri and is_gone(item.uri)
-        ]
-        if not candidates:
-            return None
-        name = PurePath(uri).name
-        found = min(candidates, key=lambda item: (PurePath(item.uri).name != name, item.id))
-        self._taken.add(found.id)
+        if content_hash not in self._gone:
+            self._gone[content_hash] = self._look(content_hash)
+        by_name = self._gone[content_hash]
+        name = os.path.basename(uri)  # noqa: PTH119
+        if name not in by_name:
+            if not by_name:
+                return None
+            name = min(by_name, key=lambda other: by_name[other][0].id)
+        found = by_name[name].popleft()
+        if not by_name[name]:
+            del by_name[name]
         return found
+
+    def _look(self, content_hash: str) -> dict[str, deque[Item]]:
+        by_name: dict[str, deque[Item]] = {}
+        for item in self._store.items_of_content(content_hash):
+            if is_gone(item.uri):
+                by_name.setdefault(os.path.basename(item.uri), deque()).append(item)  # noqa: PTH119
+        return by_name
 
     def kept_claims(self, item: Item, source: str) -> dict[str, Claim]:
         """What other sources gave of a moved item, which it keeps: captions of a table mostly.

@@ -1,8 +1,8 @@
-"""Removing what its sources no longer have: only when asked, and never much of it unasked.
+"""Removing what the sources no longer have: only on request, and much of it only if confirmed.
 
 A drive that is not mounted looks exactly like a folder that was emptied. So a source that is gone
 or empty is an error before anything is pruned, a file that can merely not be reached is not gone,
-and more than a tenth of a source's items need a second word.
+and removing more than a tenth of a source's items has to be confirmed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clipsys.retrieval.storage.schema import python_text, sql_text
 from clipsys.retrieval.storage.sources import origins_of
 from clipsys.retrieval.storage.store import Store
 
-#: The share of a source's images that pruning removes without being told twice.
+#: The share of a source's images that pruning removes without confirmation.
 PRUNE_LIMIT = 0.1
 _PAGE = 10_000
 

@@ -1,4 +1,4 @@
-"""Sources that have another place by now, and sources that are gone for good.
+"""Sources that were renamed, and sources that are gone for good.
 
 A source that was renamed takes its images along: each keeps its id, its vector and what is known of
 it, and nothing is read. One that is forgotten takes away the items that no other source gives.

@@ -16,7 +16,7 @@ class AddReport:
         added: new items that were encoded.
         changed: known items whose image changed; encoded again under a new id.
         reused: new items whose vector was already there (a copied file).
-        moved: items whose file has another place by now; they keep their ids.
+        moved: items whose file was moved; they keep their ids.
         updated: known items with other captions, metadata or file times; not encoded.
         filled: items whose captions or metadata a second source of the run added to.
         unchanged: known items as they were; not even read, where the source tells size and time.

@@ -1,4 +1,4 @@
-"""Giving a collection to another model: its images encoded anew beside it, then one swap.
+"""Moving a collection to another model: its images are encoded again beside it, then one swap.
 
     photos/manifest.json ------ edition ""        items.sqlite, segments/, indexes/   (readers)
                         '- - -> edition-1/        building.json, items.sqlite, ...    (being built)
@@ -6,7 +6,7 @@
 The new edition is a collection's data of its own. Items keep their ids, captions and metadata; each
 commit of the new edition is whole, so a killed migration goes on where it stopped. When every image
 is encoded and indexed, the manifest swaps model and edition at once. Readers that are open go on
-with the old edition, which the writer deletes that comes after a grace.
+with the old edition, which a later writer deletes after a grace period.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from clipsys.retrieval.storage.upgrading import upgrade_database
 from clipsys.retrieval.writing.compaction import compact
 from clipsys.retrieval.writing.writer import clear_leftovers, clear_superseded
 
-#: The share of the images that may be gone or unreadable without being told twice.
+#: The share of the images that may be gone or unreadable without confirmation.
 LOSS_LIMIT = 0.1
 _BUILDING = "building.json"
 #: Tables of notes on sources; see `clipsys.retrieval.storage.sources`.

@@ -50,8 +50,8 @@ class RepairReport:
         segments_dropped: damaged segments.
         duplicates_removed: items that shared a uri with a newer one.
         vectors_dropped: vectors that belonged to no live item.
-        words_rebuilt: whether the table of the captions' words was made anew.
-        metadata_rebuilt: whether the index of metadata was made anew.
+        words_rebuilt: whether the table of the captions' words was rebuilt.
+        metadata_rebuilt: whether the index of metadata was rebuilt.
         counters_set: whether the database's counters were behind.
         index_rebuilt: whether there is a new index generation.
         remaining: what could not be mended, one line each.

@@ -1,13 +1,13 @@
 """Connections to the database of a collection, also where its folder cannot be written to.
 
-    folder writable                     as ever, WAL
+    folder writable                     read-write, WAL
     not writable, another user writes   read-only, with the writer's log and its shared memory
     not writable, no log                immutable: SQLite needs no file of its own beside it
     not writable, log of a killed       a private copy in a temporary folder, into which the log
     writer, or an earlier version       is read, or whose version is raised
 
 What is immutable for SQLite may change all the same, by a writer elsewhere: `Connection.is_stale`
-looks at the files, and the caller connects anew.
+looks at the files, and the caller reconnects.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Database:
                     return found
 
     def row(self, query: str, parameters: Sequence[Any] = ()) -> Row:
-        """The first row of a query that has one in any case."""
+        """The first row of a query that always has one."""
         return self.rows(query, parameters)[0]
 
     @contextmanager

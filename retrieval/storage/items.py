@@ -71,7 +71,7 @@ class NewItem:
 class ItemUpdate:
     """New file facts, captions and metadata for an item whose image stays the same.
 
-    ``moved_from``, ``moved_to``: its file has another place by now; None: it is where it was.
+    ``moved_from``, ``moved_to``: its file was moved; None: it was not.
     """
 
     id: int

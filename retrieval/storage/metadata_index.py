@@ -188,7 +188,7 @@ def drop_index(connection: sqlite3.Connection) -> None:
 
 
 def rebuild_index(connection: sqlite3.Connection) -> None:
-    """Makes the index anew from the items, inside a transaction."""
+    """Rebuilds the index from the items, inside a transaction."""
     drop_index(connection)
     create_index(connection)
 

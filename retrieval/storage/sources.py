@@ -113,7 +113,7 @@ def forget_source(connection: sqlite3.Connection, number: int) -> None:
 
 
 def forget_empty_sources(store: Store, keep: set[str]) -> list[str]:
-    """Forgets sources of which nothing is left, since what they gave is elsewhere by now."""
+    """Forgets sources of which nothing is left, since what they gave was moved."""
     gone = [one.name for one in known_sources(store) if not one.num_uris and one.name not in keep]
     if gone:
         with store.changing() as (connection, _):

@@ -10,7 +10,7 @@ change number and stamps the rows it touched with it, so that a reader follows b
 newer than what it knows.
 
 Ids come from AUTOINCREMENT and are never used twice: an item whose image changed is deleted and
-inserted anew, which keeps index generations immutable and true.
+inserted again, which keeps index generations immutable and true.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ class Store:
         rows = self._database.rows(query, (content_hash,))
         return Location(*rows[0]) if rows else None
 
-    def items_of_content(self, content_hash: str, limit: int = 100) -> list[Item]:
+    def items_of_content(self, content_hash: str) -> list[Item]:
         """Live items whose files have this content, the oldest first."""
-        query = f"{SELECT_ITEM} WHERE content_hash = ? AND state = 'live' ORDER BY id LIMIT ?"
-        return [item_of(row) for row in self._database.rows(query, (content_hash, limit))]
+        query = f"{SELECT_ITEM} WHERE content_hash = ? AND state = 'live' ORDER BY id"
+        return [item_of(row) for row in self._database.rows(query, (content_hash,))]
 
     def find_failure(self, uri: str) -> Failure | None:
         """The ledger's entry of a uri."""

@@ -90,7 +90,7 @@ def ensure_table(connection: sqlite3.Connection) -> None:
 
 
 def rebuild_table(connection: sqlite3.Connection) -> None:
-    """Makes the table anew from the items, inside a transaction."""
+    """Rebuilds the table from the items, inside a transaction."""
     for name in TRIGGERS:
         connection.execute(f"DROP TRIGGER IF EXISTS {name}")
     try:

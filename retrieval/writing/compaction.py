@@ -1,4 +1,4 @@
-"""Compaction: segments written anew without the vectors of deleted items, small ones joined.
+"""Compaction: segments rewritten without the vectors of deleted items, small ones joined.
 
     segments a (3 rows, 1 deleted), b (2 rows)  ->  segment c (4 rows), a and b retired
 
@@ -99,7 +99,7 @@ def join_small(folder: Path, store: Store, dim: int) -> None:
 
 
 def due(store: Store, *, now: float | None = None) -> list[str]:
-    """Retired paths that may be deleted by now."""
+    """Retired paths that may be deleted now."""
     latest = (time.time() if now is None else now) - GRACE_S
     return [
         path for (path,) in store.read("SELECT path FROM retired WHERE retired_at <= ?", (latest,))
@@ -184,7 +184,7 @@ def _trusted(
 def _forget_deleted(store: Store) -> int:
     """Deletes the rows of items that were deleted before the last compaction but a grace ago.
 
-    A reader that has not followed since then starts anew, told by ``floor``.
+    A reader that has not followed since then reads everything again; ``floor`` tells it to.
     """
     now, purgeable = int(time.time()), store.state("purgeable")
     forgotten = 0

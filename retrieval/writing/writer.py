@@ -63,7 +63,7 @@ def writing(
         manifest = read_manifest(folder)  # another process may have written since ours was read
         if not manifest.encoder.makes_same_vectors(pin):
             raise CollectionError(
-                f"{folder}: its vectors are of model {manifest.encoder.name} by now, not of "
+                f"{folder}: its vectors are now of model {manifest.encoder.name}, not of "
                 f"{pin.name}; open it again"
             )
         data = folder / manifest.edition
@@ -140,7 +140,7 @@ class Writer:
         join_small(self._data / SEGMENTS, self._store, self._manifest.encoder.dim)
 
     def record_model(self, model: str) -> None:
-        """Notes in the manifest where the model lies by now."""
+        """Records in the manifest where the model lies."""
         pin = self._manifest.encoder.model_copy(update={"model": model})
         self._manifest = self._manifest.model_copy(update={"encoder": pin})
         write_manifest(self._folder, self._manifest)

@@ -1,4 +1,4 @@
-"""The order in which training sees the samples: a function of the seed and the epoch, no more.
+"""The order in which training sees the samples: a function of the seed and the epoch alone.
 
 Position p of an epoch belongs to batch ``p // batch_size``, and there to rank
 ``(p % batch_size) // (batch_size / world size)``. Any position can be asked for at any time, so a
@@ -82,7 +82,7 @@ class SampleOrder:
         """The shards that are mixed together in a window; with replacement, some twice."""
         size = self.shuffle_shards or len(self.counts)
         if self.samples_per_epoch and self.shuffle_shards:
-            # A shard is drawn as often as its samples shall be.
+            # A shard is drawn in proportion to its samples and their weight.
             share = self._shares()
             chosen = _generator(self.seed, epoch, window, 1).choice(
                 len(self.counts), size=size, p=share

@@ -10,6 +10,7 @@ import pytest
 from clipsys.cli import main
 from clipsys.errors import DataError, PruningRefusedError
 from clipsys.retrieval import Collection
+from tests.conftest import write_training_shards
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint, paint_folder
 
 
@@ -57,6 +58,29 @@ def test_equal_files_that_move_keep_their_names(collection: Collection, photos: 
     renamed = photos.rename(photos.with_name("renamed"))
     collection.add(renamed, show_progress=False)
     assert ids(collection) == before
+
+
+def test_many_equal_files_move_at_once(collection: Collection, tmp_path: Path) -> None:
+    first = paint(tmp_path / "many" / "0.png", "red")
+    for number in range(1, 150):
+        first.with_name(f"{number}.png").write_bytes(first.read_bytes())
+    collection.add(first.parent, show_progress=False)
+    before = ids(collection)
+    renamed = first.parent.rename(tmp_path / "renamed")
+    assert collection.add(renamed, show_progress=False).moved == 150
+    assert ids(collection) == before
+
+
+def test_shards_that_move_keep_their_items(collection: Collection, tmp_path: Path) -> None:
+    write_training_shards(tmp_path / "shards", 6)
+    collection.add(tmp_path / "shards", show_progress=False)
+    before = sorted(item.id for item in collection.items())
+    (tmp_path / "shards").rename(tmp_path / "renamed")
+    assert collection.add(tmp_path / "renamed", show_progress=False).moved == len(before)
+    assert sorted(item.id for item in collection.items()) == before
+    (tmp_path / "renamed").rename(tmp_path / "again")
+    collection.rename_source(tmp_path / "renamed", tmp_path / "again")
+    assert collection.add(show_progress=False).unchanged == len(before)
 
 
 def test_moved_file_keeps_what_a_table_says_of_it(collection: Collection, photos: Path) -> None:
