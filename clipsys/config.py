@@ -182,10 +182,9 @@ def load_settings(
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        faults = [
-            _fault(list(_paths(model, document)), place, origins, dict(detail))
-            for detail in error.errors()
-        ]
+        known = list(_paths(model, document))
+        details = _plain_details(error, document)
+        faults = [_fault(known, place, origins, detail) for detail in details]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
 
 
@@ -228,6 +227,41 @@ def _apply_override(document: dict[str, Any], override: str) -> tuple[str, ...]:
         section = section[key]
     section[keys[-1]] = value
     return keys
+
+
+def _plain_details(error: ValidationError, document: object) -> list[dict[str, Any]]:
+    """Pydantic's errors, with locations in the document.
+
+    Where a setting may be of several types, pydantic adds their names to the location, and reports
+    what is wrong with each; only what is wrong with the one that was meant is of use.
+    """
+    details: list[dict[str, Any]] = [
+        {**detail, "loc": _location(document, detail["loc"])} for detail in error.errors()
+    ]
+    return [
+        one
+        for one in details
+        if not one["type"].endswith("_type")
+        or all(
+            other["type"].endswith("_type") or other["loc"][: len(one["loc"])] != one["loc"]
+            for other in details
+        )
+    ]
+
+
+def _location(document: object, parts: Sequence[str | int]) -> tuple[str | int, ...]:
+    node: Any = document
+    location: list[str | int] = []
+    for number, part in enumerate(parts, 1):
+        is_last = number == len(parts)
+        if isinstance(node, Mapping) and (part in node or (is_last and "[" not in str(part))):
+            node = node.get(part)
+        elif isinstance(node, list | tuple) and isinstance(part, int):
+            node = node[part] if part < len(node) else None
+        else:
+            continue
+        location.append(part)
+    return tuple(location)
 
 
 def _fault(

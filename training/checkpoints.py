@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from clipsys.config import Settings
+from clipsys.disk import drive_errors_explained
 from clipsys.errors import TrainingError
 from clipsys.models.open_clip_models import ModelParts, save_model
 from clipsys.training.distributed.collectives import (
@@ -97,31 +98,37 @@ class Checkpoints:
         name = f"step-{state.step:08d}"
         partial = f"{name}.partial"
         on_first_rank(lambda: shutil.rmtree(self.folder / partial, ignore_errors=True))
-        engine.save(self.folder, partial, asdict(state))
-        weights, heads = engine.state_dict(), engine.heads_state_dict()
-        files = self._describe_own(self.folder / partial)
+        with drive_errors_explained(
+            self.folder,
+            TrainingError,
+            "make room, then go on with --resume; the checkpoints before this one are kept",
+            unfinished=self.folder / partial,
+        ):
+            engine.save(self.folder, partial, asdict(state))
+            weights, heads = engine.state_dict(), engine.heads_state_dict()
+            files = self._describe_own(self.folder / partial)
 
-        def publish() -> None:
-            written = self.folder / partial
-            target = written / "model"
-            save_model(parts, target, weights=weights, heads=heads, provenance=provenance)
-            rest = set(list_files(written)) - files.keys()
-            Manifest(
-                step=state.step,
-                world_size=state.world_size,
-                zero_stage=engine.config.zero_stage,
-                precision=engine.module.precision,
-                files=dict(sorted({**files, **describe_files(written, rest)}.items())),
-            ).write(written)
-            final = self.folder / name
-            shutil.rmtree(final, ignore_errors=True)
-            written.rename(final)
-            self._point_to(name)
-            self._forget_old(name)
-            for script in self.folder.glob("zero_to_*.py"):
-                script.unlink()  # DeepSpeed's recovery scripts; model/ makes them needless
+            def publish() -> None:
+                written = self.folder / partial
+                target = written / "model"
+                save_model(parts, target, weights=weights, heads=heads, provenance=provenance)
+                rest = set(list_files(written)) - files.keys()
+                Manifest(
+                    step=state.step,
+                    world_size=state.world_size,
+                    zero_stage=engine.config.zero_stage,
+                    precision=engine.module.precision,
+                    files=dict(sorted({**files, **describe_files(written, rest)}.items())),
+                ).write(written)
+                final = self.folder / name
+                shutil.rmtree(final, ignore_errors=True)
+                written.rename(final)
+                self._point_to(name)
+                self._forget_old(name)
+                for script in self.folder.glob("zero_to_*.py"):
+                    script.unlink()  # DeepSpeed's recovery scripts; model/ makes them needless
 
-        on_first_rank(publish)
+            on_first_rank(publish)
         return self.folder / name
 
     def _describe_own(self, written: Path) -> dict[str, FileRecord]:

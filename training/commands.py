@@ -29,12 +29,18 @@ def train(
     processes.
     """
     from clipsys.config import find_recipe, load_settings
+    from clipsys.disk import drive_errors_explained
+    from clipsys.errors import TrainingError
     from clipsys.training.distributed import environment, launch, rank_errors
     from clipsys.training.recipe import Recipe
 
     recipe = load_settings(Recipe, find_recipe(config), overrides or [])
     if environment.join_environment(nproc):
-        with rank_errors.reporting():
+        remedy = "make room, then go on with --resume; the checkpoints are kept"
+        with (
+            rank_errors.reporting(),
+            drive_errors_explained(recipe.run_folder, TrainingError, remedy),
+        ):
             from clipsys.training.loop import train as run
 
             run(recipe, resume=resume)

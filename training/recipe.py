@@ -88,6 +88,8 @@ class Recipe(Settings):
                 f"evaluation.zeroshot needs text, and objective.name {name} trains none; use "
                 "evaluation.knn, or start from a model that knows text (model.pretrained)"
             )
+        if self.evaluation.knn and not data.validation:
+            yield "evaluation.knn does nothing without data.validation"
         if self.engine.cache_on_host and data.micro_batch_size is None:
             yield "engine.cache_on_host does nothing without data.micro_batch_size"
         if model.unlocked_image_blocks == 0 and model.unlocked_text_blocks == 0:

@@ -96,8 +96,8 @@ _UNREMARKABLE = (
     "data.cache_dir",
     "engine.device",
 )
-#: Values that are no change: the run goes on with what it was started with
-#: (`clipsys.training.precision`).
+#: Values that are no change: the run goes on with what it was started with (`Resumption.settle`,
+#: `clipsys.training.precision`).
 _AS_BEFORE: dict[str, Any] = {"engine.precision": "auto", "engine.threads": None}
 
 
@@ -166,12 +166,7 @@ def _compare(run: Path, checkpoint: Path, saved: SavedBy, recipe: Recipe) -> Res
     except (OSError, ValueError, KeyError, TypeError) as error:
         place = checkpoint / "model" / "clipsys.json"
         raise TrainingError(f"{place}: does not say what was trained ({error!r})") from error
-    # `auto` is what ran, which `Resumption.settle` puts in its place.
-    changes = [
-        one
-        for one in changed_settings(was, recipe)
-        if (one.name, one.now) != ("engine.precision", "auto")
-    ]
+    changes = list(changed_settings(was, recipe))
     refused = [change for change in changes if not _may_change(change, saved, recipe)]
     if refused:
         model = checkpoint / "model"

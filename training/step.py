@@ -14,6 +14,7 @@ import torch.distributed as dist
 from clipsys.errors import TrainingError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.training.data.augmentation import AugmentationConfig, augment, normalisation
+from clipsys.training.data.order import step_seed
 from clipsys.training.data.samples import Batch
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Loss, MakeInputs
@@ -104,7 +105,7 @@ class TrainingStep:
 
     def _seeded_inputs(self, batches: Sequence[Batch], step: int) -> list[MakeInputs]:
         # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
-        seed = (self._seed * 1_000_003 + step) * 4096 + rank()
+        seed = step_seed(self._seed, step, rank())
         torch.manual_seed(seed)
         return [
             partial(self._inputs, batch, seed * 65_537 + number)

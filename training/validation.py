@@ -31,7 +31,7 @@ from clipsys.models.zeroshot import class_vectors
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
 from clipsys.shards.remote import is_remote
-from clipsys.shards.samples import REPEATED, Sample, parse_sample, place_of, require_captions
+from clipsys.shards.samples import REPEATED, Sample, check_key, parse_sample, place_of
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
@@ -107,8 +107,9 @@ class Validation:
                     "label (or cls) to measure nearest neighbours on it"
                 )
         if validation is not None and (has_text or config.knn is not None):
-            require = require_captions if has_text else _require_nothing
-            samples = _usable("data.validation", validation, preprocessing, require, caption_key)
+            samples = _usable(
+                "data.validation", validation, preprocessing, _require_key, caption_key
+            )
             if has_text:
                 self._targets = retrieval_targets(
                     ((sample.captions, sample.metadata) for sample, _ in samples),
@@ -225,10 +226,6 @@ def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbo
     return _Neighbours([str(value) for value in values], same)
 
 
-def _require_nothing(sample: Sample, raw: dict[str, Any]) -> None:
-    """Where the image is all that is measured."""
-
-
 def _usable(
     setting: str,
     spec: str | list[str],
@@ -301,6 +298,10 @@ def _raws(spec: str | list[str]) -> Iterator[dict[str, Any] | DataError]:
         if failures and not num_samples:
             raise failures[0]
         yield from failures
+
+
+def _require_key(sample: Sample, raw: dict[str, Any]) -> None:
+    check_key(raw)  # an image without a caption is a candidate all the same
 
 
 def _require_label(sample: Sample, raw: dict[str, Any]) -> None:

@@ -63,17 +63,22 @@ def shards(
     if out is None:
         raise typer.BadParameter("name the folder to write into", param_hint="OUT")
     from clipsys.corpora.packing import pack
+    from clipsys.disk import drive_errors_explained
+    from clipsys.errors import DataError
 
-    report = pack(
-        source,
-        out,
-        prefix=prefix,
-        shard_bytes=int(shard_mb * 1e6),
-        shuffle_seed=shuffle,
-        columns=options.columns_of([source], path_column, caption_column, label_column, encoding),
-        resize=resize,
-        workers=workers,
-    )
+    remedy = "make room and repeat the command, which goes on from here"
+    columns = options.columns_of([source], path_column, caption_column, label_column, encoding)
+    with drive_errors_explained(out, DataError, remedy):
+        report = pack(
+            source,
+            out,
+            prefix=prefix,
+            shard_bytes=int(shard_mb * 1e6),
+            shuffle_seed=shuffle,
+            columns=columns,
+            resize=resize,
+            workers=workers,
+        )
     for info in report.shards:
         print(printable(out / info.name))
     total = sum(info.num_samples for info in report.shards)

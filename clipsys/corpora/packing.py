@@ -14,6 +14,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -32,10 +33,13 @@ from clipsys.images.decoding import decode_image
 from clipsys.processes.pool import ordered_map
 from clipsys.progress import Advance, progress
 from clipsys.shards.manifest import ShardInfo
+from clipsys.shards.reading import shard_failure
 from clipsys.shards.samples import Sample
 from clipsys.shards.writing import DEFAULT_SHARD_BYTES, hash_file, write_shards
 
-#: Of images that were resized; what was small enough keeps its bytes.
+_logger = logging.getLogger(__name__)
+
+#: JPEG quality of images that were resized; smaller images keep their bytes.
 _QUALITY = 95
 #: How much larger than asked a JPEG is decoded before it is resized.
 _MARGIN = 1.65
@@ -98,7 +102,12 @@ def pack(
     journal = _Journal(Path(out), prefix, settings)
     journal.load()
     resumed = len(journal.shards)
-    records: Iterable[Record] = iterate_source(source, columns=columns)
+    broken: dict[str, str] = {}
+
+    def note(shard: str, error: Exception) -> None:
+        broken[shard] = shard_failure(shard, error)
+
+    records: Iterable[Record] = iterate_source(source, columns=columns, on_error=note)
     total = None
     if shuffle_seed is not None or source_kind(source) != "shards":
         listed = list(records)
@@ -119,6 +128,9 @@ def pack(
             on_shard=journal.shard_done,
         )
     journal.path.unlink(missing_ok=True)
+    for shard, text in broken.items():
+        _logger.warning("%s; its first samples are packed", text)
+        journal.skipped.append((shard, "truncated shard"))
     skipped = Counter(reason for _, reason in journal.skipped)
     if not written:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
@@ -303,4 +315,6 @@ class _Journal:
             for uri, reason in self.skipped
         ]
         if lines:
-            self.skipped_path.write_text("".join(lines), encoding="utf-8")
+            self.skipped_path.write_text(
+                "".join(lines), encoding="utf-8", errors="backslashreplace"
+            )

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from clipsys.corpora.paths import real_path
-from clipsys.errors import DataError, ImageDecodeError
+from clipsys.errors import DataError, ImageDecodeError, SampleError
 from clipsys.files import NotRegularError, check_mode, read_regular
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.shards.samples import Sample
+from clipsys.shards.samples import Sample, check_texts
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,14 @@ def to_sample(record: Record, key: str) -> Sample:
     """Reads a record's image and makes it a shard sample.
 
     Raises:
-        DataError: the image cannot be read.
+        DataError: the image cannot be read, or a text cannot be written into a shard.
     """
     suffix = Path(record.uri.rpartition("#")[0] or record.uri).suffix.lower().lstrip(".")
     if f".{suffix}" not in EXTENSIONS:
         suffix = "jpg"  # a shard or table member: the ending only has to say "image"
-    return Sample(key, record.read(), suffix, record.captions, record.label, record.metadata)
+    sample = Sample(key, record.read(), suffix, record.captions, record.label, record.metadata)
+    try:
+        check_texts(sample)
+    except SampleError as error:
+        raise SampleError(f"{record.uri}: {error}", reason=error.reason) from error
+    return sample

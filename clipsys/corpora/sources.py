@@ -118,9 +118,12 @@ def source_kind(source: str | Path) -> str:
         return "shards"
     if not path.exists():
         raise DataError(f"{path}: there is no such folder, table or shard")
+    excel = (
+        "; Excel's Unicode text is read when its name ends with .tsv" if suffix == ".txt" else ""
+    )
     raise DataError(
         f"{path}: not a source of images; expected a folder, a table "
-        f"({', '.join(TABLE_SUFFIXES)}), .tar shards or an image"
+        f"({', '.join(TABLE_SUFFIXES)}), .tar shards or an image{excel}"
     )
 
 
@@ -135,6 +138,8 @@ def read_uri(uri: str) -> bytes:
         return read_image(container, member)
     if container.endswith(".parquet") and not Path(uri).exists():
         return read_table_image(Path(container), member)
+    if Path(container).suffix.lower() in TABLE_SUFFIXES and not Path(uri).exists():
+        raise DataError(f"{uri}: the row names no image; mend the table and index it again")
     return read_file(Path(uri))
 
 

@@ -12,7 +12,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-output"),
     ui: Annotated[bool, typer.Option("--ui/--no-ui", help="Serve the app at the end.")] = True,
     port: Annotated[int, typer.Option(help="Of the app.")] = 7860,
-    seed: Annotated[int, typer.Option(min=0, help="Of corpus and training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of corpus and training.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete OUT and start over.")] = False,
 ) -> None:
     """Go the whole way on a drawn sample corpus: shards, training, index, figures, app."""

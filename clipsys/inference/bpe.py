@@ -5,6 +5,10 @@ algorithm is that of Radford et al. 2021 (https://github.com/openai/CLIP): the t
 split into words; each word's bytes become symbols, and neighbouring symbols are merged in the order
 of the vocabulary's merges. That it gives the same tokens as open_clip is tested, and verified again
 for each model before it is relied on (`clipsys.inference.numpy_text_tower`).
+
+The tokenizers library was measured beside it in processes of their own (import, vocabulary, one
+query; two cores, best of 8): 45 ms here, 61 ms there with the vocabulary made anew, and 61 ms from
+a tokenizer.json. It would still need the cleaning and the vocabulary's layout from here.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ def bind(host: str, port: int) -> socket.socket:
     """Binds a listening socket, so that the port is ours before anything else is done.
 
     Raises:
-        ServerError: it cannot be had.
+        ServerError: the address or port cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

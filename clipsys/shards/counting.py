@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from clipsys.shards.manifest import (
     remote_manifest,
     write_manifest,
 )
-from clipsys.shards.random_access import index_shard
+from clipsys.shards.random_access import index_shard, stored_index
 from clipsys.shards.reading import expand_shards
 from clipsys.shards.remote import ShardCache, is_remote
 from clipsys.shards.stored_index import ShardIndex
@@ -65,11 +66,14 @@ def count_shards(shards: Sequence[str], cache: ShardCache) -> dict[str, ShardSum
     remote = [shard for shard in shards if is_remote(shard)]
     found: dict[str, ShardSummary] = {}
     with progress("Counting samples", len(shards), unit="shards") as advance:
-        cores = os.cpu_count() or 1
-        processes = min(cores, _MAX_PROCESSES, len(local) // _SHARDS_PER_PROCESS)
-        for shard, summary in zip(
-            local, ordered_map(partial(_try_summary, cache=cache), local, processes), strict=True
-        ):
+        unknown = []
+        for shard in local:
+            if (index := stored_index(shard, cache)) is None:
+                unknown.append(shard)
+                continue
+            found[shard] = _summary(index, shard)
+            advance()
+        for shard, summary in _indexed(unknown, cache):
             if isinstance(summary, DataError):
                 raise summary
             found[shard] = summary
@@ -79,6 +83,21 @@ def count_shards(shards: Sequence[str], cache: ShardCache) -> dict[str, ShardSum
             advance(note="")
     cache.forget_old_indexes()
     return found
+
+
+def _indexed(
+    shards: Sequence[str], cache: ShardCache
+) -> Iterator[tuple[str, ShardSummary | DataError]]:
+    summarise = partial(_try_summary, cache=cache)
+    processes = min(os.cpu_count() or 1, _MAX_PROCESSES, len(shards) // _SHARDS_PER_PROCESS)
+    done = 0
+    try:
+        for shard, summary in zip(shards, ordered_map(summarise, shards, processes), strict=True):
+            yield shard, summary
+            done += 1
+    except BrokenProcessPool:  # a script that does not guard its main program cannot start any
+        for shard in shards[done:]:
+            yield shard, summarise(shard)
 
 
 def _fetched(

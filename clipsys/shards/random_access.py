@@ -19,6 +19,7 @@ import tarfile
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipsys.errors import DataError
@@ -392,6 +393,15 @@ def _plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
         members.append((member.name, data[member.start : member.start + member.size]))
         offset = member.end
     return members
+
+
+def stored_index(shard: str, cache: ShardCache) -> ShardIndex | None:
+    """What an earlier call has stored of a local shard as it is now, or None."""
+    try:
+        with Path(shard).open("rb") as file:
+            return load_index(cache.index_path(shard), shard, cache.stamp(shard, file.fileno()))
+    except OSError:
+        return None
 
 
 def repeated_keys(shard: str) -> frozenset[str]:

@@ -188,6 +188,19 @@ def require_captions(sample: Sample, raw: dict[str, Any]) -> None:
     )
 
 
+def check_texts(sample: Sample) -> None:
+    """Checks that a sample from another source than a shard can be written into one.
+
+    Raises:
+        SampleError: a text of it is not Unicode, has a null byte or is too long, or its metadata
+            is nested too deeply.
+    """
+    texts = [*sample.captions, sample.label or ""]
+    _check_document({"texts": texts, "metadata": sample.metadata})
+    for text in texts:
+        _check_length(text)
+
+
 def check_key(raw: dict[str, Any]) -> None:
     """Checks that a sample's key occurs in one place of its shard, so that it names the sample.
 
@@ -306,17 +319,17 @@ def _check_document(document: dict[str, Any]) -> None:
             elif isinstance(value, list):
                 inner += value
             elif isinstance(value, str) and "\0" in value:
-                raise SampleError("the .json member has a null byte", reason="null byte in a text")
+                raise SampleError("a text has a null byte", reason="null byte in a text")
             elif isinstance(value, str) and not _is_unicode(value):
                 raise SampleError(
-                    "the .json member has half of a surrogate pair",
+                    "a text has half of a surrogate pair",
                     reason="text is not valid Unicode",
                 )
         if not inner:
             return
         level = inner
     raise SampleError(
-        f"the .json member is nested more than {_MAX_DEPTH} deep", reason="metadata is not JSON"
+        f"the metadata is nested more than {_MAX_DEPTH} deep", reason="metadata is not JSON"
     )
 
 

@@ -80,7 +80,7 @@ def failures(
         if retry and photos.failures(limit=1):
             with ending_in_order(lambda: "what was tried is kept; the same command tries the rest"):
                 report = photos.retry_failures()
-            typer.echo(f"{photos.path}: {report.summary()}", err=True)
+            typer.echo(printable(f"{photos.path}: {report.summary()}"), err=True)
         ledger = photos.failures()
     if as_json:
         keys = ("uri", "reason", "message", "attempts", "captions", "metadata")
@@ -204,7 +204,7 @@ def verify(collection: options.CollectionFolder, *, as_json: options.Json = Fals
             if faults
             else "sound"
         )
-        typer.echo(f"{folder}: {message}", err=bool(faults))
+        typer.echo(printable(f"{folder}: {message}"), err=bool(faults))
     if faults:
         raise typer.Exit(1)
 
@@ -233,6 +233,6 @@ def repair(collection: options.CollectionFolder, *, as_json: options.Json = Fals
         for fault in report.remaining:
             typer.echo(f"remains: {printable(fault)}")
         if report.requeued:
-            typer.echo(f"next: clipsys failures {collection} --retry", err=True)
+            typer.echo(printable(f"next: clipsys failures {collection} --retry"), err=True)
     if report.remaining:
         raise typer.Exit(1)

@@ -8,8 +8,8 @@ the limits are what is known.
 
 from __future__ import annotations
 
+import importlib
 import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +55,10 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 
 def _own_limits() -> Iterator[tuple[int, int]]:
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return
     for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY:

@@ -86,3 +86,47 @@ def test_shipped_recipes_are_found_by_name() -> None:
         find_recipe("demoo")
     with pytest.raises(ConfigError, match=r"shipped recipes: .*demo"):
         find_recipe("zzzzzz")
+
+
+class Switch(Settings):
+    on: bool = False
+    text: str = ""
+    pair: tuple[float, float] = (0.0, 1.0)
+
+
+@pytest.mark.parametrize("word", ["yes", "on", "true", "2024-01-31", "1:30", ".nan", ".inf", "~"])
+def test_what_is_no_number_is_refused_as_one(word: str) -> None:
+    for name in ("data.batch_size", "data.rate"):
+        with pytest.raises(ConfigError, match=rf"^command line: {name} is "):
+            load_settings(Outer, {"name": "x"}, [f"{name}={word}"])
+    with pytest.raises(ConfigError, match=r"pair.* is "):
+        load_settings(Switch, {}, [f"pair=[{word}, 1]"])
+
+
+def test_a_number_with_a_leading_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml:2: .*010 has a leading zero"):
+        load_settings(Outer, _file(tmp_path, "name: x\ndata: {batch_size: 010}\n"))
+    with pytest.raises(ConfigError, match="010 has a leading zero"):
+        load_settings(Outer, {"name": "x"}, ["data.batch_size=010"])
+    assert load_settings(Switch, {}, ["text='010'"]).text == "010"
+
+
+@pytest.mark.parametrize(
+    ("word", "number"),
+    [("1_000", 1000), ("0x10", 16), ("+7", 7), ("0o17", 15), ("8.0", 8), ("1e3", 1000)],
+)
+def test_every_plain_way_to_write_a_number_is_read(word: str, number: int) -> None:
+    assert (
+        load_settings(Outer, {"name": "x"}, [f"data.batch_size={word}"]).data.batch_size == number
+    )
+
+
+def test_words_switch_switches_and_are_texts_elsewhere() -> None:
+    settings = load_settings(Switch, {}, ["on=yes", "text=on"])
+    assert (settings.on, settings.text) == (True, "on")
+    assert load_settings(Switch, {}, ["text=2024-01-31"]).text == "2024-01-31"
+
+
+def test_a_nested_document_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_settings(Outer, _file(tmp_path, "a: " + "[" * 5000))

@@ -150,6 +150,7 @@ def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> Non
         ({"engine": {"zero_stage": 3, "ema_decay": 0.9}}, "ema_decay needs whole parameters"),
         ({"engine": {"zero_stage": 3, "compile": True}}, "compile needs whole parameters"),
         ({"engine": {"cache_on_host": True}}, "cache_on_host does nothing"),
+        ({"evaluation": {"knn": "cls"}}, "evaluation.knn does nothing without data.validation"),
         ({"engine": {"zero_stage": 0, "bucket_mb": 5}}, "bucket_mb does nothing with"),
         ({"engine": {"zero_stage": 0, "overlap_comm": True}}, "overlap_comm does nothing with"),
         ({"engine": {"zero_stage": 0, "offload_optimizer": True}}, "offload_optimizer does noth"),

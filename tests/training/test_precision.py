@@ -178,4 +178,8 @@ def test_the_first_loss_decides_and_the_decision_is_recorded(
     assert word in started[1]
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["engine"]
     assert recorded["precision"] == expected
-    assert f"precision: {expected} (as the run was started)" in resumed[1]
+    assert not resumed[0]
+    assert f"2 process(es) on cpu, {expected}, ZeRO" in resumed[1]
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert "# after step 6: schedule.epochs 2 instead of 1" in text
+    assert "precision" not in text[: text.index("output")]

@@ -92,7 +92,7 @@ def test_what_cannot_change_is_refused_with_its_name_and_both_values(finished: P
         "optimizer.name=sgd": "optimizer.name was 'adamw' at step 6, now it is 'sgd'",
         "optimizer.layer_decay=0.5": "optimizer.layer_decay was None at step 6, now it is 0.5",
         "engine.zero_stage=3": "engine.zero_stage was 1 at step 6, now it is 3",
-        "engine.precision=bf16_params": "engine.precision was 'fp32' at step 6",
+        "engine.precision=bf16_params": "at step 6, now it is 'bf16_params'",
         "objective.loss=sigmoid": "objective.name was 'infonce' at step 6",
         "data.batch_size=4": "data.batch_size was 8 at step 6, now it is 4",
         "data.resampled=true": "data.resampled was False at step 6",

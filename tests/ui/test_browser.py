@@ -131,6 +131,27 @@ def test_options_take_words_of_the_caption_and_near_duplicates(page: playwright.
     assert "a blue square" in page.locator(".results .thumbnail-item:visible").first.inner_text()
 
 
+def test_a_filter_alone_lists_in_the_chosen_order_or_says_why_it_is_empty(
+    page: playwright.Page,
+) -> None:
+    panel = page.locator("[role=tabpanel]:visible")
+    panel.get_by_role("button", name="Options").click()
+    settle(panel.locator(".descending input"))
+    panel.locator(".sort input").first.click()
+    page.get_by_role("option", name="number").click()
+    panel.locator(".descending input").check()
+    chosen = panel.locator(".filter input, .filter textarea")
+    chosen.fill("number<3")
+    page.locator("#search-text").click()
+    page.get_by_text("3 images for “number<3”").wait_for()
+    assert "a blue square" in page.locator(".results .thumbnail-item:visible").first.inner_text()
+    chosen.fill("label=Red")
+    page.locator("#search-text").click()
+    page.get_by_text(
+        "Nothing for “label=Red”: no 'label' is 'Red'; the nearest is 'red'"
+    ).wait_for()
+
+
 def test_search_by_image_finds_the_image(page: playwright.Page, photos: Path) -> None:
     panel = open_tab(page, "By image", "#search-image")
     panel.locator("input[type=file]").set_input_files(photos / "blue.png")

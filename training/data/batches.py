@@ -18,8 +18,8 @@ decodes it.
 
 An uneven end of an epoch is dropped, on every rank alike, and another one each epoch. It cannot be
 padded exactly: a row that is repeated enters every softmax sum twice. A sample that cannot be used
-is replaced by its neighbour in the micro-batch, whose group id it shares, so that the twin is not
-taken for a negative.
+is replaced by its neighbour in the micro-batch, whose group id it shares, so that the twin is no
+negative.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class DataConfig(Settings):
     shuffle_shards: PositiveInt | None = Field(
         None,
         description="how many shards are mixed at a time; default all. Fewer keep reading local, "
-        "on slow discs; of remote shards, 8",
+        "on slow drives; of remote shards, 8",
     )
     resampled: bool = Field(
         False, description="draw samples with replacement, sources by their weights"
@@ -279,7 +279,7 @@ class TrainingBatches(Dataset[Batch]):
         start_step: int = 0,
     ) -> None:
         self._shards = shard_set.shards
-        # An open copy takes up disc space after it has been removed: few for remote shards.
+        # An open copy takes up space on the drive after it has been removed: few for remote shards.
         remote = any(is_remote(shard) for shard in shard_set.shards)
         self._reader = ShardReader(
             shard_set.shards,

@@ -1,4 +1,4 @@
-"""The order in which training sees the samples: a function of the seed and the epoch, no more.
+"""The order in which training sees the samples: a function of the seed and the epoch alone.
 
 Position p of an epoch belongs to batch ``p // batch_size``, and there to rank
 ``(p % batch_size) // (batch_size / world size)``. Any position can be asked for at any time, so a
@@ -82,7 +82,7 @@ class SampleOrder:
         """The shards that are mixed together in a window; with replacement, some twice."""
         size = self.shuffle_shards or len(self.counts)
         if self.samples_per_epoch and self.shuffle_shards:
-            # A shard is drawn as often as its samples shall be.
+            # A shard is drawn in proportion to its samples and their weight.
             share = self._shares()
             chosen = _generator(self.seed, epoch, window, 1).choice(
                 len(self.counts), size=size, p=share
@@ -96,6 +96,15 @@ class SampleOrder:
         weights = np.asarray(self.weights or 1.0, dtype=np.float64)
         shares: npt.NDArray[np.float64] = counts * weights / (counts * weights).sum()
         return shares
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's augmentation and dropout, at most 64 bits, as torch takes it."""
+    value = (seed * 1_000_003 + step) * 4096 + rank
+    if value < 1 << 64:
+        return value
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _generator(*entropy: int) -> np.random.Generator:

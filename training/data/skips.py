@@ -54,7 +54,7 @@ class SkipLedger:
         self.reasons.update(one.reason for one in skipped)
         if self._writes and skipped:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 for one in skipped:
                     file.write(format_line({"step": step, **vars(one)}))
 

@@ -1,9 +1,8 @@
 """Gradients that are not finite stop a run before they reach the weights.
 
 The norm is taken for clipping in any case, over all ranks; looking at it costs nothing. DeepSpeed
-(0.19.8) has its own ways with a norm that is not finite: without ZeRO it steps, with ZeRO and
-parameters of 32 bits it leaves the step out and says nothing, with bf16 parameters it steps too.
-Only fp16 has a use for steps that are left out: that is how its loss scale is found.
+(0.19.8) has its own ways with a norm that is not finite: without ZeRO it steps, with ZeRO it leaves
+the step out and goes on. Only fp16 has a use for that: it is how its loss scale is found.
 """
 
 from __future__ import annotations

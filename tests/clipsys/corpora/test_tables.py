@@ -216,6 +216,8 @@ def test_rows_that_name_no_file_are_counted_and_the_others_used(
         (False, False),
     ]
     assert f"{tmp_path}/t.csv#2: URLs are" in failures[0]
+    with pytest.raises(DataError, match=r"t\.csv#2: the row names no image; mend the table"):
+        read_uri(f"{tmp_path}/t.csv#2")
 
 
 def test_a_table_of_addresses_says_how_to_fetch_them(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from clipsys.config import load_settings
 from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.data.batches import DataConfig, ShardSet, sample_order
-from clipsys.training.data.order import SampleOrder, _window_bounds
+from clipsys.training.data.order import SampleOrder, _window_bounds, step_seed
 
 _COUNTS = (5, 1, 7, 3, 9, 2, 4)
 _ALL = {(shard, sample) for shard, count in enumerate(_COUNTS) for sample in range(count)}
@@ -125,3 +125,20 @@ def test_too_few_samples_for_one_batch_are_said() -> None:
 def test_settings_that_would_do_nothing_are_refused(settings: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_settings(DataConfig, settings)  # type: ignore[arg-type]
+
+
+def test_step_seeds_fit_torch_and_stay_what_they_were() -> None:
+    import torch
+
+    for seed in (0, 7, 4_500_000_000):
+        assert step_seed(seed, 3, 1) == (seed * 1_000_003 + 3) * 4096 + 1
+    seen = set()
+    for seed in (2**63 - 1, 2**63 - 1 - 2**52, 20240131123456):
+        for step in (0, 1):
+            for rank in (0, 1):
+                value = step_seed(seed, step, rank)
+                torch.manual_seed(value)
+                seen.add(value)
+        order = SampleOrder((5, 7), seed)
+        assert sorted(order.samples(1, 0, 12)) == sorted(SampleOrder((5, 7), 0).samples(0, 0, 12))
+    assert len(seen) == 12

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from clipsys.disk import drive_errors_explained, drive_fault
+from clipsys.errors import ConfigError, TrainingError
+
+
+def _write(folder: Path, error: Exception) -> None:
+    unfinished = folder / "unfinished"
+    unfinished.mkdir()
+    with drive_errors_explained(folder, TrainingError, "make room", unfinished=unfinished):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 1665216 vs 16"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_drive_is_named_with_the_remedy(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(TrainingError) as caught:
+        _write(tmp_path, error)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert str(caught.value).endswith("MB are free); make room")
+    assert not (tmp_path / "unfinished").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.ENOENT, "gone"), ConfigError("")])
+def test_another_error_passes(tmp_path: Path, error: Exception) -> None:
+    assert drive_fault(error) is None
+    with pytest.raises(type(error)) as caught:
+        _write(tmp_path, error)
+    assert caught.value is error
+    assert (tmp_path / "unfinished").exists()
