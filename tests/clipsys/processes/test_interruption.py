@@ -33,7 +33,7 @@ _IN_A_THREAD = """
 _IN_THE_MAIN_THREAD = """
         import ctypes
         libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-        print("ready", flush=True)
+        threading.Timer(1.0, print, ["ready"], {"flush": True}).start()  # from inside the lock
         libc.pthread_mutex_lock(lock)
         libc.pthread_mutex_lock(lock)
 """
