@@ -216,3 +216,18 @@ def load(spec: str | Path, *, device: str = "auto", precision: str = "auto") -> 
         ConfigError: the device is not there, or cannot compute in this precision.
     """
     return Encoder(models.load_model(spec), device=device, precision=precision)
+
+
+def load_as_listed(spec: str, *, device: str = "auto", precision: str = "auto") -> Encoder | None:
+    """Loads weights with the activation of the architecture that open_clip lists them under.
+
+    This is the encoder that clipsys 0.1.0 made of them. None where it is the one that `load` makes.
+
+    Raises:
+        ModelError: as `load` does.
+        ConfigError: as `load` does.
+    """
+    if not models.is_listed_with_other_activation(spec):
+        return None
+    parts = models.load_model(spec, listed_activation=True)
+    return Encoder(parts, device=device, precision=precision)
