@@ -19,7 +19,7 @@ from clipsys.inference.image_tower import CPU_CHUNK, INT8_CHUNK, image_encoder, 
 from clipsys.inference.text_tower import text_encoder
 from clipsys.inference.threads import EncodeImage, in_chunks
 from clipsys.models import open_clip_models as models
-from clipsys.models.devices import choose_device, choose_encoding
+from clipsys.models.devices import choose_device, choose_encoding, compute_in_full_float32
 from clipsys.models.tokenization import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
@@ -50,6 +50,8 @@ class Encoder:
         self.fingerprint = parts.loaded_fingerprint or models.fingerprint(parts)
         self.preprocessing = parts.preprocessing
         self.device = choose_device(device)
+        if self.device.type == "cuda":
+            compute_in_full_float32()
         self._read_fast = precision == "fast"
         self._model: Any = parts.model.eval().requires_grad_(False).to(self.device)
         self._choice = choose_encoding(

@@ -278,9 +278,7 @@ def _check_card(folder: Path, actual: str) -> None:
         )
 
 
-def _load_hub(
-    name: str, pretrained: str | None, *, listed_activation: bool = False
-) -> ModelParts:
+def _load_hub(name: str, pretrained: str | None, *, listed_activation: bool = False) -> ModelParts:
     import open_clip
 
     label = f"{name}/{pretrained}" if pretrained else name

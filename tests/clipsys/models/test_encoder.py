@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import clipsys
@@ -77,6 +78,20 @@ def test_an_unknown_option_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         clipsys.load(model_folder, **options)
+
+
+def test_a_gpu_takes_no_convolution_in_tf32(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reach_the_gpu(*_: object) -> None:
+        raise RuntimeError("the model is moved")
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr("clipsys.models.encoder.choose_device", torch.device)
+    monkeypatch.setattr(torch.nn.Module, "to", reach_the_gpu)
+    with pytest.raises(RuntimeError, match="the model is moved"):
+        clipsys.load(model_folder, device="cuda")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_bf16_stays_close_to_fp32(model_folder: Path, encoder: clipsys.Encoder) -> None:
