@@ -13,6 +13,7 @@ from clipsys.images.decoding import decode_image
 from clipsys.inference import int8
 from clipsys.inference.threads import Arrangement
 from clipsys.models import devices
+from clipsys.models.open_clip_models import load_model
 from clipsys.probe.figures import Figures, choose_precision
 from clipsys.probe.probing import Work
 from tests.conftest import TINY_MODEL, noise_image
@@ -86,11 +87,12 @@ def test_a_gpu_takes_no_convolution_in_tf32(
     def reach_the_gpu(*_: object) -> None:
         raise RuntimeError("the model is moved")
 
+    parts = load_model(model_folder)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr("clipsys.models.encoder.choose_device", torch.device)
     monkeypatch.setattr(torch.nn.Module, "to", reach_the_gpu)
     with pytest.raises(RuntimeError, match="the model is moved"):
-        clipsys.load(model_folder, device="cuda")
+        clipsys.Encoder(parts, device="cuda")
     assert not torch.backends.cudnn.allow_tf32
 
 
