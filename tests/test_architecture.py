@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("objectives",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
-        ("plan", "precision", "resuming"),
+        ("agreement", "plan", "precision", "resuming"),
         ("run",),
         ("loop",),
         ("commands",),

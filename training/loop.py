@@ -25,6 +25,7 @@ from typing import Any
 from clipsys import __version__
 from clipsys.errors import TrainingError
 from clipsys.progress import Advance, progress
+from clipsys.training.agreement import agree_on_recipe
 from clipsys.training.checkpoints import TrainState
 from clipsys.training.data.samples import Batch, Skipped
 from clipsys.training.distributed.agreement import require_shared
@@ -36,7 +37,7 @@ from clipsys.training.plan import StepClock
 from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
 from clipsys.training.resuming import Resumption, find_resumption, write_recipe
-from clipsys.training.run import Run, agree_on_recipe, build_run
+from clipsys.training.run import Run, build_run
 from clipsys.training.step import StepFigures
 
 _logger = logging.getLogger(__name__)

@@ -1,19 +1,16 @@
-"""The parts of a run, made from its recipe; `clipsys.training.loop` turns the crank."""
+"""The parts of a run, made from its recipe; `clipsys.training.loop` runs them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from clipsys import __version__
 from clipsys.errors import ConfigError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import ModelParts
@@ -30,7 +27,6 @@ from clipsys.training.distributed.agreement import (
     require_same_files,
 )
 from clipsys.training.distributed.collectives import (
-    broadcast_object,
     on_first_rank,
     rank,
     world_size,
@@ -61,7 +57,7 @@ class Run:
     """The parts of a run on this rank.
 
     Attributes:
-        recipe: what they were made from, with the precision that was chosen.
+        recipe: the recipe that they were made from, with the precision that was chosen.
         folder: the run folder.
         model: what is trained, with its tokenizer and preprocessing. Its weights belong to the
             engine: ask `Engine.state_dict` for them.
@@ -118,43 +114,6 @@ class Run:
             start_step=start_step,
         )
         return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
-
-
-#: Settings that may differ between machines.
-_OF_THE_MACHINE = ("nproc", "data.cache_dir")
-
-
-def agree_on_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with the run folder as rank 0 sees it, after proof that all ranks run the same.
-
-    Raises:
-        TrainingError: a setting or a program's version differs between ranks.
-    """
-    versions = {
-        name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "transformers")
-        if find_spec(name.removesuffix("_torch"))
-    }  # fmt: skip
-    require_equal(
-        {"clipsys": __version__, "the programs": versions},
-        remedy="install the same versions on every machine",
-    )
-    settings = dict(_flatten(recipe.model_dump(mode="json")))
-    for name in _OF_THE_MACHINE:
-        settings.pop(name, None)
-    require_equal(
-        {"the settings": sorted(settings)}, remedy="start every rank with the same recipe"
-    )
-    require_equal(settings, remedy="start every rank with the same recipe and overrides")
-    folder = broadcast_object(str(recipe.run_folder.absolute()))
-    return recipe.model_copy(update={"output": folder})
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = None) -> Run:
@@ -253,7 +212,7 @@ def _model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]) -> 
 
 
 def _width(model: ModelParts) -> int:
-    """Of what both towers give."""
+    """Width of the features of both towers."""
     return int(model.config["embed_dim"])
 
 
