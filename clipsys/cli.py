@@ -54,7 +54,7 @@ def load_verb(name: str) -> Callable[..., Any]:
 
 
 class _Verbs(TyperGroup):
-    """Loads a verb when it is asked for."""
+    """Loads a verb when it is first used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # what is still buffered may find the pipe closed
     except BrokenPipeError:
-        # Python flushes once more at its end; there is nobody to write to.
+        # Python flushes once more at its end, and the reader of the pipe is gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except ClipsysError as error:

@@ -69,7 +69,7 @@ class Variants:
     """Marks a section that is read as one of several classes, for messages that name its settings.
 
     Attributes:
-        choose: from the section of a document to its class; None where it cannot be told.
+        choose: maps the section of a document to its class; None where the class is unknown.
     """
 
     choose: Callable[[object], type[Settings] | None]

@@ -24,13 +24,13 @@ def drive_errors_explained(
     """Turns the errors of a drive that takes no more into one line.
 
     Args:
-        folder: that is written to.
-        kind: of the error.
-        remedy: what to do, and what is not lost.
+        folder: the folder that is written to.
+        kind: class of the error.
+        remedy: end of the message: what to do, and what is not lost.
         unfinished: a file or folder that is removed then, to give its space back.
 
     Raises:
-        ClipsysError: of that kind, with the folder, the reason and the space that is free.
+        ClipsysError: the drive is full, read-only or failing; names the folder and its free space.
     """
     try:
         yield

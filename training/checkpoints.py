@@ -224,7 +224,7 @@ class Checkpoints:
 
         Args:
             engine: as it was made; its weights are replaced.
-            name: of the checkpoint.
+            name: name of the checkpoint.
             saved: what `check` returned.
 
         Raises:

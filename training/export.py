@@ -21,7 +21,7 @@ def export_model(
     with_heads: bool = False,
     overwrite: bool = False,
 ) -> str:
-    """Writes the model of a run as a model folder of its own.
+    """Writes the model of a run as a separate model folder.
 
     Args:
         run: what `clipsys train` wrote.

@@ -2,7 +2,7 @@
 
 CRC-32 finds what a crash, a full disk or a copy that broke off does to a file, at 4 GB/s of a core,
 and it is taken of files that have just been written and lie in the page cache. It is no protection
-against somebody who alters a checkpoint on purpose.
+against a checkpoint that is altered on purpose.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Manifest:
     Attributes:
         step: steps done.
         world_size: number of ranks that saved it.
-        zero_stage: of the engine that saved it.
-        precision: that it trained in, after ``auto`` was resolved.
-        files: by path relative to the checkpoint.
+        zero_stage: stage of the engine that saved it.
+        precision: precision that it trained in, after ``auto`` was resolved.
+        files: size and checksum by path relative to the checkpoint.
     """
 
     step: int

@@ -66,9 +66,9 @@ class Run:
         objective: what is minimised.
         plan: what the run takes.
         engine: gradients, updates, checkpoints of the weights.
-        step: from decoded micro-batches to an update.
-        validation: what is measured on the way.
-        checkpoints: what ``--resume`` goes on from.
+        step: makes an update of decoded micro-batches.
+        validation: measurements on the way.
+        checkpoints: states that ``--resume`` continues from.
         skips: samples that could not be used.
         checks_precision: whether the first loss is compared with that in fp32.
     """
@@ -120,7 +120,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     """Makes the parts of a run. Every rank of the process group calls it; nothing is written.
 
     Args:
-        recipe: what to make.
+        recipe: the recipe.
         device: this rank's.
         checkpoint: name of the one that the run goes on from; its weights are loaded later.
 

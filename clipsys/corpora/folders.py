@@ -33,7 +33,7 @@ DEFAULT_EXCLUDED = (
     "RECYCLER", "System Volume Information", "lost+found", "__MACOSX", "Thumbs.db", "ehthumbs.db",
     "desktop.ini",
 )  # fmt: skip
-#: Files that belong to images, or to nobody.
+#: Files that accompany images, or that systems leave behind.
 _BESIDE = {".txt", ".json", ".cls", ""}
 #: Files by which a folder is known as one of clipsys's collections.
 _COLLECTION = {"manifest.json", "writer.lock", "segments"}

@@ -6,7 +6,7 @@
     table       .csv .tsv .jsonl .parquet with a path (or bytes) column, captions and metadata
     shards      a .tar, a folder of .tar files, a glob or a {000..012} range
 
-A record is cheap: the image's bytes are read only when asked for.
+A record is cheap: the image's bytes are read only when they are needed.
 """
 
 from __future__ import annotations
@@ -197,6 +197,6 @@ def _sample_record(shard: str, raw: dict[str, Any]) -> Record:
         return Record(uri=uri, read=fail)
     if is_remote(shard):
         read = partial(bytes, sample.image)
-    else:  # read again when asked for, so that a list of records stays small
+    else:  # read again when needed, so that a list of records stays small
         read = partial(read_image, shard, sample.key)
     return Record(uri, read, sample.captions, sample.label, sample.metadata)

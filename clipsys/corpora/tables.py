@@ -175,7 +175,7 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
 
 
 def _images(row: ParquetRow, roles: Roles) -> list[ImageCell]:
-    """The images of a row; where it has neither bytes nor a path of its own, the path column's."""
+    """The images of a row; where it has neither bytes nor a path, that of the path column."""
     if any(cell.has_bytes or cell.path for cell in row.images):
         return row.images
     return [ImageCell(has_bytes=False, path=row.cells.get(roles.path) if roles.path else None)]

@@ -28,7 +28,7 @@ def class_names(
     Labels that are not all whole numbers are names themselves.
 
     Args:
-        labels: of all images.
+        labels: labels of all images.
         places: folders in which `FILE_NAME` is looked for, and in their parents.
         file: one that the user names.
         setting: how the user names one, for messages.

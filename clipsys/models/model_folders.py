@@ -5,7 +5,7 @@ A model folder is open_clip's own local format plus one file of ours::
     open_clip_config.json          model_cfg and preprocess_cfg, as open_clip reads them
     open_clip_model.safetensors    the weights
     clipsys.json                   fingerprint and provenance
-    heads.safetensors              only where asked for: what an objective trained beside the model
+    heads.safetensors              optional: what an objective trained beside the model
     tokenizer files                only where the text tower uses a Hugging Face tokenizer
     config.json                    only where the text tower is a Hugging Face model
 
@@ -43,7 +43,7 @@ class ModelCard:
     """What ``clipsys.json`` says of a model folder.
 
     Attributes:
-        fingerprint: of weights, architecture and preprocessing.
+        fingerprint: fingerprint of weights, architecture and preprocessing.
         provenance: the run, its step, configuration and measured results.
     """
 

@@ -26,7 +26,7 @@ class ModelParts:
         model: open_clip's CLIP or CustomTextCLIP.
         tokenizer: texts to int64 (N, context_length).
         config: open_clip's ``model_cfg``.
-        preprocessing: from a decoded image to what the image tower sees.
+        preprocessing: makes of a decoded image what the image tower sees.
         name: what messages call it.
         spec: what `load_model` takes to load it again; empty for a model that was built.
         loaded_fingerprint: what `fingerprint` gave when a folder was loaded; else empty. Hashing

@@ -137,7 +137,7 @@ class ShardReader:
         """
         Args:
             shards: paths; urls too where there is a cache.
-            counts: how many samples each is said to have.
+            counts: number of samples of each shard.
             cache: for the copies of remote shards.
             max_open: files that stay open.
         """

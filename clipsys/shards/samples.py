@@ -94,7 +94,7 @@ def group_members(members: Iterable[tuple[str, bytes]], url: str) -> Iterator[di
 
     Args:
         members: names and contents, in the order of the tar.
-        url: of the shard.
+        url: url of the shard.
     """
     current: dict[str, Any] | None = None
     last_key: str | None = None

@@ -85,7 +85,7 @@ class Member(NamedTuple):
     Attributes:
         name: with its folders.
         start: offset of its content, in bytes.
-        size: of its content, in bytes.
+        size: size of its content, in bytes.
     """
 
     name: str
@@ -106,7 +106,7 @@ def plain_member(read: Callable[[int, int], bytes], offset: int) -> Member | Non
 
     Args:
         read: gives so many bytes from an offset.
-        offset: of the header.
+        offset: offset of the header, in bytes.
     """
     header = read(offset, _BLOCK)
     extended: dict[bytes, bytes] = {}

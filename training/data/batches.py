@@ -362,7 +362,7 @@ class TrainingBatches(Dataset[Batch]):
         return row
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
-        """The first usable sample that follows, for a micro-batch that has none of its own."""
+        """The first usable sample that follows, for a micro-batch that has none."""
         total = self._order.num_positions
         for position in range(after, after + self._batch_size):
             (row,), _ = self._rows(epoch, position % total, position % total + 1)

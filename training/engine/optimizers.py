@@ -1,8 +1,8 @@
 """Optimizers by name, and the parameter groups they work on.
 
 A group's learning rate is ``peak × schedule × lr_factor``. The factor is 1 for everything unless
-layer-wise decay is asked for, which makes it fall from the top of each tower to its bottom, or the
-temperature gets a factor of its own.
+layer-wise decay is set, which makes it fall from the top of each tower to its bottom, or the
+temperature gets its own factor.
 """
 
 from __future__ import annotations
