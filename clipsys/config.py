@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from clipsys.errors import ConfigError
-from clipsys.paths import expand_path
+from clipsys.files.expansion import expand_path
 
 #: The largest seed: every generator takes 63 bits.
 MAX_SEED = 2**63 - 1

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from clipsys.config import Settings
-from clipsys.disk import drive_errors_explained
 from clipsys.errors import TrainingError
+from clipsys.files.drive_faults import drive_errors_explained
 from clipsys.models.open_clip_models import ModelParts, save_model
 from clipsys.training.distributed.collectives import (
     gather_objects,

@@ -29,8 +29,8 @@ def train(
     processes.
     """
     from clipsys.config import find_recipe, load_settings
-    from clipsys.disk import drive_errors_explained
     from clipsys.errors import TrainingError
+    from clipsys.files.drive_faults import drive_errors_explained
     from clipsys.training.distributed import environment, launch, rank_errors
     from clipsys.training.recipe import Recipe
 

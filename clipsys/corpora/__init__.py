@@ -1,6 +1,6 @@
 """People's own data as records: folders, tables and shards.
 
-paths               the one real path of each file
+real_paths          the one real path of each file
 records             one image of a corpus, with its captions and metadata
 columns             what the columns of a table mean
 delimited           rows of CSV, TSV and JSON Lines, in whatever encoding

@@ -20,9 +20,9 @@ from typing import Any
 
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import DataError, SampleError
-from clipsys.files import read_regular
+from clipsys.files.expansion import expand_path
+from clipsys.files.regular import read_regular
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.paths import expand_path
 from clipsys.printing import counted
 from clipsys.shards.samples import parse_metadata, with_captions_of
 

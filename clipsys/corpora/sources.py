@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from clipsys.corpora.folders import image_record, iterate_folder
-from clipsys.corpora.paths import forget_folders, real_path
+from clipsys.corpora.real_paths import forget_folders, real_path
 from clipsys.corpora.records import Record, check_regular, read_file
 from clipsys.corpora.tables import TABLE_SUFFIXES, Columns, iterate_table, read_table_image
 from clipsys.errors import DataError
+from clipsys.files.expansion import expand_path
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.paths import expand_path
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, read_image
 from clipsys.shards.remote import is_remote

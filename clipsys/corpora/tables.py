@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles
 from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
 from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
-from clipsys.corpora.paths import real_path
+from clipsys.corpora.real_paths import real_path
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import ConfigError, DataError
 

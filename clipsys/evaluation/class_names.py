@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from clipsys.errors import DataError
-from clipsys.paths import expand_path
+from clipsys.files.expansion import expand_path
 
 FILE_NAME = "classnames.txt"
 #: What CLIP benchmark's data sets have beside it: a prompt a line, with ``{c}`` for the class.

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipsys.errors import ImageDecodeError
-from clipsys.files import NotRegularError, read_regular
+from clipsys.files.regular import NotRegularError, read_regular
 from clipsys.images.native_messages import captured_messages
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clipsys.errors import DataError
-from clipsys.paths import expand_path
+from clipsys.files.expansion import expand_path
 from clipsys.shards.remote import ATTEMPTS, is_remote, open_url, pause, reason_of
 from clipsys.shards.samples import (
     Sample,

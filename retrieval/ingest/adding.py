@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipsys.corpora.paths import real_source
+from clipsys.corpora.real_paths import real_source
 from clipsys.corpora.tables import Columns
 from clipsys.errors import DataError, PruningRefusedError
 from clipsys.progress import progress

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from clipsys.disk import drive_errors_explained, drive_fault
 from clipsys.errors import ConfigError, TrainingError
+from clipsys.files.drive_faults import drive_errors_explained, drive_fault
 
 
 def _write(folder: Path, error: Exception) -> None:
