@@ -11,7 +11,7 @@ from clipsys.config import MAX_SEED, PathText, Settings
 from clipsys.errors import ConfigError
 from clipsys.training.checkpoints import CheckpointConfig
 from clipsys.training.data.augmentation import AugmentationConfig
-from clipsys.training.data.batches import DataConfig
+from clipsys.training.data.config import DataConfig
 from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig

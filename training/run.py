@@ -16,10 +16,11 @@ from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import ModelParts
 from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
-from clipsys.training.data.batches import ShardSet, TrainingBatches, open_shards, sample_order
+from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Batch, Decoder
+from clipsys.training.data.shard_set import ShardSet, open_shards, sample_order
 from clipsys.training.data.skips import SkipLedger
 from clipsys.training.distributed.agreement import (
     on_every_rank,

@@ -26,7 +26,7 @@ from torch import nn
 
 from clipsys.config import Settings
 from clipsys.training.data.augmentation import AugmentationConfig
-from clipsys.training.data.batches import DataConfig
+from clipsys.training.data.config import DataConfig
 from clipsys.training.data.samples import Positives
 from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
