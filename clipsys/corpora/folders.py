@@ -24,7 +24,7 @@ from clipsys.files.expansion import expand_path
 from clipsys.files.regular import read_regular
 from clipsys.images.decoding import EXTENSIONS
 from clipsys.printing import counted
-from clipsys.shards.samples import parse_metadata, with_captions_of
+from clipsys.shards.sample_texts import parse_metadata, with_captions_of
 
 #: Names, in any case, that systems, archives and network drives give to what they keep for
 #: themselves: thumbnails, bins, snapshots. Names that begin with a dot are left out as well.

@@ -2,6 +2,7 @@
 
 remote              local copies of shards behind https, s3 and the like
 manifest            shards.json: what each shard holds
+sample_texts        captions, labels and metadata, read and checked
 samples             what a sample is, and what makes one unusable
 reading             from tar members to `Sample`s, in order
 tar_headers         where the members of a tar lie
