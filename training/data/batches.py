@@ -24,6 +24,7 @@ negative.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator
@@ -190,6 +191,20 @@ class ShardSet:
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(self.counts)
+
+    def name_fingerprint(self) -> str:
+        """Equal for shards of equal names in the same order, wherever they lie."""
+        return _digest([shard.rpartition("/")[2] for shard in self.shards])
+
+    def size_fingerprint(self) -> str:
+        """Equal for shards of equal sizes in the same order; empty where one is remote."""
+        if any(map(is_remote, self.shards)):
+            return ""
+        return _digest([Path(shard).stat().st_size for shard in self.shards])
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
 
 def open_shards(config: DataConfig) -> ShardSet:
