@@ -112,8 +112,6 @@ class Recipe(Settings):
                     f"{place}.{setting} does nothing for objective.name {self.objective.name}, "
                     "which trains no text; leave it out"
                 )
-        if self.evaluation.match is not None and not self.data.validation:
-            yield "evaluation.match does nothing without data.validation"
         if self.evaluation.classnames and not self.evaluation.zeroshot:
             yield "evaluation.classnames does nothing without evaluation.zeroshot"
 

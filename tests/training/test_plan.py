@@ -150,7 +150,6 @@ def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> Non
         ({"engine": {"zero_stage": 3, "ema_decay": 0.9}}, "ema_decay needs whole parameters"),
         ({"engine": {"zero_stage": 3, "compile": True}}, "compile needs whole parameters"),
         ({"engine": {"cache_on_host": True}}, "cache_on_host does nothing"),
-        ({"evaluation": {"match": "x"}}, "evaluation.match does nothing without"),
         ({"evaluation": {"classnames": "x"}}, "evaluation.classnames does nothing without"),
         (
             {"objective": {"name": "simclr"}, "data": {"caption_key": "x"}},
