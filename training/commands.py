@@ -64,7 +64,9 @@ def export(
         bool,
         typer.Option("--with-heads", help="Write the objective's heads beside the model too."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
+    ] = False,
 ) -> None:
     """Write a model folder that clipsys and stock open_clip load."""
     from clipsys.training.export import export_model

@@ -68,7 +68,13 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
         files = {name: FileRecord(**record) for name, record in document.pop("files").items()}
         if document.pop("format") != _FORMAT:
             raise ValueError("the format is of another version")
-        return Manifest(**document, files=files)
+        manifest = Manifest(**document, files=files)
+        for name in ("step", "world_size", "zero_stage"):
+            if type(getattr(manifest, name)) is not int:
+                raise ValueError(f"{name} is {getattr(manifest, name)!r}, not a number")
+        if manifest.world_size < 1 or not isinstance(manifest.precision, str):
+            raise ValueError("it does not say who saved the checkpoint")
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise TrainingError(f"{path}: not a whole manifest ({error})") from error
 

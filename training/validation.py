@@ -275,7 +275,10 @@ def _usable(
             *(setting, reasons.total(), listed, first),
         )
     if not usable:
-        raise DataError(f"{setting}: {spec}: no sample can be used; the first: {first}")
+        why = (
+            f"no sample can be used; the first: {first}" if first else "the shards have no samples"
+        )
+        raise DataError(f"{setting}: {spec}: {why}")
     if len(set(gather_objects(places.hexdigest()))) > 1:
         raise DataError(
             f"{setting}: {spec}: the ranks can read different samples; give all of them the same "

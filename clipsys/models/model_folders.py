@@ -85,16 +85,23 @@ def save_model(
         heads: weights that an objective trained beside the model, written beside it. open_clip and
             `load_model` do not read them.
         provenance: what ``clipsys.json`` says of the model's origin.
-        overwrite: replaces ``out`` where it exists.
+        overwrite: replaces ``out`` where it is a model folder.
 
     Raises:
-        ModelError: ``out`` exists and is not an empty folder, and ``overwrite`` is not given.
+        ModelError: ``out`` exists, is not an empty folder, and is no model folder or ``overwrite``
+            is not given.
     """
     from safetensors.torch import save_file
 
     target = Path(out)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())) and not overwrite:
-        raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not target.is_dir() or not (target / CONFIG_NAME).is_file():
+            raise ModelError(
+                f"{target}: already exists and is no model folder, which alone is replaced; choose "
+                "another folder"
+            )
+        if not overwrite:
+            raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
     weights = parts.model.state_dict() if weights is None else weights
     mark = fingerprint(parts, weights)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clipsys.errors import TrainingError
 from clipsys.shards.counting import count_shards, stated_counts
@@ -44,6 +46,20 @@ class ShardSet:
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(self.counts)
+
+    def name_fingerprint(self) -> str:
+        """Equal for shards of equal names in the same order, wherever they lie."""
+        return _digest([shard.rpartition("/")[2] for shard in self.shards])
+
+    def size_fingerprint(self) -> str:
+        """Equal for shards of equal sizes in the same order; empty where one is remote."""
+        if any(map(is_remote, self.shards)):
+            return ""
+        return _digest([Path(shard).stat().st_size for shard in self.shards])
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
 
 def open_shards(config: DataConfig) -> ShardSet:
