@@ -6,8 +6,8 @@ modules import nothing heavy at their top, so that ``clipsys --help`` answers wi
 
 from __future__ import annotations
 
-import importlib
 import errno
+import importlib
 import logging
 import os
 import sys

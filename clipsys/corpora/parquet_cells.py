@@ -289,7 +289,8 @@ def _rows(cells: Any) -> list[dict[str, Any]]:
 
 def _any_value(cell: Any) -> Any:
     """A cell's value; text that is not UTF-8 as file names are read, and otherwise what Arrow
-    writes of it, or None."""
+    writes of it, or None.
+    """
     import pyarrow
     from pyarrow import types
 

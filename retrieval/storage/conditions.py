@@ -111,8 +111,8 @@ def _check_operator(text: str, operator: str, value: str) -> None:
     meant = {"<>": "!=", "=>": ">=", "=<": "<=", "=!": "!="}.get(operator + value[:1])
     if meant is not None:
         raise QueryError(
-            f"filter {text!r}: {operator + value[0]} is no operator, write {meant}; quotation marks "
-            "go around a value that begins with such a sign"
+            f"filter {text!r}: {operator + value[0]} is no operator, write {meant}; a value that "
+            "begins with such a sign needs quotation marks"
         )
     if operator in ("<", "<=", ">", ">=", "in") and not value.strip(" \t,"):
         raise QueryError(f"filter {text!r}: there is no value after {operator}")
