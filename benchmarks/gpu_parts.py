@@ -288,7 +288,8 @@ def training(setting: Setting) -> None:
 
 def _measure_step(case: StepCase, device: torch.device, setting: Setting) -> None:
     from clipsys.models.open_clip_models import build_model
-    from clipsys.training.engine.deepspeed_engine import Engine, EngineConfig
+    from clipsys.training.engine.config import EngineConfig
+    from clipsys.training.engine.deepspeed_engine import Engine
     from clipsys.training.engine.optimizers import OptimizerConfig
     from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
     from clipsys.training.model.towers import TowerOptions

@@ -48,7 +48,7 @@ from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.maintenance.info import CollectionInfo, describe
 from clipsys.retrieval.search.grammar import compose, parse_query
 from clipsys.retrieval.search.query import Hit, ImageSource, Query, embed_queries
-from clipsys.retrieval.search.searching import NEAR_DUPLICATE, Options, Searcher, Sought
+from clipsys.retrieval.search.searching import NEAR_DUPLICATE, EncodedQuery, Options, Searcher
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage.conditions import Where, parse_where
 from clipsys.retrieval.storage.creation import check_name, create_folder
@@ -304,7 +304,9 @@ class Collection:
             return [[] for _ in read]
         vectors = iter(self.embed_batch([query for query in read if query is not None]))
         sought = [
-            Sought(None) if query is None else Sought(next(vectors), query.words, query.items)
+            EncodedQuery(None)
+            if query is None
+            else EncodedQuery(next(vectors), query.words, query.items)
             for query in read
         ]
         return self._searcher.search(sought, options)
@@ -350,7 +352,7 @@ class Collection:
                 f"({self._pin.dim},) and a finite norm that is not zero"
             )
         options = Options(k, conditions=parse_where(where))
-        return self._searcher.search([Sought(query_D / norm)], options)[0]
+        return self._searcher.search([EncodedQuery(query_D / norm)], options)[0]
 
     def item(self, item_id: int) -> Item:
         """A live item by its id.

@@ -60,6 +60,9 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "ui": (
         ("style", "thumbnails"),
         ("service",),
+        ("markup",),
+        ("options", "about"),
+        ("results",),
         ("app",),
         ("server",),
         ("commands",),

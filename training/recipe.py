@@ -12,7 +12,7 @@ from clipsys.errors import ConfigError
 from clipsys.training.checkpoints import CheckpointConfig
 from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.data.batches import DataConfig
-from clipsys.training.engine.deepspeed_engine import EngineConfig
+from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
 from clipsys.training.engine.zero import zero_faults

@@ -111,11 +111,7 @@ class Validation:
                 "data.validation", validation, preprocessing, _require_key, caption_key
             )
             if has_text:
-                self._targets = retrieval_targets(
-                    ((sample.captions, sample.metadata) for sample, _ in samples),
-                    captions=config.captions,
-                    match=config.match,
-                )
+                self._targets = _targets([sample for sample, _ in samples], config)
             if config.knn is not None:
                 self._neighbours = _neighbours([sample for sample, _ in samples], config)
             self._pixels = _stack_share(samples)
@@ -210,6 +206,18 @@ class _Neighbours(NamedTuple):
 
     labels: list[str]
     same: list[object] | None
+
+
+def _targets(samples: Sequence[Sample], config: EvaluationConfig) -> RetrievalTargets:
+    """The captions to search with, and the images that each of them should find."""
+    try:
+        return retrieval_targets(
+            ((sample.captions, sample.metadata) for sample in samples),
+            captions=config.captions,
+            match=config.match,
+        )
+    except DataError as error:
+        raise DataError(f"data.validation: {error}") from error
 
 
 def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbours:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from clipsys.commands import options
+from clipsys.printing import json_text
 
 
 def models(
@@ -36,7 +36,7 @@ def models(
         raise ModelError(f"open_clip has no pretrained model {pattern!r}{fitting}")
     found.sort(key=lambda model: (model.size_mb is None, model.size_mb or 0, model.name))
     if as_json:
-        print(json.dumps([vars(model) for model in found], indent=2))
+        print(json_text([vars(model) for model in found]))
         return
     width = max(len(model.name) for model in found)
     print(f"{'NAME/TAG':{width}}  {'MB':>6}  {'million':>7}  {'dim':>4}  {'pixels':>6}")

@@ -62,6 +62,15 @@ def choose_device(asked: str = "auto") -> torch.device:
     return device
 
 
+def compute_in_full_float32() -> None:
+    """Keeps the convolutions of this process's GPU from taking float32 products in TF32.
+
+    TF32 has 10 bits of fraction, and cuDNN uses it unless told otherwise; torch's matrix products
+    are float32 already. Other precisions are not affected.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def choose_encoding(
     asked: str, device: torch.device, model: Any, *, name: str, image_size: tuple[int, int]
 ) -> EncodingChoice:

@@ -19,7 +19,7 @@ from clipsys.inference.image_tower import CPU_CHUNK, INT8_CHUNK, image_encoder, 
 from clipsys.inference.text_tower import text_encoder
 from clipsys.inference.threads import EncodeImage, in_chunks
 from clipsys.models import open_clip_models as models
-from clipsys.models.devices import choose_device, choose_encoding
+from clipsys.models.devices import choose_device, choose_encoding, compute_in_full_float32
 from clipsys.models.tokenization import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
@@ -50,6 +50,8 @@ class Encoder:
         self.fingerprint = parts.loaded_fingerprint or models.fingerprint(parts)
         self.preprocessing = parts.preprocessing
         self.device = choose_device(device)
+        if self.device.type == "cuda":
+            compute_in_full_float32()
         self._read_fast = precision == "fast"
         self._model: Any = parts.model.eval().requires_grad_(False).to(self.device)
         self._choice = choose_encoding(
@@ -216,3 +218,18 @@ def load(spec: str | Path, *, device: str = "auto", precision: str = "auto") -> 
         ConfigError: the device is not there, or cannot compute in this precision.
     """
     return Encoder(models.load_model(spec), device=device, precision=precision)
+
+
+def load_as_listed(spec: str, *, device: str = "auto", precision: str = "auto") -> Encoder | None:
+    """Loads weights with the activation of the architecture that open_clip lists them under.
+
+    This is the encoder that clipsys 0.1.0 made of them. None where it is the one that `load` makes.
+
+    Raises:
+        ModelError: as `load` does.
+        ConfigError: as `load` does.
+    """
+    if not models.is_listed_with_other_activation(spec):
+        return None
+    parts = models.load_model(spec, listed_activation=True)
+    return Encoder(parts, device=device, precision=precision)

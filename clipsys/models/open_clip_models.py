@@ -158,12 +158,14 @@ def _check_vocabulary(config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         )
 
 
-def load_model(spec: str | Path) -> ModelParts:
+def load_model(spec: str | Path, *, listed_activation: bool = False) -> ModelParts:
     """Loads a model with its weights.
 
     Args:
         spec: a model folder or a run folder; ``NAME/TAG`` or ``hf-hub:ORG/REPO`` of open_clip,
             which are fetched from their hub at the first use.
+        listed_activation: takes the activation of the architecture ``NAME`` where the weights were
+            trained with another one; see `is_listed_with_other_activation`.
 
     Raises:
         ModelError: there is no such model, or its files are damaged or altered.
@@ -194,7 +196,24 @@ def load_model(spec: str | Path) -> ModelParts:
         known = ", ".join(f"{name}/{known}" for known in tags[:8]) or "none"
         more = ", …" if len(tags) > 8 else ""
         raise ModelError(f"model {text}: no pretrained weights of that name; known: {known}{more}")
-    return _load_hub(name, pretrained=tag)
+    return _load_hub(name, pretrained=tag, listed_activation=listed_activation)
+
+
+def is_listed_with_other_activation(spec: str) -> bool:
+    """Whether open_clip lists these weights under an architecture of another activation.
+
+    Of such weights (``ViT-B-32/openai``) clipsys 0.1.0 made embeddings with the activation of the
+    architecture, which are not those that the weights were trained for.
+    """
+    import open_clip
+
+    name, _, tag = spec.partition("/")
+    config = open_clip.get_model_config(name) if _looks_like_name(name) else None
+    return (
+        config is not None
+        and _is_trained_with_quick_gelu(name, tag)
+        and not config.get("quick_gelu", False)
+    )
 
 
 def _looks_like_name(name: str) -> bool:
@@ -259,11 +278,11 @@ def _check_card(folder: Path, actual: str) -> None:
         )
 
 
-def _load_hub(name: str, pretrained: str | None) -> ModelParts:
+def _load_hub(name: str, pretrained: str | None, *, listed_activation: bool = False) -> ModelParts:
     import open_clip
 
     label = f"{name}/{pretrained}" if pretrained else name
-    quick_gelu = _is_of_quick_gelu(name, pretrained)
+    quick_gelu = not listed_activation and _is_trained_with_quick_gelu(name, pretrained)
     with hub.quiet_hub() as unreachable:
         try:
             with quiet_open_clip(), without_random_values(), warnings.catch_warnings():
@@ -298,7 +317,7 @@ def _load_hub(name: str, pretrained: str | None) -> ModelParts:
     return ModelParts(model, tokenizer, config, preprocessing, label, label)
 
 
-def _is_of_quick_gelu(name: str, pretrained: str | None) -> bool:
+def _is_trained_with_quick_gelu(name: str, pretrained: str | None) -> bool:
     """Whether the weights of a tag were trained with QuickGELU, whatever the architecture says.
 
     open_clip lists OpenAI's, DFN's and MetaCLIP's weights under architectures with the exact GELU

@@ -2,8 +2,9 @@
 
 index            ``clipsys index``
 search           ``clipsys search``
-hits             what it prints
+hits             the table and the lines that a search prints
 sources          ``clipsys sources``
 evaluate         ``clipsys evaluate``, on sources and on collections
-keeping          ``clipsys info``, ``verify``, ``repair`` and so on
+reports          ``clipsys info``, ``failures``, ``duplicates``
+maintenance      ``clipsys remove``, ``compact``, ``verify``, ``repair``
 """

@@ -177,13 +177,12 @@ def _create(path: Path, model: str | None, precision: str) -> Collection:
 
 
 def _open(path: Path, model: str | None, precision: str) -> Collection:
-    import clipsys
     from clipsys.retrieval.collection import Collection
 
-    encoder = clipsys.load(model, precision=precision) if model is not None else None
-    photos = Collection.open(path, encoder, precision=precision)
+    photos = Collection.open(path, precision=precision, model=model)
     if model is not None:
         try:
+            _ = photos.encoder  # a model that does not fit is refused before anything is read
             photos.record_model(model)
         except BaseException:
             photos.close()

@@ -5,6 +5,7 @@ Shapes: B batch, N texts, D embedding width, (3, H, W) a preprocessed image.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from PIL import Image
 from clipsys.errors import ClipsysError, CollectionError, ConfigError, ModelError
 from clipsys.retrieval.storage.manifest import EncoderPin
 from clipsys.retrieval.storage.segments import Floats
+
+_logger = logging.getLogger(__name__)
 
 
 class ImageTextEncoder(Protocol):
@@ -146,7 +149,25 @@ def load_encoder(folder: Path, pin: EncoderPin, *, precision: str = "fast") -> I
             f"({error}); if it was moved, `clipsys index {folder} --model PLACE` "
             "records that, and `--model PLACE` of search and ui uses it once"
         ) from error
+    if encoder.fingerprint != pin.fingerprint:
+        encoder = _load_as_before(folder, pin, precision=precision) or encoder
     check_encoder(folder, pin, encoder)
+    return encoder
+
+
+def _load_as_before(folder: Path, pin: EncoderPin, *, precision: str) -> ImageTextEncoder | None:
+    """The encoder that clipsys 0.1.0 made of a model's weights, if it made these vectors."""
+    from clipsys.models.encoder import load_as_listed
+
+    encoder = load_as_listed(pin.model, precision=precision)
+    if encoder is None or encoder.fingerprint != pin.fingerprint:
+        return None
+    _logger.warning(
+        "%s: its vectors were made by clipsys 0.1.0 without QuickGELU, the activation that %s was "
+        "trained with, and its texts are encoded likewise; `clipsys index %s --migrate --model %s` "
+        "encodes the images anew, as the weights were meant",
+        *(folder, pin.name, folder, pin.model),
+    )
     return encoder
 
 

@@ -1,8 +1,9 @@
 """From a query to its hits.
 
-query            what is searched for, and what comes back
+query            a query of weighted parts, and a hit
 grammar          a query in one line
-ranking          the top k by exact cosine
+ranking          the candidates for the top k, from an index or a scan
+rescoring        exact cosines of candidates, from the stored vectors
 calibration      how many unrelated items would score as high
 view             a reader's snapshot and index, following the writer
 options          which hits come back, and in which order

@@ -6,9 +6,7 @@
 Candidates come from float32 arithmetic, which differs in the last digits between FAISS and numpy
 and between batch sizes, or from compressed vectors. So more than k are taken: until the last one is
 clearly below the k-th where the index is exact, as many as tuning found to suffice where it is not.
-Then each is scored again in float32 from its stored vector, and those that may be among the best k
-once more, row by row in float64. Scores are therefore exact cosines of the stored
-vectors, and equal scores are ordered by id, whether an index was used or not.
+`clipsys.retrieval.search.rescoring` then scores each from its stored vector.
 
 Shapes: Q queries, N candidates, D embedding width.
 """
@@ -16,30 +14,22 @@ Shapes: Q queries, N candidates, D embedding width.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from clipsys.retrieval.indexes.generation import LoadedIndex
 from clipsys.retrieval.indexes.id_set import IdSet
+from clipsys.retrieval.search.rescoring import SCORE_MARGIN, Ranking, near_best, rescore
 from clipsys.retrieval.storage.manifest import SearchEffort
 from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import Snapshot, unit_rows
 
-Ranking = tuple[Ints, npt.NDArray[np.float32]]
-
-#: Above the rounding error of a float32 inner product of unit vectors (about 1e-6 at D = 1,024).
-SCORE_MARGIN = 1e-5
 #: Candidates beyond k that an index is asked for at first.
 _EXTRA = 16
 #: With a filter that leaves no more than this, or one in so many, scanning beats the index.
 _SCAN_BELOW, _SCAN_SHARE = 4_096, 200
-_RESCORE_ROWS = 4_096
-#: Vectors newer than the index that are kept in memory: 16,384 x 512 float32 are 32 MB.
+#: Vectors newer than the index that stay in memory: 16,384 x 512 float32 are 32 MB.
 _KEEP_ROWS = 16_384
 #: Scores held at once by a scan for several queries.
 _SCAN_SCORES = 1 << 25
@@ -132,7 +122,7 @@ def _with_index(
             new = scan(snapshot, np.arange(coverage.num_live, len(snapshot)), query_QD, k)
         else:
             ids_N = snapshot.ids_N[coverage.num_live :]
-            new = [_near(ids_N, coverage.newer_ND @ query_D, k) for query_D in query_QD]
+            new = [near_best(ids_N, coverage.newer_ND @ query_D, k) for query_D in query_QD]
     else:
         num_live = int(np.searchsorted(positions, coverage.num_live))
         covered = positions[:num_live]
@@ -158,17 +148,8 @@ def scan(snapshot: Snapshot, positions: Ints | None, query_QD: Floats, k: int) -
             stop = start + len(block_ids)
             scores_QN[:, start:stop] = some_QD @ vectors_ND.T
             start = stop
-        found += [_near(ids_N, scores_N, k) for scores_N in scores_QN]
+        found += [near_best(ids_N, scores_N, k) for scores_N in scores_QN]
     return found
-
-
-def _near(ids_N: Ints, scores_N: npt.NDArray[np.float32], k: int) -> Ints:
-    """The ids whose scores are not clearly below the k-th best."""
-    if len(ids_N) <= k:
-        return ids_N
-    kth = np.partition(scores_N, len(scores_N) - k)[len(scores_N) - k]
-    near: Ints = ids_N[scores_N >= kth - SCORE_MARGIN]
-    return near
 
 
 def ask_index(
@@ -231,84 +212,3 @@ def _ask_tuned(
             ids, _ = index.search(query_D, fetch, allowed=allowed, num_probes=num_probes)
         found.append(ids)
     return found
-
-
-def rescore(
-    snapshot: Snapshot, candidates: Sequence[Ints], query_QD: Floats, k: int
-) -> list[Ranking]:
-    """For each query the best k of its candidates by exact cosine, ties by id.
-
-    The vectors of several queries are read at once, on several threads where there are many.
-    """
-    groups = list(_groups([len(ids) for ids in candidates]))
-
-    def rank_group(group: slice) -> list[Ranking]:
-        return _rescore_group(snapshot, candidates[group], query_QD[group], k)
-
-    if len(groups) <= 2:
-        ranked = map(rank_group, groups)
-        return [one for some in ranked for one in some]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [one for some in pool.map(rank_group, groups) for one in some]
-
-
-def _groups(lengths: Sequence[int]) -> Iterator[slice]:
-    """Queries in groups with up to `_RESCORE_ROWS` candidates, or one query."""
-    first = total = 0
-    for place, length in enumerate(lengths):
-        if place > first and total + length > _RESCORE_ROWS:
-            yield slice(first, place)
-            first, total = place, 0
-        total += length
-    yield slice(first, len(lengths))
-
-
-def _rescore_group(
-    snapshot: Snapshot, candidates: Sequence[Ints], query_QD: Floats, k: int
-) -> list[Ranking]:
-    positions = [snapshot.positions(np.sort(ids)) for ids in candidates]
-    if sum(map(len, positions)) > 2 * _RESCORE_ROWS:  # one query, and all that ties with its best
-        return [_best(snapshot, positions[0], query_QD[0], k)]
-    vectors_ND = snapshot.take(np.concatenate(positions))
-    norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND))
-    ranked = []
-    start = 0
-    for chosen, query_D in zip(positions, query_QD, strict=True):
-        rows = slice(start, start + len(chosen))
-        start = rows.stop
-        # einsum, not BLAS, whose threads cost more than they bring at this size.
-        scores_N = np.einsum("nd,d->n", vectors_ND[rows], query_D) / norms_N[rows]
-        near = _near(np.arange(len(chosen)), scores_N, k)
-        exact_N = _cosines(vectors_ND[rows][near], query_D)
-        best = np.lexsort((near, -exact_N))[:k]  # candidates ascend by id
-        ranked.append((snapshot.ids_N[chosen[near[best]]], exact_N[best]))
-    return ranked
-
-
-def _best(snapshot: Snapshot, positions: Ints, query_D: Floats, k: int) -> Ranking:
-    scores_N = exact_scores(snapshot, positions, query_D)
-    best = np.lexsort((positions, -scores_N))[:k]
-    return snapshot.ids_N[positions[best]], scores_N[best]
-
-
-def exact_scores(snapshot: Snapshot, positions: Ints, query_D: Floats) -> npt.NDArray[np.float32]:
-    """Cosines of the query with the stored vectors at positions, computed in float64."""
-    scores_N = np.empty(len(positions), np.float32)
-    for start in range(0, len(positions), _RESCORE_ROWS):
-        part = slice(start, start + _RESCORE_ROWS)
-        scores_N[part] = _cosines(snapshot.take(positions[part]), query_D)
-    return scores_N
-
-
-def _cosines(vectors_ND: Floats, query_D: Floats) -> npt.NDArray[np.float32]:
-    """Row-wise sums in float64, not a matrix product.
-
-    BLAS treats rows at the edge of a block differently, and equal vectors must get equal scores
-    wherever they stand.
-    """
-    rows_ND = vectors_ND.astype(np.float64)
-    query64_D = query_D.astype(np.float64)
-    query64_D /= np.linalg.norm(query64_D)
-    norms_N = np.sqrt((rows_ND * rows_ND).sum(axis=1))
-    scores_N: npt.NDArray[np.float32] = (rows_ND * query64_D).sum(axis=1) / norms_N
-    return scores_N.astype(np.float32)

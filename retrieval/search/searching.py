@@ -25,7 +25,8 @@ from clipsys.retrieval.indexes.generation import LoadedIndex
 from clipsys.retrieval.search.calibration import RELEVANT, Background
 from clipsys.retrieval.search.options import NEAR_DUPLICATE, Options
 from clipsys.retrieval.search.query import Hit
-from clipsys.retrieval.search.ranking import Coverage, Ranking, exact_scores, rank_batch
+from clipsys.retrieval.search.ranking import Coverage, rank_batch
+from clipsys.retrieval.search.rescoring import Ranking, exact_scores
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage import words
 from clipsys.retrieval.storage.conditions import Condition
@@ -34,7 +35,7 @@ from clipsys.retrieval.storage.snapshot import Snapshot, unit_rows
 from clipsys.retrieval.storage.sorting import parse_sort
 from clipsys.retrieval.storage.store import Store
 
-__all__ = ["NEAR_DUPLICATE", "Options", "Searcher", "Sought"]
+__all__ = ["NEAR_DUPLICATE", "EncodedQuery", "Options", "Searcher"]
 
 #: Ranks of the vectors that are fused with those of the words; those below hardly count.
 _FUSED_RANKS = 200
@@ -45,13 +46,13 @@ _REMEMBERED_FILTERS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Sought:
-    """A query as the ranking sees it: a vector (D,) of unit norm, words, both, or neither.
+class EncodedQuery:
+    """A query after encoding: a vector (D,) of unit norm, words, both, or neither.
 
     Attributes:
-        vector_D: None where no text, image or item is asked for.
-        words: None where none are asked for.
-        query_items: items that the vector was made of, which are not hits.
+        vector_D: The vector; None for a query without text, image and item.
+        words: Words of captions and file names; None for a query without them.
+        query_items: Ids of the items whose vectors are part of the query; they are not hits.
     """
 
     vector_D: Floats | None
@@ -96,7 +97,7 @@ class Searcher:
         self._filtered: OrderedDict[tuple[str, int], Ints] = OrderedDict()
         self._lock = threading.Lock()
 
-    def search(self, queries: Sequence[Sought], options: Options) -> list[list[Hit]]:
+    def search(self, queries: Sequence[EncodedQuery], options: Options) -> list[list[Hit]]:
         """Hits of each query, best first."""
         index, snapshot = self._view.current()
         state = _State(
@@ -132,7 +133,7 @@ class Searcher:
         page = slice(options.offset, options.offset + options.k)
         return [self._hits(one, page) for one in cut]
 
-    def _sorted(self, ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
+    def _sorted(self, ranked: _Ranked, query: EncodedQuery, options: Options) -> _Ranked:
         """The hits in the order of a key; where nothing cuts a ranking, only its best."""
         if query.vector_D is not None and not options.sorts_all:
             ranked = ranked.take(slice(0, options.offset + options.k))
@@ -153,7 +154,7 @@ class Searcher:
     def _rank(
         self,
         state: _State,
-        queries: Sequence[Sought],
+        queries: Sequence[EncodedQuery],
         depth: int,
         allowed: Ints | None,
         sort: str | None,
@@ -241,7 +242,7 @@ class Searcher:
         return hits
 
 
-def _cut(ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
+def _cut(ranked: _Ranked, query: EncodedQuery, options: Options) -> _Ranked:
     """Without the items that the query was made of, and without those that score too low."""
     keep_K = ~np.isin(ranked.ids_K, list(query.query_items))
     if options.needs_score and ranked.scores_K is None:
@@ -254,7 +255,7 @@ def _cut(ranked: _Ranked, query: Sought, options: Options) -> _Ranked:
     return ranked.take(np.flatnonzero(keep_K))
 
 
-def _suffices(cut: _Ranked, ranked: _Ranked, query: Sought, options: Options) -> bool:
+def _suffices(cut: _Ranked, ranked: _Ranked, query: EncodedQuery, options: Options) -> bool:
     """Whether ranking deeper would add nothing to what is asked for."""
     if options.sorts_all:
         return len(cut.ids_K) < len(ranked.ids_K) - len(query.query_items)  # the cut was reached

@@ -109,7 +109,7 @@ class View:
         manifest = read_manifest(self._folder)
         if not manifest.encoder.makes_same_vectors(self._pin):
             _logger.warning(
-                "%s: its vectors are of model %s by now; this search still sees those of %s: "
+                "%s: its vectors are now of model %s; this search still sees those of %s: "
                 "open it again",
                 self._folder,
                 manifest.encoder.name,

@@ -88,7 +88,7 @@ def test_objectives_without_text_train_from_shards_without_captions(runs: Runs) 
         assert all(loss == loss for loss in before_and_after) and before_and_after
         # The text tower rests: nothing has decayed it.
         assert clipsys.load(runs.folder / name / "run").encode_image([noise_image(0)]).shape
-    assert "no sample can be used" in runs.outcomes["pairs"].error
+    assert "data.validation: no item has a caption" in runs.outcomes["pairs"].error
 
 
 def test_a_killed_run_with_momentum_towers_and_a_queue_ends_bit_for_bit_the_same(

@@ -10,7 +10,7 @@ import pytest
 from clipsys.errors import ConfigError
 from clipsys.models.open_clip_models import build_model
 from clipsys.training.distributed.process_group import import_deepspeed
-from clipsys.training.engine.deepspeed_engine import EngineConfig
+from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.zero import bucket_elements, zero_section
 from clipsys.training.plan import StepClock, duration, plan_run
 from clipsys.training.recipe import Recipe

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from clipsys.errors import TrainingError
-from clipsys.models.devices import choose_device
+from clipsys.models.devices import choose_device, compute_in_full_float32
 from clipsys.training.distributed.collectives import local_rank
 from clipsys.training.distributed.launch import free_port
 
@@ -33,15 +33,13 @@ def start_processes(asked_device: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        # Else cuDNN takes the products of convolutions in TF32, whose 10 bits are not the fp32 that
-        # a recipe asks for; matrix products are float32 already. Other precisions do not notice.
-        torch.backends.cudnn.allow_tf32 = False
+        compute_in_full_float32()
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-        # Nobody is to be met: an address that an earlier launch has left may be in use.
+        # A world of one: the address that an earlier launch has left may be in use.
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))

@@ -17,19 +17,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
-from torch.nn import functional as F  # noqa: N812
+from torch import nn
 
-from clipsys.config import Settings
 from clipsys.errors import ConfigError
-from clipsys.training.distributed.collectives import average_over_ranks, rank, world_size
+from clipsys.training.distributed.collectives import average_over_ranks
 from clipsys.training.distributed.process_group import import_deepspeed
+from clipsys.training.engine.checkpoint_fit import (
+    check_layout,
+    check_objective_state,
+    settings_of,
+)
+from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.ema import WeightAverage, running_statistics
 from clipsys.training.engine.gradient_check import (
     NonFiniteGradientError,
@@ -40,9 +44,23 @@ from clipsys.training.engine.gradient_check import (
 from clipsys.training.engine.momentum import MomentumAverage
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy, load_parts, parts_to_divide
+from clipsys.training.engine.replay import (
+    kept_statistics,
+    random_state,
+    set_random_state,
+    uncompiled,
+)
+from clipsys.training.engine.whole_weights import (
+    copied,
+    exact_scalars,
+    exact_values,
+    gathered,
+    masters_of,
+    set_masters,
+)
 from clipsys.training.engine.zero import zero_section
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, State, stack_rows
-from clipsys.training.model.trained import MOMENTUM_PREFIX, TrainedModel
+from clipsys.training.model.trained import TrainedModel
 
 _logger = logging.getLogger(__name__)
 
@@ -64,63 +82,6 @@ class Accumulated(NamedTuple):
     shared: dict[str, torch.Tensor]
 
 
-class EngineConfig(Settings):
-    """How the run is carried out."""
-
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
-    precision: Literal["auto", "fp32", "bf16", "bf16_params", "fp16"] = Field(
-        "auto",
-        description="auto is fp32 or bf16, on a CPU whichever is measured to be faster; bf16 is "
-        "autocast over fp32 parameters; bf16_params and fp16 (with loss "
-        "scaling) have parameters of 16 bits and fp32 masters in the optimizer",
-    )
-    gradient_clipping: float = Field(1.0, ge=0, description="largest global norm; 0 clips nothing")
-    channels_last: bool = Field(
-        False,
-        description="feed images in the layout that convolutions prefer; the weights keep "
-        "theirs, since DeepSpeed flattens them",
-    )
-    grad_checkpointing: bool = Field(
-        False, description="compute the activations of transformer blocks twice to save memory"
-    )
-    threads: PositiveInt | None = Field(
-        None,
-        description="threads of each process on a CPU; default OMP_NUM_THREADS, else what is "
-        "measured to be fastest where precision is auto, else a thread for each core",
-    )
-    compile: bool = Field(False, description="torch.compile both towers; needs a C++ compiler")
-    cache_on_host: bool = Field(
-        False, description="keep the outputs of micro-batches in the host's memory"
-    )
-    ema_decay: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="average of the weights that is evaluated and exported; 0: none",
-    )
-    bucket_mb: PositiveFloat | None = Field(
-        None,
-        description="gradients that are exchanged at once; with ZeRO stage 1 to 3; default 200 MB "
-        "(100 MB of 16 bits), or all gradients where they are smaller",
-    )
-    overlap_comm: bool | None = Field(
-        None,
-        description="exchange gradients while others are computed, with a second bucket at stages "
-        "1 and 2; default at stage 3 only",
-    )
-    offload_optimizer: bool = Field(
-        False,
-        description="keep the optimizer's state in the host's memory and step there; a GPU with "
-        "ZeRO stage 1 to 3",
-    )
-    offload_parameters: bool = Field(
-        False,
-        description="keep weights in the host's memory until a layer needs them; a GPU with ZeRO "
-        "stage 3",
-    )
-    device: str = Field("auto", description="auto, cpu, cuda or mps")
-
-
 class Engine:
     """Trains a `TrainedModel` through DeepSpeed: gradients, steps, checkpoints."""
 
@@ -138,10 +99,10 @@ class Engine:
         """
         Args:
             model: what is trained.
-            config: how.
-            optimizer: by what.
+            config: how the run is carried out.
+            optimizer: the optimizer and its settings.
             local_batch_size: rows of a step on this rank.
-            device: where.
+            device: this rank's.
             momentum: how much of themselves the momentum towers keep at each step.
             state: what the objective remembers before the first step.
         """
@@ -152,7 +113,7 @@ class Engine:
         # Weights of 16 bits have masters of 32: the temperature is read from those.
         self._has_masters = model.precision in ("bf16_params", "fp16")
         model = model.to(device)
-        exact = _exact_values(model) if self._has_masters else {}
+        exact = exact_values(model) if self._has_masters else {}
         self._state = {name: tensor.to(device) for name, tensor in (state or {}).items()}
         self._next_state = self._state
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -168,7 +129,7 @@ class Engine:
             self._momentum = MomentumAverage(
                 model, momentum, is_partitioned=config.zero_stage == 3, exact=exact
             )
-        self._set_masters(exact)
+        set_masters(self.module, exact, device, is_partitioned=config.zero_stage == 3)
         self._average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self._refresh_scale()
 
@@ -238,11 +199,11 @@ class Engine:
         return targets
 
     def _accumulate_cached(self, inputs: Sequence[MakeInputs], loss: Loss) -> Accumulated:
-        with torch.no_grad(), _kept_statistics(self.module):
+        with torch.no_grad(), kept_statistics(self.module):
             states, parts, target_parts = [], [], []
             for make in inputs:
                 made = self._prepared(make)
-                states.append(_random_state(self.device))
+                states.append(random_state(self.device))
                 parts.append(self._cached(self._engine(made)))
                 target_parts.append(self._targets(made))
         leaves = Outputs.stack(parts, self.device)
@@ -254,7 +215,7 @@ class Engine:
                 zip(inputs, states, gradients, strict=True)
             ):
                 announce(number == len(inputs) - 1)
-                _set_random_state(state, self.device)
+                set_random_state(state, self.device)
                 surrogate = self._engine(self._prepared(make)).dot(gradient.to(self.device))
                 # The surrogates are parts of one sum: nothing is to be divided by their number.
                 self._engine.backward(surrogate, scale_wrt_gas=False)
@@ -280,7 +241,7 @@ class Engine:
         module = self.module
         usual = module.use_precision(precision)
         try:
-            with torch.no_grad(), _kept_statistics(module), _uncompiled(self.config.compile):
+            with torch.no_grad(), kept_statistics(module), uncompiled(self.config.compile):
                 made = self._prepared(inputs)
                 targets = self._targets(made)
                 value, _ = loss(self._engine(made), targets, self._state)
@@ -354,31 +315,9 @@ class Engine:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _set_masters(self, values: dict[str, torch.Tensor]) -> None:
-        """Gives masters the weights as they were: DeepSpeed makes them from those of 16 bits."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-        for name, parameter in self.module.named_parameters():
-            if name not in values or not parameter.requires_grad:
-                continue
-            value = values.pop(name).to(self.device)
-            if self.config.zero_stage == 3:
-                # The call for whole values fails where they do not divide among the ranks (0.19.8).
-                padded = F.pad(value.flatten(), (0, -value.numel() % world_size()))
-                safe_set_local_fp32_param(parameter, padded.chunk(world_size())[rank()])
-            else:
-                safe_set_full_fp32_param(parameter, value)
-
     def _refresh_scale(self) -> None:
         if self._has_masters:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            self.module.keep_exact(
-                {
-                    name: safe_get_full_fp32_param(parameter)
-                    for name, parameter in self.module.scalars()
-                }
-            )
+            self.module.keep_exact(exact_scalars(self.module.scalars()))
 
     def train(self) -> None:
         """Training mode."""
@@ -425,9 +364,9 @@ class Engine:
             ConfigError: it was written with another ZeRO stage, or at stage 3 by another number of
                 ranks.
         """
-        self._check_layout(folder / tag, saved)
+        check_layout(folder / tag, saved, self.config.zero_stage, self.module.precision)
         parts = parts_to_divide(folder / tag, saved)
-        settings = [_settings_of(group) for group in self._optimizer.param_groups]
+        settings = [settings_of(group) for group in self._optimizer.param_groups]
         try:
             path, state = self._engine.load_checkpoint(
                 str(folder), tag=tag, load_optimizer_states=not parts
@@ -449,37 +388,11 @@ class Engine:
             self._average.load(average or WeightAverage.beginning(self.module))
         if self._momentum:
             self._momentum.load(state.pop("momentum", []))
-        self._load_state(folder / tag, state.pop("objective", {}))
+        remembered = state.pop("objective", {})
+        check_objective_state(folder / tag, remembered, self._state)
+        self._state = {name: tensor.to(self.device) for name, tensor in remembered.items()}
         self._refresh_scale()
         return dict(state)
-
-    def _load_state(self, place: Path, saved: State) -> None:
-        """Takes an objective's state from a checkpoint."""
-        found, expected = (
-            {name: tuple(tensor.shape) for name, tensor in state.items()}
-            for state in (saved, self._state)
-        )
-        if found != expected:
-            raise ConfigError(
-                f"{place}: the state of the objective is {found or 'empty'}, and this run's is "
-                f"{expected or 'empty'}; resume with the objective and the settings as they were"
-            )
-        self._state = {name: tensor.to(self.device) for name, tensor in saved.items()}
-
-    def _check_layout(self, checkpoint: Path, saved: SavedBy) -> None:
-        """Refuses what DeepSpeed would load into weights or parts of another kind."""
-        stage, precision = self.config.zero_stage, self.module.precision
-        if saved.zero_stage != stage and {saved.zero_stage, stage} != {1, 2}:
-            raise ConfigError(
-                f"{checkpoint}: was saved with engine.zero_stage {saved.zero_stage}, now it is "
-                f"{stage}; resume with {saved.zero_stage}"
-            )
-        sixteen_bits = ("bf16_params", "fp16")
-        if saved.precision != precision and {saved.precision, precision} & set(sixteen_bits):
-            raise ConfigError(
-                f"{checkpoint}: was saved with engine.precision {saved.precision}, now it is "
-                f"{precision}; resume with engine.precision={saved.precision}"
-            )
 
     def _keep_settings(self, settings: list[dict[str, Any]]) -> None:
         """Puts this run's settings in the place of those that DeepSpeed loads with the state."""
@@ -499,75 +412,12 @@ class Engine:
         """The same of the objective's heads; empty where there are none."""
         return self._whole(self.module.heads) if len(self.module.heads) else {}
 
-    def _whole(self, part: torch.nn.Module) -> dict[str, torch.Tensor]:
-        deepspeed = import_deepspeed()
+    def _whole(self, part: nn.Module) -> dict[str, torch.Tensor]:
         self._share_buffers()
-        parameters = list(part.parameters()) if self.config.zero_stage == 3 else []
-        gathered = deepspeed.zero.GatheredParameters(parameters) if parameters else nullcontext()
-        with gathered, self._averaged():
-            state = _copy(part.state_dict())
-        if self._has_masters:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            for name, parameter in part.named_parameters():
-                master = safe_get_full_fp32_param(parameter)
-                if parameter.requires_grad and master is not None:
-                    state[name] = master.detach().cpu().reshape(state[name].shape).clone()
-        return state
-
-
-def _exact_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: parameter.detach().float().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if not name.startswith(MOMENTUM_PREFIX)
-    }
+        with gathered(part, is_partitioned=self.config.zero_stage == 3), self._averaged():
+            state = copied(part.state_dict())
+        return state | masters_of(part, state) if self._has_masters else state
 
 
 def _detached(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters and without LAMB's count of steps."""
-    return {name: value for name, value in group.items() if name not in ("params", "step")}
-
-
-def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.detach().float().cpu().clone().contiguous()
-        if tensor.is_floating_point()
-        else tensor.detach().cpu().clone()
-        for name, tensor in state.items()
-    }
-
-
-def _uncompiled(compiled: bool) -> AbstractContextManager[Any]:
-    """Runs compiled towers as they are written: a forward pass or two are not worth compiling."""
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-@contextmanager
-def _kept_statistics(module: torch.nn.Module) -> Iterator[None]:
-    """Undoes what forward passes inside do to running statistics: pass 2 is to count, alone."""
-    kept = [
-        (buffer, buffer.clone())
-        for name, buffer in module.named_buffers()
-        if "running_" in name or "num_batches_tracked" in name
-    ]
-    yield
-    for buffer, value in kept:
-        buffer.copy_(value)
-
-
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device
-
-
-def _set_random_state(
-    state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
-) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

@@ -28,7 +28,7 @@ from clipsys.config import Settings
 from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.data.batches import DataConfig
 from clipsys.training.data.samples import Positives
-from clipsys.training.engine.deepspeed_engine import EngineConfig
+from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, State

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import clipsys
@@ -12,6 +13,7 @@ from clipsys.images.decoding import decode_image
 from clipsys.inference import int8
 from clipsys.inference.threads import Arrangement
 from clipsys.models import devices
+from clipsys.models.open_clip_models import load_model
 from clipsys.probe.figures import Figures, choose_precision
 from clipsys.probe.probing import Work
 from tests.conftest import TINY_MODEL, noise_image
@@ -77,6 +79,21 @@ def test_an_unknown_option_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         clipsys.load(model_folder, **options)
+
+
+def test_a_gpu_takes_no_convolution_in_tf32(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reach_the_gpu(*_: object) -> None:
+        raise RuntimeError("the model is moved")
+
+    parts = load_model(model_folder)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr("clipsys.models.encoder.choose_device", torch.device)
+    monkeypatch.setattr(torch.nn.Module, "to", reach_the_gpu)
+    with pytest.raises(RuntimeError, match="the model is moved"):
+        clipsys.Encoder(parts, device="cuda")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_bf16_stays_close_to_fp32(model_folder: Path, encoder: clipsys.Encoder) -> None:

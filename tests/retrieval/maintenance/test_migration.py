@@ -93,8 +93,8 @@ def test_open_reader_goes_on_with_the_old_vectors(
         indexed.migrate(new, show_progress=False)
         assert reader.search("red", k=5) == expected
         assert reader.search("blue", k=5)
-        assert "its vectors are of model colours-7 by now" in caplog.text
-        with pytest.raises(CollectionError, match="are of model colours-7 by now"):
+        assert "its vectors are now of model colours-7" in caplog.text
+        with pytest.raises(CollectionError, match="are now of model colours-7"):
             reader.remove([1])
 
 

@@ -11,7 +11,8 @@ import pytest
 from clipsys.errors import CollectionError
 from clipsys.retrieval.indexes.building import build_index
 from clipsys.retrieval.indexes.generation import LoadedIndex, delete_stale, is_sound, load_index
-from clipsys.retrieval.search.ranking import rank, rank_batch, rescore
+from clipsys.retrieval.search.ranking import rank, rank_batch
+from clipsys.retrieval.search.rescoring import rescore
 from clipsys.retrieval.storage.segments import Floats, Ints, SegmentReader, write_segment
 from clipsys.retrieval.storage.snapshot import Snapshot
 
@@ -106,7 +107,7 @@ def test_candidates_of_many_queries_are_ranked_like_those_of_each(
     tmp_path: Path, k: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In groups of one query, of some and of all; on threads where there are more than two groups.
-    monkeypatch.setattr("clipsys.retrieval.search.ranking._RESCORE_ROWS", rows_at_once)
+    monkeypatch.setattr("clipsys.retrieval.search.rescoring._RESCORE_ROWS", rows_at_once)
     snapshot = snapshot_of(tmp_path / "segments", [random_unit(90, 1), random_unit(60, 2)])
     generator = np.random.default_rng(0)
     queries = random_unit(23, 7)
