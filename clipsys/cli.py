@@ -6,6 +6,7 @@ modules import nothing heavy at their top, so that ``clipsys --help`` answers wi
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -136,12 +137,29 @@ class _Formatter(logging.Formatter):
         return f"[rank {rank}] {prefix}{text}" if rank != "0" else f"{prefix}{text}"
 
 
+#: Errors of writing that are the disk's: full, over quota, too large a file, damaged.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _abandon_stdout() -> None:
+    """Lets Python, which flushes once more at its end, write to the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """Gives a stream that the caller closed (``>&-``) somewhere to go, which is never read."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
     0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated. Where nobody
     reads the output any more (``| head``), it ends without a word.
     """
+    _open_closed_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # `--debug` is for any error, so it may stand anywhere, also behind the verb.
     debug = "--debug" in arguments
@@ -153,8 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # what is still buffered may find the pipe closed
     except BrokenPipeError:
-        # Python flushes once more at its end, and the reader of the pipe is gone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
+        sys.exit(1)
+    except OSError as error:  # `> file` on a full disk
+        if debug or error.errno not in _NO_ROOM:
+            raise
+        _abandon_stdout()
+        place = printable(error.filename) if error.filename else "the output"
+        print(f"error: {place}: cannot be written ({error.strerror})", file=sys.stderr)
         sys.exit(1)
     except ClipsysError as error:
         if debug:

@@ -57,7 +57,7 @@ from clipsys.retrieval.search.query import Hit, ImageSource, Query
 from clipsys.retrieval.search.searching import Searcher
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage.conditions import Where, parse_where
-from clipsys.retrieval.storage.creation import create_folder
+from clipsys.retrieval.storage.creation import check_name, create_folder
 from clipsys.retrieval.storage.items import Failure, Item
 from clipsys.retrieval.storage.manifest import (
     EncoderPin,
@@ -192,6 +192,7 @@ class Collection:
             CollectionError: there is none, it is damaged, or it belongs to another model.
         """
         folder = Path(path).expanduser().absolute()
+        check_name(folder)
         manifest = read_manifest(folder)
         if encoder is not None:
             check_encoder(folder, manifest.encoder, encoder)

@@ -96,9 +96,10 @@ def _lines(path: Path | None) -> list[str]:
     if path is None:
         return []
     from clipsys.errors import DataError
+    from clipsys.files.regular import read_named
 
     try:
-        return path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+        return read_named(path.expanduser()).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"{path}: the classes cannot be read ({reason})") from error

@@ -112,6 +112,11 @@ def is_caption_name(name: str) -> bool:
     return plain in _plain(CAPTION_COLUMNS) or bool(_NUMBERED_CAPTION.fullmatch(plain))
 
 
+def is_path_name(name: str) -> bool:
+    """Whether a column is taken for paths or images."""
+    return plain_name(name) in _plain((*PATH_COLUMNS, *BYTES_COLUMNS))
+
+
 def is_known_name(name: str) -> bool:
     """Whether a column's name says what it means."""
     known = _plain((*PATH_COLUMNS, *LABEL_COLUMNS, *BYTES_COLUMNS, *URL_COLUMNS))

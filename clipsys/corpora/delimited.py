@@ -108,6 +108,11 @@ def _explained(path: Path, encoding: str, *, named: bool) -> Iterator[None]:
         if named or encoding != "utf-8":
             raise DataError(f"{path}: cannot be read as {encoding} text ({error})") from error
         line, byte = _first_foreign_byte(path)
+        if _holds_nul(path):
+            raise DataError(
+                f"{path}: is not UTF-8 text and holds NUL characters; UTF-16 text without a byte "
+                "order mark needs --encoding utf-16-le or utf-16-be, and other files are no tables"
+            ) from error
         raise DataError(
             f"{path}:{line}: is not UTF-8 text (byte 0x{byte:02x}); name its encoding, such as "
             "--encoding cp1252 for Windows in western Europe, or convert it: "
@@ -115,6 +120,11 @@ def _explained(path: Path, encoding: str, *, named: bool) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _holds_nul(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(_HEAD_CHARACTERS)
 
 
 def _first_foreign_byte(path: Path) -> tuple[int, int]:
@@ -240,8 +250,9 @@ def _json_rows(path: Path, file: TextIO, columns: Columns) -> Iterator[Row]:
 def _json_row(path: Path, number: int, line: str, columns: Columns) -> dict[str, Any]:
     try:
         row = json.loads(line, object_pairs_hook=_object)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}:{number}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{path}:{number}: not JSON ({reason})") from error
     if not isinstance(row, dict):
         raise DataError(
             f"{path}:{number}: expected a JSON object a line, found {type(row).__name__}"

@@ -149,7 +149,7 @@ def read_cell(path: Path, column: str, row: int, element: int | None = None) -> 
             raise gone
         first = ends[group - 1] if group else 0
         cell = _row_group(path, path.stat().st_mtime_ns, column, group)[row - first].as_py()
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{path}#{row}: cannot be read ({error})") from error
     if element is not None:
         if not isinstance(cell, list) or element >= len(cell):
@@ -274,8 +274,37 @@ def _batches(
         elif image is not None:
             found = _image_cells(batch.column(image))
         cells = batch if image not in batch.schema.names else batch.drop_columns([image])
-        rows = cells.to_pylist() if cells.num_columns else [{} for _ in found]
+        rows = _rows(cells) if cells.num_columns else [{} for _ in found]
         yield from zip(rows, found, strict=True)
+
+
+def _rows(cells: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; a cell that Python has no value for does not cost the others."""
+    try:
+        rows: list[dict[str, Any]] = cells.to_pylist()
+        return rows
+    except (ValueError, OverflowError):  # text that is not UTF-8; a date after the year 9999
+        names = cells.schema.names
+        columns = [[_any_value(cell) for cell in column] for column in cells.columns]
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _any_value(cell: Any) -> Any:
+    """A cell's value; text that is not UTF-8 as file names are read, and otherwise what Arrow
+    writes of it, or None.
+    """
+    import pyarrow
+    from pyarrow import types
+
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        if types.is_string(cell.type) or types.is_large_string(cell.type):
+            return cell.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+        try:
+            return cell.cast(pyarrow.string()).as_py()
+        except (pyarrow.ArrowException, ValueError):
+            return None
 
 
 def _image_cells(column: Any) -> list[list[ImageCell]]:

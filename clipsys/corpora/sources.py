@@ -98,6 +98,8 @@ def source_kind(source: str | Path) -> str:
         DataError: it does not exist, or it is none of them.
     """
     text = expand_path(str(source))
+    if not text:  # an unset variable of a script must not mean the current folder
+        raise DataError("a source is an empty text; name a folder, a table, shards or an image")
     path = Path(text)
     if path.is_dir():
         try:

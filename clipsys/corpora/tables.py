@@ -8,13 +8,14 @@ it is counted and the others are used; a table that cannot be understood is an e
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
-from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles
+from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles, is_path_name
 from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
 from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
 from clipsys.corpora.real_paths import real_path
@@ -59,6 +60,10 @@ def locate(table: Path, cell: object) -> Path:
     text = str(cell)
     if "\0" in text:
         raise DataError("the path holds a NUL character")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair, from an escape in JSON
+        raise DataError(f"the path {text!r} is not valid Unicode text") from None
     scheme, has_scheme, rest = text.strip().partition("://")
     if has_scheme and scheme.lower() == "file":
         host, slash, name = rest.partition("/")
@@ -97,7 +102,8 @@ def read_table_image(table: Path, member: str) -> bytes:
 def _text_records(path: Path, columns: Columns) -> Iterator[Record]:
     rows = list(read_text_rows(path, columns))
     if not rows:
-        raise DataError(f"{path}: has no rows; expected one an image below the header")
+        below = "" if path.suffix.lower() in JSON_SUFFIXES else " below the header"
+        raise DataError(f"{path}: has no rows; expected one an image{below}")
     # In JSON Lines each row has names of its own.
     names = list(dict.fromkeys(name for row in rows for name in row.cells))
     roles = find_roles(path, names, columns)
@@ -183,13 +189,21 @@ def _images(row: ParquetRow, roles: Roles) -> list[ImageCell]:
 
 def _parquet_roles(path: Path, table: ParquetTable, columns: Columns) -> Roles:
     names = table.names
+    usable = (*table.image_names, *table.text_names)
+    if not columns.path and not any(map(is_path_name, usable)):
+        for name in filter(is_path_name, names):
+            raise DataError(_wrong_type(path, table, name))
     roles = find_roles(path, names, columns, images=table.image_names, paths=table.text_names)
     if roles.path is not None and roles.path not in table.text_names:
-        raise DataError(
-            f"{path}: column {roles.path!r} is of type {table.type_of(roles.path)}; expected "
-            "paths (text) or encoded images (binary)"
-        )
+        raise DataError(_wrong_type(path, table, roles.path))
     return roles
+
+
+def _wrong_type(path: Path, table: ParquetTable, column: str) -> str:
+    return (
+        f"{path}: column {column!r} is of type {table.type_of(column)}; expected "
+        "paths (text) or encoded images (binary)"
+    )
 
 
 def _member(table: ParquetTable, column: str | None, row: int, element: int | None) -> str:

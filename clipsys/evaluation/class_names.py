@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clipsys.errors import DataError
 from clipsys.files.expansion import expand_path
+from clipsys.files.regular import read_named
 
 FILE_NAME = "classnames.txt"
 #: What CLIP benchmark's data sets have beside it: a prompt a line, with ``{c}`` for the class.
@@ -54,7 +55,7 @@ def class_names(
             f"first for class 0, or name such a file with {setting}"
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_named(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the class names cannot be read ({error})") from error
     names = [line.strip() for line in lines]
@@ -81,7 +82,7 @@ def prompt_templates(places: Iterable[Path]) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_named(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the templates cannot be read ({error})") from error
     templates = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]

@@ -20,6 +20,10 @@ _KINDS = (
 )
 
 
+#: Where the shell's pipes lie, and standard input.
+_SHELL_PIPES = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
+
+
 class NotRegularError(OSError):
     """A path leads to a pipe, a socket, a device or a folder where a file was expected."""
 
@@ -37,6 +41,20 @@ def read_regular(path: str | Path) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         check_mode(os.fstat(descriptor).st_mode, path)
         return file.read()
+
+
+def read_named(path: str | Path) -> bytes:
+    """The bytes of a text file that a user names: a regular file, or a pipe of the shell.
+
+    ``<(command)`` gives such a pipe, whose writer is there already. Any other one may never get a
+    writer, and a device may have no end.
+
+    Raises:
+        OSError: it cannot be read, or is something else.
+    """
+    if str(path).startswith(_SHELL_PIPES) and not stat.S_ISCHR(os.stat(path).st_mode):  # noqa: PTH116
+        return Path(path).read_bytes()
+    return read_regular(path)
 
 
 def check_mode(mode: int, path: str | Path) -> None:

@@ -62,7 +62,10 @@ def read_card(folder: str | Path) -> ModelCard | None:
         return None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return ModelCard(document["fingerprint"], document.get("provenance", {}))
+        mark, provenance = document["fingerprint"], document.get("provenance", {})
+        if not isinstance(mark, str) or not isinstance(provenance, dict):
+            raise TypeError("fingerprint is text, provenance an object")
+        return ModelCard(mark, provenance)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: damaged ({one_line(error)}); export the model again") from error
 

@@ -52,6 +52,9 @@ TAR_FAULTS = (
 )
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")
 _PATTERN = "*?["
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+#: The longest range; a longer one is a slip, and would fill the memory.
+_MOST_SHARDS = 10_000_000
 
 
 def expand_shards(spec: str | Path | Sequence[str | Path]) -> list[str]:
@@ -132,6 +135,9 @@ def _glob(pattern: Path) -> Iterator[Path]:
 def _expand_braces(text: str) -> list[str]:
     import braceexpand
 
+    for start, end in _RANGE.findall(text):
+        if abs(int(end) - int(start)) >= _MOST_SHARDS:
+            raise DataError(f"{text}: the range names more than {_MOST_SHARDS:,} shards")
     try:
         return list(braceexpand.braceexpand(text))
     except ValueError as error:  # UnbalancedBracesError

@@ -65,6 +65,14 @@ def evaluate(
     """Measure a model on labelled or captioned images."""
     from clipsys.evaluation.tasks import measure
 
+    for option, value, wanted in (
+        ("--match", match, Task.retrieval),
+        ("--captions", captions is QueryCaptions.first, Task.retrieval),
+        ("--template", template, Task.zeroshot),
+        ("--classnames", classnames, Task.zeroshot),
+    ):
+        if value and task is not wanted:
+            raise typer.BadParameter(f"{option} is for --task {wanted.value}; leave it out")
     columns = options.columns_of([data], path_column, caption_column, label_column, encoding)
     result = measure(
         model,

@@ -106,7 +106,7 @@ def _print_csv(answers: Sequence[Answer]) -> None:
 
 
 def _print_table(answer: Answer, *, with_query: bool) -> None:
-    if with_query:
+    if with_query and answer.error is None:
         typer.echo(printable(answer.query))
     if not answer.hits:
         return

@@ -153,28 +153,27 @@ def _compose(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | None]]:
-    """Lines of a file that are not blank, with their numbers; None for one that is not UTF-8.
+    """Lines of a file that are not blank, with their numbers; None for one that is no UTF-8 text.
 
     Raises:
-        QueryError: the file cannot be read, is no text, or has no line.
+        QueryError: the file cannot be read, or has no line.
     """
     from clipsys.errors import QueryError
+    from clipsys.files.regular import read_named
 
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        data = sys.stdin.buffer.read() if str(path) == "-" else read_named(path.expanduser())
     except OSError as error:
         raise QueryError(f"{path}: the queries cannot be read ({error.strerror})") from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", "replace").encode()
-    if b"\0" in data:
-        raise QueryError(f"{path}: the queries cannot be read (it is no text)")
     lines = data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     filled = [(n, line.strip()) for n, line in enumerate(lines.split(b"\n"), 1) if line.strip()]
     if not filled:
         raise QueryError(f"{path}: there are no queries; write one a line")
     for number, line in filled:
         try:
-            yield number, line.decode("utf-8").strip()
+            yield number, None if b"\0" in line else line.decode("utf-8").strip()
         except UnicodeDecodeError:
             yield number, None
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipsys.corpora.real_paths import real_source
-from clipsys.corpora.tables import Columns
+from clipsys.corpora.tables import TABLE_SUFFIXES, Columns
 from clipsys.errors import DataError, PruningRefusedError
 from clipsys.progress import progress_if
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
 from clipsys.retrieval.ingest.embedding import Embedder, EmbeddingOptions
 from clipsys.retrieval.ingest.healing import Places, heal_paths, places_of_items
 from clipsys.retrieval.ingest.loading import retry_entry
+from clipsys.retrieval.ingest.moving import is_gone
 from clipsys.retrieval.ingest.pruning import find_vanished, prune, withdraw_removed_rows
 from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.ingest.sources import Corpus, Entry, Source, check_sources, count_records
@@ -169,6 +170,8 @@ def _refreshed(
 def _with_remedy(path: Path, error: DataError, known: KnownSource | None) -> str:
     if known is None or not known.num_uris:
         return str(error)
+    if Path(known.name).suffix.lower() in TABLE_SUFFIXES and not is_gone(known.name):
+        return str(error)  # the table is there, and to be mended
     return (
         f"{error} (the collection has {known.num_uris:,} images of it: bring it back, or say where "
         f"it is with `clipsys sources {path} --rename {known.name} NEW`, or let its images go with "

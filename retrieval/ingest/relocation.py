@@ -41,13 +41,21 @@ def rename(store: Store, old: str, new: str) -> int:
         new: where it is now.
 
     Raises:
-        DataError: there is no such source, or nothing usable at the new place.
+        DataError: there is no such source, nothing usable at the new place, or it is the old
+            one.
     """
     name, target = find_name(store, old), real_source(new)
+    if target == name:
+        raise DataError(f"{name}: is the source's name already; name the place where it is now")
     if "://" not in target:
         source_kind(target)
     rebase = _rebasing(name, target)
     pairs = [(uri, moved) for uri in given_uris(store, name) if (moved := rebase(uri)) is not None]
+    if pairs and "://" not in target and all(is_gone(moved) for _, moved in pairs):
+        raise DataError(
+            f"{target}: none of the {len(pairs):,} images of {name} lies there, such as "
+            f"{pairs[0][1]}; name the place where they are now"
+        )
     for start in range(0, len(pairs), _PAGE):
         with store.changing() as (connection, change):
             for uri, moved in pairs[start : start + _PAGE]:

@@ -52,7 +52,13 @@ class Source:
 
     @classmethod
     def of(cls, source: str | Path, exclude: Sequence[str], columns: Columns) -> Source:
-        """What a user named, by any path."""
+        """What a user named, by any path.
+
+        Raises:
+            DataError: the name is empty, as an unset variable of a script is.
+        """
+        if not str(source):
+            raise DataError("a source is an empty text; name a folder, a table, shards or an image")
         return cls(real_source(source), tuple(exclude), columns)
 
     @classmethod

@@ -20,6 +20,7 @@ _SIGN = re.compile(r'"[^"]*"|(?:(?<=\s)|^)([+-])(?=\s|$)')
 _WEIGHT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*\*\s*(?=\S)")
 _ITEM = re.compile(r"item:(\d+)")
 _IMAGE = re.compile(r'image:(?:"([^"]+)"|(\S.*))', re.DOTALL)
+_UNFINISHED = re.compile(r'item:\S*|image:\s*(?:"\s*")?')
 _QUOTED = re.compile(r'"([^"]*)"')
 
 
@@ -63,7 +64,7 @@ def parse_part(text: str, sign: int = 1, *, allow_files: bool = True) -> Part:
     """Reads one term: ``[WEIGHT*]``, then a text, ``image:PATH`` or ``item:ID``.
 
     Raises:
-        QueryError: it is blank, or names a file and may not.
+        QueryError: it is blank, names a file and may not, or ``item:`` has no number.
     """
     text = text.strip()
     weight = 1.0 if sign > 0 else NEGATIVE_WEIGHT
@@ -75,6 +76,11 @@ def parse_part(text: str, sign: int = 1, *, allow_files: bool = True) -> Part:
         if not allow_files:
             raise QueryError("files cannot be named here; upload the image instead")
         return Part(image=Path(match[1] or match[2]).expanduser(), weight=weight)
+    if _UNFINISHED.fullmatch(text):
+        raise QueryError(
+            f"{text!r} names no item and no image; write item:12 or image:PATH, or put it in "
+            "quotation marks where it is text"
+        )
     if match := _QUOTED.fullmatch(text):
         text = match[1]
     return Part(text=text, weight=weight)

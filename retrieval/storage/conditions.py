@@ -96,9 +96,26 @@ def parse_condition(text: str) -> Condition:
         return Condition(field, "=" if match["state"].lower() == "missing" else "!=", None)
     operator = cast(Operator, (match["word"] or match["sign"].replace("==", "=")).lower())
     value = rest[match.end() :]
+    _check_operator(text, operator, value)
     if operator == "in":
         return Condition(field, "in", list(_listed(text, value)))
     return Condition(field, operator, _value(text, value, may_be_null=operator in ("=", "!=")))
+
+
+def _check_operator(text: str, operator: str, value: str) -> None:
+    """Refuses what would be read as another condition than it looks like.
+
+    Raises:
+        QueryError: the operator goes on (``<>``, ``=>``), or an order has nothing to compare with.
+    """
+    meant = {"<>": "!=", "=>": ">=", "=<": "<=", "=!": "!="}.get(operator + value[:1])
+    if meant is not None:
+        raise QueryError(
+            f"filter {text!r}: {operator + value[0]} is no operator, write {meant}; a value that "
+            "begins with such a sign needs quotation marks"
+        )
+    if operator in ("<", "<=", ">", ">=", "in") and not value.strip(" \t,"):
+        raise QueryError(f"filter {text!r}: there is no value after {operator}")
 
 
 def parse_conditions(text: str) -> list[Condition]:

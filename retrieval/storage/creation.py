@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import secrets
 import shutil
 from pathlib import Path
@@ -22,12 +23,14 @@ def create_folder(folder: Path, manifest: Manifest) -> None:
     Raises:
         CollectionError: the place is taken, or cannot be written to.
     """
+    check_name(folder)
     if (folder / FILE_NAME).exists():
         raise CollectionError(f"{folder}: there is a collection here already; open it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CollectionError(
             f"{folder}: is not an empty folder and not a collection; choose another path"
         )
+    folder = Path(os.path.realpath(folder))  # a link to an empty folder, or to none yet, stays one
     building = folder.with_name(f".{folder.name}.creating-{secrets.token_hex(4)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,20 @@ def create_folder(folder: Path, manifest: Manifest) -> None:
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def check_name(folder: Path) -> None:
+    """Refuses a path that FAISS, which takes text, cannot open.
+
+    Raises:
+        CollectionError: it is not UTF-8.
+    """
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise CollectionError(
+            f"{folder}: the path of a collection has to be UTF-8 text; name the folder otherwise"
+        ) from None
 
 
 def destroy_folder(folder: Path) -> None:

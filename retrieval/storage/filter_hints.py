@@ -47,6 +47,26 @@ def explain_nothing(
     return f"each condition holds for some items, but for none do all: {each}"
 
 
+def explain_unknown(conditions: Sequence[Condition], read: Read) -> str | None:
+    """Says which key no item has, where a condition holds for all items because of it.
+
+    ``colour!=red`` and ``colour is missing`` hold for everything where the key is ``color``.
+    """
+    fields = [
+        one.field
+        for one in conditions
+        if one.operator == "!=" or (one.operator == "=" and one.value is None)
+    ]
+    if all(field in ITEM_FIELDS for field in fields):
+        return None
+    keys = [key for (key,) in read("SELECT key FROM metadata_keys ORDER BY 1", ())]
+    for field in fields:
+        path = split_path(field)
+        if field not in (*keys, *ITEM_FIELDS) and (path is None or path[0] not in keys):
+            return unknown_key(field, keys)
+    return None
+
+
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """Says that no item has a key, and which are near it."""
     near = _near(key, known)

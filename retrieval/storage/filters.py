@@ -111,6 +111,7 @@ def _select(field: str, tests: Sequence[_Test], may_be_long: bool = False) -> Se
     if field in ITEM_FIELDS:
         return _select_by_column(field, tests)
     name = plain_text(field)
+    tests = [test._replace(parameters=[_plain(one) for one in test.parameters]) for test in tests]
     selects: list[str] = []
     parameters: list[Any] = []
     for test in tests:
@@ -284,6 +285,11 @@ def _number(value: object) -> int | float | None:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _plain(parameter: object) -> object:
+    """A parameter as metadata are stored: without lone surrogates."""
+    return plain_text(parameter) if isinstance(parameter, str) else parameter
 
 
 def _marks(values: Sequence[object]) -> str:

@@ -29,7 +29,8 @@ def next_change(connection: sqlite3.Connection) -> int:
 def mark_deleted(connection: sqlite3.Connection, ids: Sequence[int], change: int) -> int:
     """Marks live items as deleted. Returns how many there were."""
     query = "UPDATE items SET state = 'deleted', change = ? WHERE id = ? AND state = 'live'"
-    return connection.executemany(query, [(change, int(i)) for i in ids]).rowcount
+    known = [(change, int(i)) for i in ids if 0 < int(i) < 2**63]  # others SQLite cannot bind
+    return connection.executemany(query, known).rowcount if known else 0
 
 
 def insert_segment(connection: sqlite3.Connection, segment: SegmentFile) -> int:

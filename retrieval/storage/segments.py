@@ -234,6 +234,11 @@ def check_segment(
             problem = "is not what was committed (its time and its SHA-256 differ)"
         else:
             return status.st_mtime_ns
+    except PermissionError as error:
+        raise CollectionError(
+            f"{path}: this vector segment cannot be read ({error.strerror}); this user needs read "
+            "permission there"
+        ) from error
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     raise CollectionError(

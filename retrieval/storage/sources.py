@@ -95,6 +95,8 @@ def rename_source(connection: sqlite3.Connection, old: str, new: str) -> None:
     """Gives a source another name; joins it to the one that has that name already."""
     rows = dict(connection.execute("SELECT name, id FROM sources").fetchall())
     number, target = rows[sql_text(old)], rows.get(sql_text(new))
+    if target == number:
+        return
     if target is None:
         connection.execute("UPDATE sources SET name = ? WHERE id = ?", (sql_text(new), number))
         return

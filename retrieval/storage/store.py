@@ -29,7 +29,7 @@ from clipsys.errors import QueryError
 from clipsys.retrieval.storage import metadata_index, words
 from clipsys.retrieval.storage.conditions import Condition
 from clipsys.retrieval.storage.database import Database, create_database
-from clipsys.retrieval.storage.filter_hints import explain_nothing, unknown_key
+from clipsys.retrieval.storage.filter_hints import explain_nothing, explain_unknown, unknown_key
 from clipsys.retrieval.storage.filters import split_path, to_selection
 from clipsys.retrieval.storage.items import Batch, Failure, Item, Location, plain_text
 from clipsys.retrieval.storage.row_writing import (
@@ -206,10 +206,15 @@ class Store:
     def select_ids(self, conditions: Sequence[Condition]) -> Ints:
         """Ids of live items for which all conditions hold, ascending, as of one moment.
 
-        Where none does, a warning says why: as a rule a key or a value is misspelt.
+        Where none does, or all do since a key is unknown, a warning says why: as a rule a key or a
+        value is misspelt.
         """
         found = self._select_ids(conditions)
-        if not len(found) and (reason := self.explain_nothing(conditions)):
+        if len(found):
+            reason = explain_unknown(conditions, self._database.rows)
+        else:
+            reason = self.explain_nothing(conditions)
+        if reason:
             _logger.warning("%s", reason)
         return found
 

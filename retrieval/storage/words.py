@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clipsys.errors import QueryError
+from clipsys.retrieval.storage.items import plain_text
 from clipsys.retrieval.storage.segments import Ints
 
 TABLE = "caption_words"
@@ -120,7 +121,7 @@ def match_expression(text: str) -> str:
     """
     wanted: list[str] = []
     unwanted: list[str] = []
-    for match in _TERM.finditer(text):
+    for match in _TERM.finditer(plain_text(text)):
         prefix = ""
         term = match["phrase"]
         if term is None:
