@@ -156,8 +156,8 @@ def _open_closed_streams() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
-    0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated. Where nobody
-    reads the output any more (``| head``), it ends without a word.
+    0 success, 1 a `ClipsysError`, 2 wrong usage, 130 interrupted, 143 terminated. Where the
+    output is no longer read (``| head``), it ends without a message.
     """
     _open_closed_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -67,7 +67,9 @@ def index(
     encoding: options.Encoding = "",
     migrate: Annotated[
         bool,
-        typer.Option("--migrate", help="Encode the whole collection anew with --model, then swap."),
+        typer.Option(
+            "--migrate", help="Encode the whole collection again with --model, then swap."
+        ),
     ] = False,
 ) -> None:
     """Create a collection, or bring it up to date with its sources."""

@@ -138,7 +138,7 @@ def plan_index(
 
 
 def plan_of_kind(kind: Kind, num_items: int, dim: int, recall: float = DEFAULT_RECALL) -> IndexPlan:
-    """A plan for a kind that somebody asked for, whatever the thresholds say."""
+    """A plan for a kind that the caller chose, whatever the thresholds say."""
     return _plan(kind, num_items, dim, recall, "asked for")
 
 

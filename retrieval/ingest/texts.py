@@ -110,7 +110,7 @@ def _claim_of(source: str, known: Texts, origins: Mapping[str, Claim | None]) ->
     if claim is not None:
         return claim
     if sum(one is None for one in origins.values()) > 1:
-        return _NOTHING  # of before there were claims: nobody knows
+        return _NOTHING  # older than claims: the origin of the text is unknown
     rest = known
     for other in origins.values():
         rest = rest.without(other or _NOTHING)

@@ -1,4 +1,4 @@
-"""ZeRO's state of stages 1 and 2, divided anew for another number of ranks.
+"""ZeRO's state of stages 1 and 2, divided again for another number of ranks.
 
 DeepSpeed flattens each parameter group, pads it and gives every rank an equal part; its
 ``load_checkpoint`` (0.19.8) refuses parts of another number. The parts joined are the group, so

@@ -39,7 +39,7 @@ class Pairing:
 
 
 class LogitTiles:
-    """The logits of all queries and keys, a tile at a time, in one buffer that is written anew."""
+    """The logits of all queries and keys, a tile at a time, in one buffer that is overwritten."""
 
     def __init__(
         self,
