@@ -225,3 +225,8 @@ def test_pickles_are_neither_read_nor_taken_for_images(
     assert not (tmp_path / "exploded").exists()
     pickle.loads(bomb)  # it would have gone off
     assert (tmp_path / "exploded").exists()
+
+
+def test_a_range_that_would_fill_the_memory_is_refused_at_once() -> None:
+    with pytest.raises(DataError, match="names more than"):
+        expand_shards("shards/{0..99999999999}.tar")
