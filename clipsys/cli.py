@@ -55,7 +55,7 @@ def load_verb(name: str) -> Callable[..., Any]:
 
 
 class _Verbs(TyperGroup):
-    """Loads a verb when it is asked for."""
+    """Loads a verb when it is first used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -142,12 +142,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _abandon_stdout() -> None:
-    """Lets Python, which flushes once more at its end, write to nobody."""
+    """Lets Python, which flushes once more at its end, write to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> None:
-    """Gives a stream that the caller closed (``>&-``) somewhere to go: nobody reads it."""
+    """Gives a stream that the caller closed (``>&-``) somewhere to go, which is never read."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123

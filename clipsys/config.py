@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from clipsys.errors import ConfigError
-from clipsys.paths import expand_path
+from clipsys.files.expansion import expand_path
 
 #: The largest seed: every generator takes 63 bits.
 MAX_SEED = 2**63 - 1
@@ -69,7 +69,7 @@ class Variants:
     """Marks a section that is read as one of several classes, for messages that name its settings.
 
     Attributes:
-        choose: from the section of a document to its class; None where it cannot be told.
+        choose: maps the section of a document to its class; None where the class is unknown.
     """
 
     choose: Callable[[object], type[Settings] | None]

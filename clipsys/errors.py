@@ -8,8 +8,8 @@
     ├── ModelError           a model is missing, unknown, altered or not the one that was meant
     ├── TrainingError        a run cannot start, go on or resume
     ├── CollectionError      a collection is missing, locked, damaged or belongs to another model
-    │   ├── PruningRefusedError  more has vanished than may be pruned without being told twice
-    │   └── RecallError        an index does not find as much as was asked for
+    │   ├── PruningRefusedError  more has vanished than may be pruned without confirmation
+    │   └── RecallError        an index does not reach the requested recall
     ├── QueryError           a search asks for something that cannot be answered
     └── ServerError          the app cannot serve
 
@@ -88,11 +88,11 @@ class CollectionError(ClipsysError):
 
 
 class PruningRefusedError(CollectionError):
-    """More has vanished from a source than may be pruned without being told twice."""
+    """More has vanished from a source than may be pruned without confirmation."""
 
 
 class RecallError(CollectionError):
-    """An index does not find as much as was asked for, however hard it looks."""
+    """An index does not reach the requested recall, whatever its effort."""
 
 
 class QueryError(ClipsysError):

@@ -45,7 +45,7 @@ def print_paths(paths: Iterable[str], *, separator: str) -> None:
     r"""Prints paths alone: exactly, each ended by NUL, or one a line, made printable.
 
     Args:
-        paths: of images.
+        paths: paths of images.
         separator: ``\0`` for ``xargs -0``, or a line break.
     """
     for path in paths:

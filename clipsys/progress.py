@@ -109,3 +109,15 @@ def _line_writer(description: str, total: int | None, unit: str) -> Callable[...
         )
 
     return advance
+
+
+@contextmanager
+def progress_if(
+    shown: bool, description: str, total: int | None = None
+) -> Iterator[Callable[[int], object]]:
+    """`progress` where it is to be shown; otherwise a function that does nothing."""
+    if not shown:
+        yield lambda _: None
+        return
+    with progress(description, total) as advance:
+        yield advance

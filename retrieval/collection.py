@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -30,30 +30,41 @@ import numpy as np
 
 from clipsys.corpora.tables import Columns
 from clipsys.errors import QueryError
-from clipsys.progress import progress
+from clipsys.progress import progress_if
 from clipsys.retrieval.encoders.encoding import (
     ImageTextEncoder,
     check_encoder,
-    load_encoder,
     pin_of,
     place_of,
 )
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
-from clipsys.retrieval.encoders.truncation import tokens_of_encoder, warn_of_cut_texts
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
 from clipsys.retrieval.ingest import adding, relocation
 from clipsys.retrieval.ingest.embedding import EmbeddingOptions
 from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
 from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.maintenance.info import CollectionInfo, describe
-from clipsys.retrieval.search.grammar import compose, parse_query
-from clipsys.retrieval.search.query import Hit, ImageSource, Query, embed_queries
-from clipsys.retrieval.search.searching import NEAR_DUPLICATE, EncodedQuery, Options, Searcher
+from clipsys.retrieval.maintenance.moved_model import record_model
+from clipsys.retrieval.search.encoding import (
+    combine,
+    embed_with_pinned,
+    encode,
+    encode_vector,
+    read_queries,
+)
+from clipsys.retrieval.search.options import NEAR_DUPLICATE, Options, duplicate_cosine
+from clipsys.retrieval.search.query import Hit, ImageSource, Query
+from clipsys.retrieval.search.searching import Searcher
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage.conditions import Where, parse_where
 from clipsys.retrieval.storage.creation import check_name, create_folder
 from clipsys.retrieval.storage.items import Failure, Item
-from clipsys.retrieval.storage.manifest import IndexGeneration, Manifest, read_manifest
+from clipsys.retrieval.storage.manifest import (
+    EncoderPin,
+    IndexGeneration,
+    Manifest,
+    read_manifest,
+)
 from clipsys.retrieval.storage.segments import Floats
 from clipsys.retrieval.storage.snapshot import Snapshot
 from clipsys.retrieval.storage.sources import KnownSource, known_sources
@@ -91,7 +102,6 @@ class Collection:
     ) -> None:
         """Use `create` or `open`."""
         self.path = path
-        self._pin = manifest.encoder
         self._store = store
         place = manifest.encoder.model if model is None else place_of(model)
         pin = manifest.encoder.model_copy(update={"model": place})
@@ -117,6 +127,10 @@ class Collection:
     def encoder_lock(self) -> threading.Lock:
         """Held around each call of the encoder; hold it to call the same encoder from elsewhere."""
         return self._encoder.lock
+
+    @property
+    def _pin(self) -> EncoderPin:
+        return self._encoder.pin
 
     @cached_property
     def _searcher(self) -> Searcher:
@@ -270,15 +284,9 @@ class Collection:
                 or the filter is malformed.
             ImageDecodeError: the image does not decode.
         """
-        others = (image, negative, words)
-        if isinstance(query, Query):
-            if any(one is not None for one in others):
-                raise QueryError("give image, negative and words as parts of the Query")
-        elif query is not None or any(one is not None for one in others):
-            query = compose(query, image=image, negative=negative, words=words)
-        options = Options(
-            k, offset, parse_where(where), min_score, relevant_only, _cosine(diverse), sort
-        )
+        query = combine(query, image=image, negative=negative, words=words)
+        cosine = duplicate_cosine(diverse)
+        options = Options(k, offset, parse_where(where), min_score, relevant_only, cosine, sort)
         return self.search_batch([query], options)[0]
 
     def search_batch(
@@ -295,21 +303,10 @@ class Collection:
             ImageDecodeError: an image does not decode.
         """
         options = options or Options()
-        if None in queries and not options.conditions and options.sort is None:
-            raise QueryError(
-                "a query needs something to look for: a text, an image, words, or a filter alone"
-            )
-        read = [parse_query(query) if isinstance(query, str) else query for query in queries]
+        read = read_queries(queries, options)
         if len(self) == 0 or not read:
             return [[] for _ in read]
-        vectors = iter(self.embed_batch([query for query in read if query is not None]))
-        sought = [
-            EncodedQuery(None)
-            if query is None
-            else EncodedQuery(next(vectors), query.words, query.items)
-            for query in read
-        ]
-        return self._searcher.search(sought, options)
+        return self._searcher.search(encode(read, self.embed_batch), options)
 
     def embed(self, query: Query) -> Floats:
         """Encodes a query: (D,) float32 of unit norm.
@@ -324,19 +321,7 @@ class Collection:
 
     def embed_batch(self, queries: Sequence[Query]) -> list[Floats | None]:
         """Encodes queries: (D,) of unit norm each, None where there are words alone."""
-        parts = [part for query in queries for part in query.parts]
-        if not any(part.image is not None for part in parts):
-            tower = self._encoder.light_tower(sum(part.text is not None for part in parts))
-            if tower is not None:
-                warn_of_cut_texts([part.text for part in parts if part.text], tower.tokens)
-                turns, encode_text = self._encoder.turns(), tower.encode_text
-                return embed_queries(queries, turns, self.vector, encode_text=encode_text)
-        vectors = embed_queries(queries, self._encoder.turns(), self.vector)
-        tokens_of = tokens_of_encoder(self._encoder.loaded)
-        if tokens_of is not None:
-            warn_of_cut_texts([part.text for part in parts if part.text], tokens_of)
-        self._encoder.remember_light_tower()  # the next process needs no torch
-        return vectors
+        return embed_with_pinned(queries, self._encoder, self.vector)
 
     def search_vector(self, query_D: Floats, *, k: int = 10, where: Where = None) -> list[Hit]:
         """Finds the items nearest to a vector (D,); its length does not matter.
@@ -344,15 +329,8 @@ class Collection:
         Raises:
             QueryError: the vector is of another width, not finite or zero, or see `search`.
         """
-        query_D = np.asarray(query_D, np.float32)
-        norm = float(np.linalg.norm(query_D))
-        if query_D.shape != (self._pin.dim,) or not 0 < norm < np.inf:
-            raise QueryError(
-                f"the query vector has shape {query_D.shape} and norm {norm:.4g}; expected shape "
-                f"({self._pin.dim},) and a finite norm that is not zero"
-            )
-        options = Options(k, conditions=parse_where(where))
-        return self._searcher.search([EncodedQuery(query_D / norm)], options)[0]
+        query = encode_vector(query_D, self._pin.dim)
+        return self._searcher.search([query], Options(k, conditions=parse_where(where)))[0]
 
     def item(self, item_id: int) -> Item:
         """A live item by its id.
@@ -549,14 +527,7 @@ class Collection:
         Raises:
             CollectionError: another model lies there, or another writer is at work.
         """
-        place = place_of(model)
-        if place == read_manifest(self.path).encoder.model:
-            return
-        if self._encoder.loaded is None:
-            load_encoder(self.path, self._pin.model_copy(update={"model": place}))
-        with self._writing() as writer:
-            writer.record_model(place)
-        self._pin = self._encoder.pin = self._pin.model_copy(update={"model": place})
+        record_model(self.path, self._encoder, model, self._writing)
 
     def migrate(
         self,
@@ -584,7 +555,7 @@ class Collection:
         """
         from clipsys.retrieval.maintenance.migration import MigrationOptions, migrate
 
-        with _shown(f"migrating {self.path.name}", len(self), show_progress) as advance:
+        with progress_if(show_progress, f"migrating {self.path.name}", len(self)) as advance:
             return migrate(
                 self.path,
                 encoder,
@@ -659,20 +630,5 @@ class Collection:
 
         snapshot = self._view.snapshot()
         threshold = NEAR_DUPLICATE if threshold is None else threshold
-        with _shown(f"comparing {self.path.name}", len(snapshot), show_progress) as advance:
+        with progress_if(show_progress, f"comparing {self.path.name}", len(snapshot)) as advance:
             return list_groups(snapshot, self._store, threshold, advance=advance)
-
-
-@contextmanager
-def _shown(what: str, total: int, show: bool) -> Iterator[Callable[[int], object]]:
-    if not show:
-        yield lambda _: None
-        return
-    with progress(what, total) as advance:
-        yield advance
-
-
-def _cosine(diverse: bool | float) -> float | None:
-    if isinstance(diverse, bool):
-        return NEAR_DUPLICATE if diverse else None
-    return diverse

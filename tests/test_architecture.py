@@ -22,8 +22,8 @@ ALLOWED = {
 #: before it. Names in one tuple stand on one floor and know nothing of each other.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
-        ("errors", "files", "printing"),
-        ("disk", "paths", "progress"),
+        ("errors", "printing"),
+        ("files", "progress"),
         ("config", "images", "inference", "processes"),
         ("shards", "probe"),
         ("models", "corpora"),
@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("objectives",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
-        ("plan", "precision", "resuming"),
+        ("agreement", "plan", "precision", "resuming"),
         ("run",),
         ("loop",),
         ("commands",),

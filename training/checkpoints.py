@@ -9,6 +9,7 @@ RUN/checkpoints/latest             the name of the newest complete one
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from clipsys.config import Settings
-from clipsys.disk import drive_errors_explained
 from clipsys.errors import TrainingError
+from clipsys.files.drive_faults import drive_errors_explained
 from clipsys.models.open_clip_models import ModelParts, save_model
 from clipsys.training.distributed.collectives import (
     gather_objects,
@@ -31,6 +32,7 @@ from clipsys.training.distributed.collectives import (
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.repartition import SavedBy, read_saved_by
 from clipsys.training.manifest import (
+    MANIFEST_NAME,
     FileRecord,
     Manifest,
     altered,
@@ -39,6 +41,8 @@ from clipsys.training.manifest import (
     missing_or_resized,
     read_manifest,
 )
+
+_logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 _LATEST = "latest"
@@ -65,6 +69,8 @@ class TrainState:
     Attributes:
         order: fingerprint of the order of samples; empty in checkpoints of older versions.
         skipped: samples that could not be used so far, by reason.
+        shards: fingerprint of the names of the shards, in their order; empty in older ones.
+        shard_sizes: fingerprint of their sizes; empty too where one is remote.
     """
 
     step: int
@@ -74,6 +80,8 @@ class TrainState:
     seed: int
     order: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
+    shards: str = ""
+    shard_sizes: str = ""
 
 
 class Checkpoints:
@@ -95,7 +103,7 @@ class Checkpoints:
         provenance: dict[str, Any],
     ) -> Path:
         """Writes a checkpoint, from every rank together. It counts only when it is complete."""
-        name = f"step-{state.step:08d}"
+        name = _name_of(state.step)
         partial = f"{name}.partial"
         on_first_rank(lambda: shutil.rmtree(self.folder / partial, ignore_errors=True))
         with drive_errors_explained(
@@ -158,15 +166,25 @@ class Checkpoints:
         Raises:
             TrainingError: the file that names it is damaged, or names none that is there.
         """
-        pointer = self.folder / _LATEST
-        if not pointer.is_file():
-            return None
-        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if name not in self._names():
-            there = ", ".join(self._names()) or "none"
+        pointer, names = self.folder / _LATEST, self._names()
+        if not pointer.exists():
+            # A run that was killed after its first checkpoint, or a copy that left it out. Each
+            # folder of that name is complete: it gets the name when all of it is written.
+            if names:
+                _logger.warning("%s is missing; %s is the newest there is", pointer, names[-1])
+            return names[-1] if names else None
+        try:
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise TrainingError(
+                f"{pointer}: cannot be read ({error.strerror}); make it a file with the name of a "
+                f"checkpoint (there are: {', '.join(names) or 'none'})"
+            ) from error
+        if name not in names:
+            there = ", ".join(names) or "none"
             raise TrainingError(
                 f"{pointer}: names {name!r}, which is no checkpoint of {self.folder} (there are: "
-                f"{there}); write the name of one into it, or delete it to start anew"
+                f"{there}); write the name of one into it, or remove {self.folder} to start anew"
             )
         return name
 
@@ -198,6 +216,8 @@ class Checkpoints:
         except TrainingError as error:
             return None, {}, [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")]
         faults = missing_or_resized(folder, manifest.files)
+        if name != _name_of(manifest.step):
+            faults.insert(0, f"{MANIFEST_NAME} says that it is {_name_of(manifest.step)}")
         saved = SavedBy(manifest.world_size, manifest.zero_stage, manifest.precision)
         return saved, manifest.files, faults
 
@@ -224,7 +244,7 @@ class Checkpoints:
 
         Args:
             engine: as it was made; its weights are replaced.
-            name: of the checkpoint.
+            name: name of the checkpoint.
             saved: what `check` returned.
 
         Raises:
@@ -233,6 +253,10 @@ class Checkpoints:
         state = engine.load(self.folder, name, saved)
         known = TrainState.__dataclass_fields__.keys() & state.keys()
         return TrainState(**{name: state[name] for name in known})
+
+
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _writer(name: str) -> int:

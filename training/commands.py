@@ -29,8 +29,8 @@ def train(
     processes.
     """
     from clipsys.config import find_recipe, load_settings
-    from clipsys.disk import drive_errors_explained
     from clipsys.errors import TrainingError
+    from clipsys.files.drive_faults import drive_errors_explained
     from clipsys.training.distributed import environment, launch, rank_errors
     from clipsys.training.recipe import Recipe
 
@@ -64,7 +64,9 @@ def export(
         bool,
         typer.Option("--with-heads", help="Write the objective's heads beside the model too."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
+    ] = False,
 ) -> None:
     """Write a model folder that clipsys and stock open_clip load."""
     from clipsys.training.export import export_model

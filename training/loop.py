@@ -25,7 +25,8 @@ from typing import Any
 from clipsys import __version__
 from clipsys.errors import TrainingError
 from clipsys.progress import Advance, progress
-from clipsys.training.checkpoints import TrainState
+from clipsys.training.agreement import agree_on_recipe
+from clipsys.training.checkpoints import FOLDER, TrainState
 from clipsys.training.data.samples import Batch, Skipped
 from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
@@ -36,7 +37,7 @@ from clipsys.training.plan import StepClock
 from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
 from clipsys.training.resuming import Resumption, find_resumption, write_recipe
-from clipsys.training.run import Run, agree_on_recipe, build_run
+from clipsys.training.run import Run, build_run
 from clipsys.training.step import StepFigures
 
 _logger = logging.getLogger(__name__)
@@ -73,7 +74,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 
 
 def _check_folder(run: Path, *, resume: bool) -> None:
+    place = next(path for path in (run, *run.parents) if path.exists())
+    if not place.is_dir():
+        raise TrainingError(f"{run}: {place} is a file, not a folder; set output to another one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise TrainingError(
+            f"{run}: {place} may not be written to by this user; set output to another folder"
+        )
     if resume:
+        if not (run / "config.yaml").is_file() and (run / FOLDER).is_dir():
+            raise TrainingError(
+                f"{run}: config.yaml is missing, in which a run states its settings; put it back, "
+                "or start a new run from the model (model.pretrained)"
+            )
         if not (run / "config.yaml").is_file():
             raise TrainingError(f"{run}: there is no run to resume; start it without --resume")
         return
@@ -138,13 +151,14 @@ class TrainingLoop:
             seed=self.recipe.seed,
             order=self.run.order.fingerprint(),
             skipped=dict(self.run.skips.reasons),
+            shards=self.run.shard_set.name_fingerprint(),
+            shard_sizes=self.run.shard_set.size_fingerprint(),
         )
 
     def train(self) -> None:
         """Trains to the end."""
         run = self.run
-        if rank() == 0:
-            self._journal = Journal(run.folder)
+        on_first_rank(self._open_journal)
         if self.step == 0:
             run.skips.resume(0, {})
             run.skips.note(run.shard_set.faults, step=0)
@@ -171,6 +185,9 @@ class TrainingLoop:
                     with self._pause():
                         self._save()
         self._finish()
+
+    def _open_journal(self) -> None:
+        self._journal = Journal(self.run.folder)
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -309,10 +326,13 @@ def _check_same_run(run: Path, saved: TrainState, now: TrainState) -> None:
             f"{now.steps_per_epoch}: the shards of data.train hold another number of samples; "
             "resume it as it was, or start a new run from its model (model.pretrained)"
         )
-    if saved.order not in ("", now.order):
+    shards_differ = saved.shards not in ("", now.shards) or (
+        saved.shard_sizes and now.shard_sizes not in ("", saved.shard_sizes)
+    )
+    if saved.order not in ("", now.order) or shards_differ:
         raise TrainingError(
             f"{run}: the samples or their order have changed since the run was started "
-            "(the shards of data.train, their sizes or weights, data.shuffle_shards, "
+            "(the shards of data.train, their names, sizes, order or weights, data.shuffle_shards, "
             "data.resampled or data.samples_per_epoch); resume it as it was, or start a new "
             "run from its model (model.pretrained)"
         )

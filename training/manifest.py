@@ -2,7 +2,7 @@
 
 CRC-32 finds what a crash, a full disk or a copy that broke off does to a file, at 4 GB/s of a core,
 and it is taken of files that have just been written and lie in the page cache. It is no protection
-against somebody who alters a checkpoint on purpose.
+against a checkpoint that is altered on purpose.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Manifest:
     Attributes:
         step: steps done.
         world_size: number of ranks that saved it.
-        zero_stage: of the engine that saved it.
-        precision: that it trained in, after ``auto`` was resolved.
-        files: by path relative to the checkpoint.
+        zero_stage: stage of the engine that saved it.
+        precision: precision that it trained in, after ``auto`` was resolved.
+        files: size and checksum by path relative to the checkpoint.
     """
 
     step: int
@@ -68,7 +68,13 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
         files = {name: FileRecord(**record) for name, record in document.pop("files").items()}
         if document.pop("format") != _FORMAT:
             raise ValueError("the format is of another version")
-        return Manifest(**document, files=files)
+        manifest = Manifest(**document, files=files)
+        for name in ("step", "world_size", "zero_stage"):
+            if type(getattr(manifest, name)) is not int:
+                raise ValueError(f"{name} is {getattr(manifest, name)!r}, not a number")
+        if manifest.world_size < 1 or not isinstance(manifest.precision, str):
+            raise ValueError("it does not say who saved the checkpoint")
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise TrainingError(f"{path}: not a whole manifest ({error})") from error
 

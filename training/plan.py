@@ -32,16 +32,16 @@ class Plan:
     """The size of a run; bytes are those of one rank.
 
     Attributes:
-        num_parameters: of the model and its heads.
+        num_parameters: parameters of the model and its heads.
         num_trained: those that are not frozen.
         weights_bytes: parameters as they are kept for forward passes.
         gradients_bytes: at the end of a backward pass.
         optimizer_bytes: moments, and float32 masters where ZeRO or 16 bits need them.
-        buckets_bytes: in which gradients are exchanged.
-        offloaded_bytes: of all this, what rests in the host's memory instead of the GPU's.
+        buckets_bytes: buckets in which gradients are exchanged.
+        offloaded_bytes: part of all this that is in the host's memory instead of the GPU's.
         loss_bytes: gathered features, their gradients and the tiles of logits.
         images_bytes: decoded images of a step, in the host's memory.
-        micro_batches: that each rank computes in a step.
+        micro_batches: micro-batches that each rank computes in a step.
         warnings: what the user may not have meant.
     """
 
@@ -100,7 +100,7 @@ def plan_run(
         model: before ZeRO partitions it.
         precision: what `choose_training_precision` chose: never ``auto``.
         world_size: number of ranks.
-        num_samples: of the training data.
+        num_samples: samples of the training data.
         embed_dim: D.
         image_size: (height, width) of the decoded images.
         tile_size: T.

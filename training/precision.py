@@ -1,4 +1,4 @@
-"""What a run computes in: asked for, recorded by its first start, or measured; and the first loss.
+"""The precision of a run: set, recorded by its first start, or measured; and the first loss.
 
 ``auto`` on a CPU is decided by the model's own products, forward and backward
 (`clipsys.probe.probing`), on rank 0, for all ranks. The choice stands in RUN/config.yaml, so that a
@@ -39,12 +39,12 @@ def choose_training_precision(recipe: Recipe, model: ModelParts, device: torch.d
     folder has a recipe already, the run is being resumed and goes on with what stands there.
 
     Args:
-        recipe: whose `engine.precision` may be ``auto``.
+        recipe: the recipe, whose `engine.precision` may be ``auto``.
         model: with whole weights, before ZeRO partitions them.
-        device: of this rank.
+        device: this rank's.
 
     Raises:
-        ConfigError: the device cannot compute in what was asked for.
+        ConfigError: the device cannot compute in the requested precision.
     """
     precision: str = recipe.engine.precision
     recorded = on_first_rank(lambda: _recorded(recipe))

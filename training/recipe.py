@@ -11,7 +11,7 @@ from clipsys.config import MAX_SEED, PathText, Settings
 from clipsys.errors import ConfigError
 from clipsys.training.checkpoints import CheckpointConfig
 from clipsys.training.data.augmentation import AugmentationConfig
-from clipsys.training.data.batches import DataConfig
+from clipsys.training.data.config import DataConfig
 from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
@@ -56,6 +56,7 @@ class Recipe(Settings):
         )
         faults = (
             *self._idle_settings(objective),
+            *self._idle_with_data(objective),
             *self._conflicts(objective),
             *objective.faults(surroundings),
         )
@@ -97,6 +98,22 @@ class Recipe(Settings):
                 "model.unlocked_image_blocks and model.unlocked_text_blocks are both 0: nothing "
                 "would be trained; leave one out"
             )
+
+    def _idle_with_data(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
+        """Settings about texts and labels that the objective and the data have no use for."""
+        for place, section, setting in (
+            ("data", self.data, "captions"),
+            ("data", self.data, "caption_key"),
+            ("evaluation", self.evaluation, "captions"),
+        ):
+            is_set = getattr(section, setting) != type(section).model_fields[setting].default
+            if is_set and not objective.num_texts:
+                yield (
+                    f"{place}.{setting} does nothing for objective.name {self.objective.name}, "
+                    "which trains no text; leave it out"
+                )
+        if self.evaluation.classnames and not self.evaluation.zeroshot:
+            yield "evaluation.classnames does nothing without evaluation.zeroshot"
 
     def _conflicts(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Combinations that cannot be carried out, or not exactly."""

@@ -118,8 +118,8 @@ class Resumption:
     """Where a run goes on: a checkpoint that is whole, and what has changed since.
 
     Attributes:
-        name: of the checkpoint.
-        saved: who saved it.
+        name: name of the checkpoint.
+        saved: number of ranks, ZeRO stage and precision that saved it.
         step: steps done.
         changes: settings that take effect now.
     """

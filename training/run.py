@@ -1,28 +1,26 @@
-"""The parts of a run, made from its recipe; `clipsys.training.loop` turns the crank."""
+"""The parts of a run, made from its recipe; `clipsys.training.loop` runs them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from clipsys import __version__
 from clipsys.errors import ConfigError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import ModelParts
 from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
-from clipsys.training.data.batches import ShardSet, TrainingBatches, open_shards, sample_order
+from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Batch, Decoder
+from clipsys.training.data.shard_set import ShardSet, open_shards, sample_order
 from clipsys.training.data.skips import SkipLedger
 from clipsys.training.distributed.agreement import (
     on_every_rank,
@@ -30,7 +28,6 @@ from clipsys.training.distributed.agreement import (
     require_same_files,
 )
 from clipsys.training.distributed.collectives import (
-    broadcast_object,
     on_first_rank,
     rank,
     world_size,
@@ -61,7 +58,7 @@ class Run:
     """The parts of a run on this rank.
 
     Attributes:
-        recipe: what they were made from, with the precision that was chosen.
+        recipe: the recipe that they were made from, with the precision that was chosen.
         folder: the run folder.
         model: what is trained, with its tokenizer and preprocessing. Its weights belong to the
             engine: ask `Engine.state_dict` for them.
@@ -70,9 +67,9 @@ class Run:
         objective: what is minimised.
         plan: what the run takes.
         engine: gradients, updates, checkpoints of the weights.
-        step: from decoded micro-batches to an update.
-        validation: what is measured on the way.
-        checkpoints: what ``--resume`` goes on from.
+        step: makes an update of decoded micro-batches.
+        validation: measurements on the way.
+        checkpoints: states that ``--resume`` continues from.
         skips: samples that could not be used.
         checks_precision: whether the first loss is compared with that in fp32.
     """
@@ -120,48 +117,11 @@ class Run:
         return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
 
 
-#: Settings that may differ between machines.
-_OF_THE_MACHINE = ("nproc", "data.cache_dir")
-
-
-def agree_on_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with the run folder as rank 0 sees it, after proof that all ranks run the same.
-
-    Raises:
-        TrainingError: a setting or a program's version differs between ranks.
-    """
-    versions = {
-        name: version(name) for name in ("torch", "deepspeed", "open_clip_torch", "transformers")
-        if find_spec(name.removesuffix("_torch"))
-    }  # fmt: skip
-    require_equal(
-        {"clipsys": __version__, "the programs": versions},
-        remedy="install the same versions on every machine",
-    )
-    settings = dict(_flatten(recipe.model_dump(mode="json")))
-    for name in _OF_THE_MACHINE:
-        settings.pop(name, None)
-    require_equal(
-        {"the settings": sorted(settings)}, remedy="start every rank with the same recipe"
-    )
-    require_equal(settings, remedy="start every rank with the same recipe and overrides")
-    folder = broadcast_object(str(recipe.run_folder.absolute()))
-    return recipe.model_copy(update={"output": folder})
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = None) -> Run:
     """Makes the parts of a run. Every rank of the process group calls it; nothing is written.
 
     Args:
-        recipe: what to make.
+        recipe: the recipe.
         device: this rank's.
         checkpoint: name of the one that the run goes on from; its weights are loaded later.
 
@@ -253,7 +213,7 @@ def _model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]) -> 
 
 
 def _width(model: ModelParts) -> int:
-    """Of what both towers give."""
+    """Width of the features of both towers."""
     return int(model.config["embed_dim"])
 
 

@@ -31,8 +31,8 @@ class StepFigures:
     """What a step measured, over all ranks.
 
     Attributes:
-        loss: of the whole batch, before the update.
-        scalars: what the loss was taken with, by name: ``logit_scale``, ``logit_bias``.
+        loss: loss of the whole batch, before the update.
+        scalars: values that the loss was computed with, by name: ``logit_scale``, ``logit_bias``.
         gradient_norm: global, before clipping.
         num_skipped: samples that could not be used.
     """

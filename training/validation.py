@@ -84,10 +84,10 @@ class Validation:
     ) -> None:
         """
         Args:
-            config: what is measured.
+            config: settings of the evaluation.
             validation: shards of the held-out data.
-            preprocessing: from a decoded image to what the image tower sees.
-            tokenizer: of the text tower.
+            preprocessing: makes of a decoded image what the image tower sees.
+            tokenizer: tokenizer of the text tower.
             has_text: whether text is trained; else retrieval is not measured.
             caption_key: as `parse_sample` takes it.
 
@@ -140,7 +140,7 @@ class Validation:
         return hashlib.blake2b(held, digest_size=8).hexdigest()
 
     def measure(self, engine: Engine) -> dict[str, float]:
-        """What is asked for, of the model as it is. Every rank must call it."""
+        """The metrics that the recipe sets, of the model as it is. Every rank must call it."""
         figures: dict[str, float] = {}
         with engine.evaluating() as model:
             mean, std = normalisation(self._preprocessing, engine.device)
@@ -246,7 +246,7 @@ def _usable(
     Args:
         setting: that names the shards, for messages.
         spec: the shards.
-        preprocessing: of the model.
+        preprocessing: preprocessing of the model.
         require: raises `SampleError` if a sample lacks what the measurement needs.
         caption_key: as `parse_sample` takes it.
     """
@@ -275,7 +275,10 @@ def _usable(
             *(setting, reasons.total(), listed, first),
         )
     if not usable:
-        raise DataError(f"{setting}: {spec}: no sample can be used; the first: {first}")
+        why = (
+            f"no sample can be used; the first: {first}" if first else "the shards have no samples"
+        )
+        raise DataError(f"{setting}: {spec}: {why}")
     if len(set(gather_objects(places.hexdigest()))) > 1:
         raise DataError(
             f"{setting}: {spec}: the ranks can read different samples; give all of them the same "

@@ -96,7 +96,7 @@ def _lines(path: Path | None) -> list[str]:
     if path is None:
         return []
     from clipsys.errors import DataError
-    from clipsys.files import read_named
+    from clipsys.files.regular import read_named
 
     try:
         return read_named(path.expanduser()).decode("utf-8-sig").splitlines()

@@ -90,7 +90,7 @@ def one_of(**given: bool) -> None:
     """Refuses several formats of output at once.
 
     Raises:
-        typer.BadParameter: more than one is asked for.
+        typer.BadParameter: more than one is given.
     """
     chosen = [f"--{name}" for name, value in given.items() if value]
     if len(chosen) > 1:

@@ -63,8 +63,8 @@ def shards(
     if out is None:
         raise typer.BadParameter("name the folder to write into", param_hint="OUT")
     from clipsys.corpora.packing import pack
-    from clipsys.disk import drive_errors_explained
     from clipsys.errors import DataError
+    from clipsys.files.drive_faults import drive_errors_explained
 
     remedy = "make room and repeat the command, which goes on from here"
     columns = options.columns_of([source], path_column, caption_column, label_column, encoding)

@@ -67,7 +67,7 @@ class Columns:
         """Refuses settings that would be ignored, since none of the sources is a table.
 
         Args:
-            kinds: of the sources; see `clipsys.corpora.sources.source_kind`.
+            kinds: kinds of the sources; see `clipsys.corpora.sources.source_kind`.
 
         Raises:
             ConfigError: there is a setting, and no table.
@@ -135,13 +135,13 @@ def find_roles(
 
     Args:
         table: for the messages.
-        names: of all columns.
+        names: names of all columns.
         columns: what the caller says about them.
         images: names of the columns that hold encoded images.
         paths: names of the columns that may hold paths; None: all others.
 
     Raises:
-        DataError: a column that is asked for is missing, or none names the image.
+        DataError: a named column is missing, or no column names the image.
     """
     captions = tuple(_named(table, names, name) for name in columns.captions)
     label = _named(table, names, columns.label) if columns.label else None

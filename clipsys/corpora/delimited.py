@@ -142,7 +142,7 @@ def _first_foreign_byte(path: Path) -> tuple[int, int]:
 
 
 def _detect(path: Path, encoding: str, columns: Columns) -> _Dialect:
-    """Which character separates the cells: the one whose header has most names that are known."""
+    """The character that separates the cells: its header has most of the known names."""
     with path.open(encoding=encoding, newline="") as file:
         head = file.read(_HEAD_CHARACTERS)
     usual = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","

@@ -20,11 +20,11 @@ from typing import Any
 
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import DataError, SampleError
-from clipsys.files import read_regular
+from clipsys.files.expansion import expand_path
+from clipsys.files.regular import read_regular
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.paths import expand_path
 from clipsys.printing import counted
-from clipsys.shards.samples import parse_metadata, with_captions_of
+from clipsys.shards.sample_texts import parse_metadata, with_captions_of
 
 #: Names, in any case, that systems, archives and network drives give to what they keep for
 #: themselves: thumbnails, bins, snapshots. Names that begin with a dot are left out as well.
@@ -33,7 +33,7 @@ DEFAULT_EXCLUDED = (
     "RECYCLER", "System Volume Information", "lost+found", "__MACOSX", "Thumbs.db", "ehthumbs.db",
     "desktop.ini",
 )  # fmt: skip
-#: Files that belong to images, or to nobody.
+#: Files that accompany images, or that systems leave behind.
 _BESIDE = {".txt", ".json", ".cls", ""}
 #: Files by which a folder is known as one of clipsys's collections.
 _COLLECTION = {"manifest.json", "writer.lock", "segments"}

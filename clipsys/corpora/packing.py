@@ -166,7 +166,7 @@ def _read(number: int, record: Record) -> tuple[str, Sample | str]:
 def _prepare(
     task: tuple[int, str, Sample | str], *, resize: int | None
 ) -> tuple[int, str, Sample | str]:
-    """In a worker: the sample as it is packed, or why it cannot be used."""
+    """The sample as it is packed, or why it cannot be used; runs in a worker."""
     number, uri, sample = task
     if isinstance(sample, str):
         return number, uri, sample

@@ -51,10 +51,10 @@ class ParquetTable:
     """The schema of a table, and its rows.
 
     Attributes:
-        names: of all columns.
-        image_names: of those that hold images.
-        list_names: of those that hold lists of images.
-        text_names: of those that hold texts, and so may hold paths.
+        names: names of all columns.
+        image_names: names of the columns that hold images.
+        list_names: names of the columns that hold lists of images.
+        text_names: names of the columns that hold texts, and so may hold paths.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +91,7 @@ class ParquetTable:
         """All rows.
 
         Args:
-            image: the column whose images are wanted; None where there are none.
+            image: the column whose images are read; None where there are none.
 
         Raises:
             DataError: the file is damaged.
@@ -105,8 +105,10 @@ class ParquetTable:
             with pyarrow.parquet.ParquetFile(self._path) as file:
                 for group in range(file.num_row_groups):
                     is_full = image is not None and _is_full(file, group, image)
-                    wanted = others if image is None or is_full else [*others, image]
-                    for cells, images in _batches(file, group, wanted, image, is_full=is_full):
+                    columns_read = others if image is None or is_full else [*others, image]
+                    for cells, images in _batches(
+                        file, group, columns_read, image, is_full=is_full
+                    ):
                         yield ParquetRow(number, self._readable(cells), images)
                         number += 1
         except (pyarrow.ArrowException, OSError) as error:
@@ -130,7 +132,7 @@ def read_cell(path: Path, column: str, row: int, element: int | None = None) -> 
 
     Args:
         path: the table.
-        column: of images.
+        column: the column of images.
         row: counted from 0.
         element: which one, where the cell is a list.
 
@@ -259,13 +261,13 @@ def _is_full(file: Any, group: int, column: str) -> bool:
 
 
 def _batches(
-    file: Any, group: int, wanted: list[str], image: str | None, *, is_full: bool
+    file: Any, group: int, columns_read: list[str], image: str | None, *, is_full: bool
 ) -> Iterator[tuple[dict[str, Any], list[ImageCell]]]:
-    if not wanted:
+    if not columns_read:
         for _ in range(file.metadata.row_group(group).num_rows):
             yield {}, [ImageCell(has_bytes=True)]
         return
-    for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=wanted):
+    for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns_read):
         found: list[list[ImageCell]] = [[] for _ in range(batch.num_rows)]
         if is_full:
             found = [[ImageCell(has_bytes=True)] for _ in range(batch.num_rows)]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipsys.corpora.paths import real_path
+from clipsys.corpora.real_paths import real_path
 from clipsys.errors import DataError, ImageDecodeError, SampleError
-from clipsys.files import NotRegularError, check_mode, read_regular
+from clipsys.files.regular import NotRegularError, check_mode, read_regular
 from clipsys.images.decoding import EXTENSIONS
 from clipsys.shards.samples import Sample, check_texts
 

@@ -6,7 +6,7 @@
     table       .csv .tsv .jsonl .parquet with a path (or bytes) column, captions and metadata
     shards      a .tar, a folder of .tar files, a glob or a {000..012} range
 
-A record is cheap: the image's bytes are read only when asked for.
+A record is cheap: the image's bytes are read only when they are needed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from clipsys.corpora.folders import image_record, iterate_folder
-from clipsys.corpora.paths import forget_folders, real_path
+from clipsys.corpora.real_paths import forget_folders, real_path
 from clipsys.corpora.records import Record, check_regular, read_file
 from clipsys.corpora.tables import TABLE_SUFFIXES, Columns, iterate_table, read_table_image
 from clipsys.errors import DataError
+from clipsys.files.expansion import expand_path
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.paths import expand_path
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, read_image
 from clipsys.shards.remote import is_remote
@@ -199,6 +199,6 @@ def _sample_record(shard: str, raw: dict[str, Any]) -> Record:
         return Record(uri=uri, read=fail)
     if is_remote(shard):
         read = partial(bytes, sample.image)
-    else:  # read again when asked for, so that a list of records stays small
+    else:  # read again when needed, so that a list of records stays small
         read = partial(read_image, shard, sample.key)
     return Record(uri, read, sample.captions, sample.label, sample.metadata)

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles, is_path_name
 from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
 from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
-from clipsys.corpora.paths import real_path
+from clipsys.corpora.real_paths import real_path
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import ConfigError, DataError
 
@@ -181,7 +181,7 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
 
 
 def _images(row: ParquetRow, roles: Roles) -> list[ImageCell]:
-    """The images of a row; where it has neither bytes nor a path of its own, the path column's."""
+    """The images of a row; where it has neither bytes nor a path, that of the path column."""
     if any(cell.has_bytes or cell.path for cell in row.images):
         return row.images
     return [ImageCell(has_bytes=False, path=row.cells.get(roles.path) if roles.path else None)]

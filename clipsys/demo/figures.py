@@ -46,8 +46,8 @@ def measure(out: Path, times: dict[str, float]) -> dict[str, Any]:
     }
     draw_contact_sheet(
         [
-            (query, wanted, hits)
-            for (query, wanted), (hits, _) in zip(examples, searches, strict=True)
+            (query, expected, hits)
+            for (query, expected), (hits, _) in zip(examples, searches, strict=True)
         ],
         out / "searches.png",
     )
@@ -134,7 +134,7 @@ def draw_contact_sheet(searches: list[tuple[str, str, list[dict[str, Any]]]], pa
 
     Args:
         searches: query, file stem of the image that it describes, and the hits.
-        path: of the PNG. The described image has a green frame.
+        path: path of the PNG. The described image has a green frame.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -144,14 +144,14 @@ def draw_contact_sheet(searches: list[tuple[str, str, list[dict[str, Any]]]], pa
     figure = Figure(figsize=(1.5 * columns, 1.95 * len(searches)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subfigures(len(searches), 1, squeeze=False)[:, 0]
-    for row, (query, wanted, hits) in zip(rows, searches, strict=True):
+    for row, (query, expected, hits) in zip(rows, searches, strict=True):
         row.suptitle(f"“{query}”", fontsize=10, x=0.01, ha="left")
         for axis, hit in zip(row.subplots(1, columns, squeeze=False)[0], hits, strict=False):
             with Image.open(hit["uri"]) as image:
                 axis.imshow(image, interpolation="nearest")
             axis.set_xlabel(f"{hit['score']:.2f}", fontsize=8, labelpad=2)
             axis.set(xticks=[], yticks=[])
-            right = Path(hit["uri"]).stem == wanted
+            right = Path(hit["uri"]).stem == expected
             for spine in axis.spines.values():
                 spine.set(color="#2e9e4f" if right else "#cccccc", linewidth=3 if right else 0.8)
     figure.savefig(path)

@@ -38,8 +38,8 @@ class Demo:
 
     Attributes:
         out: where everything is written.
-        seed: of corpus and training.
-        size: of the corpus.
+        seed: seed of corpus and training.
+        size: size of the corpus.
         overrides: settings of the recipe that differ, as ``section.key=value``.
         nproc: training processes; None takes one per GPU, or two on a CPU.
     """

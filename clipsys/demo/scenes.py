@@ -145,7 +145,7 @@ def held_out_combinations() -> frozenset[tuple[str, str]]:
 
 @cache
 def seen_combinations() -> tuple[tuple[str, str], ...]:
-    """The (colour, shape) combinations that training scenes are made of."""
+    """The (colour, shape) combinations that training scenes consist of."""
     held_out = held_out_combinations()
     return tuple(pair for pair in all_combinations() if pair not in held_out)
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from clipsys.errors import DataError
-from clipsys.files import read_named
-from clipsys.paths import expand_path
+from clipsys.files.expansion import expand_path
+from clipsys.files.regular import read_named
 
 FILE_NAME = "classnames.txt"
 #: What CLIP benchmark's data sets have beside it: a prompt a line, with ``{c}`` for the class.
@@ -29,7 +29,7 @@ def class_names(
     Labels that are not all whole numbers are names themselves.
 
     Args:
-        labels: of all images.
+        labels: labels of all images.
         places: folders in which `FILE_NAME` is looked for, and in their parents.
         file: one that the user names.
         setting: how the user names one, for messages.

@@ -44,7 +44,7 @@ def retrieval_targets(
     """Builds queries and groups from (captions, metadata) of each image, in the images' order.
 
     Args:
-        items: of the images, in order.
+        items: items of the images, in order.
         captions: whether the first caption or every one is a query.
         match: metadata key; images with the same value are hits of each other's captions.
 

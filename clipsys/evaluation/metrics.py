@@ -38,11 +38,11 @@ def first_hit_ranks(
     Returns:
         (M,) int64; `NO_HIT` where no candidate is correct.
     """
-    wanted, present = np.asarray(query_groups), np.asarray(candidate_groups)
+    query_labels, present = np.asarray(query_groups), np.asarray(candidate_groups)
     ranks = np.full(len(query_MD), NO_HIT, np.int64)
     for start in range(0, len(query_MD), block):
         scores = query_MD[start : start + block] @ candidate_ND.T
-        correct = wanted[start : start + block, None] == present[None, :]
+        correct = query_labels[start : start + block, None] == present[None, :]
         best = np.where(correct, scores, -np.inf).max(axis=1, initial=-np.inf, keepdims=True)
         better = ((scores >= best) & ~correct).sum(axis=1)
         found = correct.any(axis=1)

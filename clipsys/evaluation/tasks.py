@@ -23,10 +23,10 @@ from clipsys.evaluation.figures import (
     retrieval_targets,
     zeroshot_figures,
 )
+from clipsys.files.expansion import expand_path
 from clipsys.images.decoding import decode_image
 from clipsys.models.encoder import Encoder, load
 from clipsys.models.zeroshot import DEFAULT_TEMPLATES, ZeroShotClassifier
-from clipsys.paths import expand_path
 from clipsys.progress import progress
 from clipsys.shards.reading import expand_shards
 

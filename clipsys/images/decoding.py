@@ -6,7 +6,7 @@ claim 4 gigapixels). Pixels are loaded *before* EXIF is read: on some corrupt PN
 
 Pillow reads the headers of all formats. The pixels of whole, ordinary JPEGs come from simplejpeg:
 libjpeg-turbo as in Pillow, with the same result to the bit, without the copies around it. Whatever
-it balks at is left to Pillow, so that one decoder decides what can be used.
+it refuses is left to Pillow, so that one decoder decides what can be used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipsys.errors import ImageDecodeError
-from clipsys.files import NotRegularError, read_regular
+from clipsys.files.regular import NotRegularError, read_regular
 from clipsys.images.native_messages import captured_messages
 
 _logger = logging.getLogger(__name__)

@@ -34,9 +34,10 @@ class CheckedEncoder:
 
     Args:
         exact: images (B, C, H, W) -> features (B, D).
-        approximations: by name (``int8``, ``bf16``), the preferred one first. Each is made when
-            enough images came to decide and those before it were given up.
-        on_choice: told the name of the one that is used from then on, or ``fp32``.
+        approximations: makers of approximate encoders by name (``int8``, ``bf16``), the preferred
+            one first. Each is called when enough images came to decide and those before it were
+            given up.
+        on_choice: called with the name of the encoder that is used from then on, or ``fp32``.
     """
 
     def __init__(

@@ -52,8 +52,8 @@ class TowerShape:
     """What the weights do not say of a text tower.
 
     Attributes:
-        prefix: of its tensors' names: empty, or ``text.``.
-        num_heads: of each block.
+        prefix: prefix of its tensors' names: empty, or ``text.``.
+        num_heads: attention heads of each block.
         quick_gelu: x * sigmoid(1.702 x) in place of the exact GELU.
         context_length: tokens at most.
     """

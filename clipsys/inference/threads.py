@@ -28,8 +28,8 @@ class Arrangement:
     """How threads divide the work.
 
     Attributes:
-        threads: how many there are.
-        apart: each takes images of its own through the whole tower; otherwise all share each
+        threads: number of threads.
+        apart: each takes its own images through the whole tower; otherwise all share each
             operation.
     """
 

@@ -23,7 +23,7 @@ class PretrainedModel:
         dim: width of the embeddings.
         image_size: side in pixels of the images that it sees.
         parameters: number of them; None where the hub has to be asked for the text tower.
-        size_mb: of the weights in float32, in MB; None likewise.
+        size_mb: size of the weights in float32, in MB; None likewise.
         tokenizer: where a tokenizer of Hugging Face comes from; empty for CLIP's own.
     """
 

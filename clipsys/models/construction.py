@@ -1,12 +1,15 @@
-"""Contexts in which open_clip makes a model."""
+"""How open_clip is called to make a model: quietly, with the hub where one is needed."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from clipsys.models import hub
 
 if TYPE_CHECKING:
     from torch.overrides import TorchFunctionMode
@@ -62,3 +65,25 @@ def without_random_values() -> TorchFunctionMode:
             return func(*args, **kwargs)
 
     return WithoutRandomValues()
+
+
+@contextmanager
+def hub_for(config: Mapping[str, Any]) -> Iterator[str]:
+    """A context in which the hub is asked, where an architecture needs a file of it.
+
+    Yields:
+        Why the hub cannot be reached; empty where it answers or is not needed.
+    """
+    text_model = config["text_cfg"].get("hf_model_name")
+    local = not text_model or Path(text_model).expanduser().is_dir()
+    if local and not config["vision_cfg"].get("timm_model_pretrained"):
+        yield ""
+        return
+    with hub.quiet_hub() as unreachable:
+        yield unreachable
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -29,7 +29,7 @@ class EncodingChoice:
     Attributes:
         precisions: the one that is used, then what takes its place where results are refused.
         is_checked: whether the first images are compared with fp32.
-        arrangement: of threads; None: as many as torch has, apart.
+        arrangement: arrangement of threads; None: as many as torch has, apart.
     """
 
     precisions: tuple[str, ...]
@@ -38,10 +38,10 @@ class EncodingChoice:
 
 
 def choose_device(asked: str = "auto") -> torch.device:
-    """The device asked for; ``auto`` takes CUDA, then MPS, then the CPU, and logs the choice.
+    """The requested device; ``auto`` takes CUDA, then MPS, then the CPU, and logs the choice.
 
     Raises:
-        ConfigError: the device asked for is unavailable.
+        ConfigError: the requested device is unavailable.
     """
     if asked == "auto":
         if torch.cuda.is_available():
@@ -65,7 +65,7 @@ def choose_device(asked: str = "auto") -> torch.device:
 def compute_in_full_float32() -> None:
     """Keeps the convolutions of this process's GPU from taking float32 products in TF32.
 
-    TF32 has 10 bits of fraction, and cuDNN uses it unless told otherwise; torch's matrix products
+    TF32 has 10 bits of fraction, and cuDNN uses it by default; torch's matrix products
     are float32 already. Other precisions are not affected.
     """
     torch.backends.cudnn.allow_tf32 = False
@@ -74,7 +74,7 @@ def compute_in_full_float32() -> None:
 def choose_encoding(
     asked: str, device: torch.device, model: Any, *, name: str, image_size: tuple[int, int]
 ) -> EncodingChoice:
-    """The precision asked for; ``auto`` and ``fast`` are decided by a measurement on a CPU.
+    """The requested precision; ``auto`` and ``fast`` are decided by a measurement on a CPU.
 
     A GPU with instructions for bf16 is many times as fast in it, which needs no measurement.
 

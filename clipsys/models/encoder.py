@@ -223,7 +223,7 @@ def load(spec: str | Path, *, device: str = "auto", precision: str = "auto") -> 
 def load_as_listed(spec: str, *, device: str = "auto", precision: str = "auto") -> Encoder | None:
     """Loads weights with the activation of the architecture that open_clip lists them under.
 
-    This is the encoder that clipsys 0.1.0 made of them. None where it is the one that `load` makes.
+    This is the encoder that clipsys 0.1.0 made of them. None where `load` makes the same one.
 
     Raises:
         ModelError: as `load` does.

@@ -26,11 +26,11 @@ class Prediction:
 
     Attributes:
         label: the class with the highest probability.
-        probability: of that class, in [0, 1].
+        probability: probability of that class, in [0, 1].
         scores: cosine similarity to each class, in the order of the classes.
-        probabilities: of each class. Of a model trained with a softmax they are one over the
-            classes that were offered, and sum to 1. A model trained with the sigmoid loss (SigLIP)
-            decides on each class by itself: they need not sum to 1, and may all be near 0.
+        probabilities: probability of each class. Those of a model trained with a softmax are over
+            the classes that were offered, and sum to 1. A model trained with the sigmoid loss
+            (SigLIP) decides on each class by itself: they need not sum to 1, and may all be near 0.
     """
 
     label: str

@@ -40,8 +40,8 @@ class Conditions:
     """How products are computed in the run.
 
     Attributes:
-        precisions: that may be chosen, ``fp32`` among them.
-        arrangements: of threads that may be chosen, the usual one first.
+        precisions: precisions that may be chosen, ``fp32`` among them.
+        arrangements: arrangements of threads that may be chosen, the usual one first.
         trains: forward and backward passes, or forward passes alone.
         channels_last: the layout of images that convolutions take.
     """
@@ -52,7 +52,7 @@ class Conditions:
     channels_last: bool = False
 
     def flops(self, product: Product) -> int:
-        """Of one such product, its gradients included where there are any."""
+        """Operations of one such product, its gradients included where there are any."""
         return product.flops * (_TRAINING_COST if self.trains else 1)
 
 
@@ -73,7 +73,7 @@ def measure(
     their rate.
 
     Args:
-        products: of the whole tower; not empty.
+        products: matrix products of the whole tower; not empty.
         conditions: how they are computed.
         budget_s: seconds for everything.
         clock: seconds; another one in tests.

@@ -46,7 +46,7 @@ class Work:
         name: what the log calls it.
         signature: what decides the products: shapes of weights, images and batches.
         products: gives them; called only where no figures are stored.
-        precisions: that may be chosen, ``fp32`` among them.
+        precisions: precisions that may be chosen, ``fp32`` among them.
         trains: forward and backward passes, or forward passes alone.
         channels_last: the layout of images that convolutions take.
     """

@@ -35,7 +35,7 @@ def time_in_turn(
         operations: for each, what is to be timed, by the name of the candidate.
         until: the time by the clock when everything is to be finished.
         clock: seconds; another one in tests.
-        stopwatch: what operations are timed by; default the clock. ``time.thread_time`` does not
+        stopwatch: times operations; default the clock. ``time.thread_time`` does not
             count what other processes took from one that works on this thread alone.
     """
     stopwatch = stopwatch or clock

@@ -53,7 +53,7 @@ def ending_in_order(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         how_to_go_on: asked after the work has tidied up; what was kept, and the next command.
 
     Raises:
-        Interruption: in place of the KeyboardInterrupt, with that message.
+        Interruption: the user interrupts; it replaces the KeyboardInterrupt and has that message.
     """
 
     def terminate(number: int, _: FrameType | None) -> None:

@@ -1,6 +1,6 @@
 """Work in other processes, results in order, nothing left behind.
 
-`ordered_map` is ``map`` in processes: it takes items only a little ahead of what is asked for, so a
+`ordered_map` is ``map`` in processes: it takes items only a little ahead of what is consumed, so a
 stream of any length fits in memory. `process_context` says how processes are started here,
 `start_worker` ties a process to the one that started it.
 """

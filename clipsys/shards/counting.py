@@ -151,8 +151,8 @@ class ManifestReport:
     """What was written into manifests.
 
     Attributes:
-        paths: of the manifests.
-        num_shards, num_samples: that they list of the shards asked for.
+        paths: paths of the manifests.
+        num_shards, num_samples: counts of the requested shards that they list.
         num_kept: shards that were listed before and have not changed.
         faults: shards that cannot be listed, and why.
         warnings: what looks wrong with the names in the shards.
@@ -243,7 +243,7 @@ def _unchanged(folder: Path) -> dict[str, ShardInfo]:
 
 
 def _describe(shard: str, cache: ShardCache) -> tuple[ShardInfo, tuple[str, ...]] | str:
-    """In a worker: what the manifest says of a shard, or why it cannot be listed."""
+    """What the manifest says of a shard, or why it cannot be listed; runs in a worker."""
     path = Path(shard)
     try:
         summary = _summary(index_shard(shard, cache), shard)

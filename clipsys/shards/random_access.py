@@ -18,12 +18,12 @@ import os
 import tarfile
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from clipsys.errors import DataError
-from clipsys.shards.reading import BREAK, TAR_FAULTS, raw_samples, shard_failure
+from clipsys.shards.reading import TAR_FAULTS, raw_samples, shard_failure
 from clipsys.shards.remote import ShardCache
 from clipsys.shards.samples import (
     NUMBER,
@@ -31,19 +31,11 @@ from clipsys.shards.samples import (
     group_members,
     is_image,
     printable,
-    split_name,
 )
 from clipsys.shards.stored_index import ShardIndex, load_index, save_index
+from clipsys.shards.tar_headers import plain_member, walk_members
 
 _BLOCK = tarfile.BLOCKSIZE
-#: Extended attributes that leave a regular file one, with its content where it is.
-_HARMLESS = frozenset(
-    {b"path", b"size", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
-)
-#: Extended headers are read whole; a larger one is left to tarfile.
-_MAX_EXTENDED_BYTES = 1 << 20
-#: A size with more digits than this is no size (2**63 has 19).
-_MAX_SIZE_DIGITS = 18
 #: Shards that a reader keeps open.
 MAX_OPEN = 128
 
@@ -91,7 +83,7 @@ def _make_index(shard: str, file: io.BufferedReader[io.FileIO]) -> ShardIndex:
     crowded: list[str] = []
     images: list[str] = []  # endings, of the last sample
     try:
-        for key, suffix, start, end in _members(file):
+        for key, suffix, start, end in walk_members(file):
             if key == last:
                 bounds[-1] = end
             else:
@@ -128,136 +120,6 @@ def _is_crowded(images: list[str]) -> bool:
     return len(images) > 1 and all("." in suffix for suffix in images)
 
 
-def _members(file: io.BufferedReader[io.FileIO]) -> Iterator[tuple[str, str, int, int]]:
-    """The key, ending, start and end of each member that belongs to a sample.
-
-    Raises:
-        tarfile.ReadError: the tar breaks off.
-    """
-    size = os.fstat(file.fileno()).st_size
-
-    def read(offset: int, length: int) -> bytes:
-        file.seek(offset)
-        return file.read(length)
-
-    offset = 0
-    while (member := _plain_member(read, offset)) is not None:
-        start, offset = offset, member.end
-        if (parts := split_name(member.name)) is not None:
-            yield *parts, start, offset
-        if offset > size:
-            raise tarfile.ReadError(BREAK)
-    header = read(offset, _BLOCK)
-    # Every writer closes a tar with blocks of zeros. Without them it broke off between two members.
-    if header == bytes(_BLOCK):
-        return
-    if offset and len(header) < _BLOCK:
-        raise tarfile.ReadError(BREAK)
-    file.seek(offset)
-    yield from _other_members(file, beginning=offset == 0)
-
-
-def _other_members(
-    file: io.BufferedReader[io.FileIO], *, beginning: bool
-) -> Iterator[tuple[str, str, int, int]]:
-    """`_members` from where long names or extended headers begin, by tarfile: ten times slower."""
-    size = os.fstat(file.fileno()).st_size
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                if member.isreg() and (parts := split_name(member.name)) is not None:
-                    end = member.offset_data - -member.size // _BLOCK * _BLOCK
-                    yield *parts, member.offset, end
-                    if end > size:
-                        raise tarfile.ReadError(BREAK)
-            # tarfile takes anything that is not a header for the end.
-            file.seek(tar.offset)
-            if file.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError(BREAK)
-    except TAR_FAULTS as error:
-        if beginning or (isinstance(error, OSError) and not isinstance(error, tarfile.TarError)):
-            raise
-        raise tarfile.ReadError(BREAK) from error
-
-
-class _Member(NamedTuple):
-    name: str
-    start: int  # of its content
-    size: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size + -self.size % _BLOCK
-
-
-def _plain_member(read: Callable[[int, int], bytes], offset: int) -> _Member | None:
-    """The regular file whose header, or extended header and header, lies at an offset.
-
-    Reads just the fields that matter, much faster than tarfile. None for what is less usual: links,
-    GNU's long names, sparse files, damage.
-
-    Args:
-        read: gives so many bytes from an offset.
-        offset: of the header.
-    """
-    header = read(offset, _BLOCK)
-    extended: dict[bytes, bytes] = {}
-    if header[156:157] == tarfile.XHDTYPE:  # webdataset's own writer has one for each member
-        length = _checked_size(header)
-        if length is None or length > _MAX_EXTENDED_BYTES:
-            return None
-        records = _extended(read(offset + _BLOCK, length))
-        if records is None:
-            return None
-        extended = records
-        offset += _BLOCK + length + -length % _BLOCK
-        header = read(offset, _BLOCK)
-    size = _checked_size(header)
-    if size is None or header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        return None
-    name = _text(header[:100])
-    if header[257:263] == b"ustar\0" and header[345] != 0:
-        name = f"{_text(header[345:500])}/{name}"
-    if b"path" in extended:
-        name = extended[b"path"].decode("utf-8", "surrogateescape")
-    return _Member(name, offset + _BLOCK, int(extended.get(b"size", size)))
-
-
-def _checked_size(header: bytes) -> int | None:
-    """The size that a whole header states; None where it or the checksum is not as usual."""
-    if len(header) < _BLOCK:
-        return None
-    fields = [header[at].strip(b" \0") for at in (slice(124, 136), slice(148, 156))]
-    if not all(field and not field.strip(b"01234567") for field in fields):
-        return None
-    size, checksum = (int(field, 8) for field in fields)
-    return size if checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ") else None
-
-
-def _extended(data: bytes) -> dict[bytes, bytes] | None:
-    """The records of a POSIX extended header; None if one of them changes what a member is."""
-    records = {}
-    while data and data[:1] != b"\0":
-        length, _, _ = data.partition(b" ")
-        if not _is_number(length) or not 0 < int(length) <= len(data):
-            return None
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        if key not in _HARMLESS or (key == b"size" and not _is_number(value)):
-            return None
-        records[key] = value
-        data = data[int(length) :]
-    return records
-
-
-def _is_number(digits: bytes) -> bool:
-    return digits.isdigit() and len(digits) <= _MAX_SIZE_DIGITS
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape")
-
-
 class ShardReader:
     """Reads single samples of local shards; indexes them when they are first needed.
 
@@ -275,7 +137,7 @@ class ShardReader:
         """
         Args:
             shards: paths; urls too where there is a cache.
-            counts: how many samples each is said to have.
+            counts: number of samples of each shard.
             cache: for the copies of remote shards.
             max_open: files that stay open.
         """
@@ -387,7 +249,7 @@ def _plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
     members = []
     offset = 0
     while offset < len(data):
-        member = _plain_member(lambda at, length: data[at : at + length], offset)
+        member = plain_member(lambda at, length: data[at : at + length], offset)
         if member is None:
             return None
         members.append((member.name, data[member.start : member.start + member.size]))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clipsys.errors import DataError
-from clipsys.paths import expand_path
+from clipsys.files.expansion import expand_path
 from clipsys.shards.remote import ATTEMPTS, is_remote, open_url, pause, reason_of
 from clipsys.shards.samples import (
     Sample,
@@ -85,7 +85,7 @@ def _expand(spec: str) -> list[str]:
         found = sorted(path.glob("*.tar"))
         if not found:
             raise DataError(f"{path}: the folder has no .tar files")
-        return [str(shard) for shard in found]
+        return _regular(found)
     if path.is_file():  # whatever characters its name has
         return [str(path)]
     names = _expand_braces(str(path))
@@ -93,12 +93,31 @@ def _expand(spec: str) -> list[str]:
         found = sorted(shard for name in names for shard in _glob(Path(name)))
         if not found:
             raise DataError(f"{spec}: no file matches this pattern")
-        return [str(shard) for shard in found]
+        return _regular(found)
     missing = [name for name in names if not Path(name).is_file()]
+    if missing and Path(missing[0]).exists():
+        return _regular([Path(name) for name in missing])
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise DataError(f"{missing[0]}: there is no such shard{more}")
     return names
+
+
+def _regular(paths: Sequence[Path]) -> list[str]:
+    """The paths, none of which may be a folder, a pipe or a device: reading a pipe never ends.
+
+    Raises:
+        DataError: one of them is.
+    """
+    for path in paths:
+        if not path.is_file():
+            kind = (
+                "a folder" if path.is_dir()
+                else "a pipe or a device" if path.exists()
+                else "a link to a file that is not there"
+            )  # fmt: skip
+            raise DataError(f"{path}: is {kind}, not a shard; remove it, or name the shards singly")
+    return [str(path) for path in paths]
 
 
 def _glob(pattern: Path) -> Iterator[Path]:
@@ -228,9 +247,29 @@ def shard_failure(shard: str, error: Exception) -> str:
     if isinstance(error, tarfile.ReadError):
         if BREAK in str(error):
             return f"{shard}: the shard is truncated; make it again or remove it"
+        if (packed := _compression(shard)) is not None:
+            return (
+                f"{shard}: not a tar file but one that {packed} has compressed; samples are read "
+                "where they lie, so unpack it first"
+            )
         return f"{shard}: not a tar file; remove it, or name the shards one by one"
     asked = f", asked {ATTEMPTS} times" if is_remote(shard) else ""
     return f"{shard}: the shard cannot be read ({reason_of(error)}{asked})"
+
+
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def _compression(shard: str) -> str | None:
+    """The program that has compressed a local shard, if one has."""
+    if is_remote(shard):
+        return None
+    try:
+        with Path(shard).open("rb") as file:
+            start = file.read(8)
+    except OSError:
+        return None
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
 
 
 def iterate_samples(

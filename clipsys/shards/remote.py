@@ -82,7 +82,7 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
         failed = True
         raise
     finally:
-        # A reader that stops early breaks curl's pipe: that is no failure of its own.
+        # A reader that stops early breaks curl's pipe: that is not another failure.
         with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
             stream.close()
 
@@ -126,8 +126,8 @@ def fetch(url: str, path: Path, *, on_block: Callable[[int], None] | None = None
     """Copies a url to a file, which appears only when it is complete.
 
     Args:
-        url: of a file.
-        path: of the copy.
+        url: url of a file.
+        path: path of the copy.
         on_block: called with the bytes that have come so far; after a failure they begin again.
 
     Raises:
@@ -189,7 +189,7 @@ class ShardCache:
         path = self._folder / f"{_name(shard)}.tar"
         with FileLock(path.with_suffix(".lock")):  # one process fetches, the others wait for it
             if not path.exists():
-                path.with_suffix(".index").unlink(missing_ok=True)  # of the copy before
+                path.with_suffix(".index").unlink(missing_ok=True)  # that of the previous copy
                 fetch(shard, path, on_block=on_block)
                 self._make_room(path)
             os.utime(path)

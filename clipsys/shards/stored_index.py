@@ -68,7 +68,7 @@ def load_index(path: Path, shard: str, stamp: tuple[int, int]) -> ShardIndex | N
     """The stored index, if there is one of just this shard.
 
     Args:
-        path: of the file.
+        path: path of the file.
         shard: path or url.
         stamp: its size and time.
     """

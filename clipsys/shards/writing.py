@@ -36,7 +36,7 @@ def write_shards(
     Args:
         samples: in the order in which they are written; their keys differ.
         out: the folder.
-        prefix: of the shards' names.
+        prefix: prefix of the shards' names.
         shard_bytes: a new shard is begun when one has grown to this size.
         done: shards that an interrupted call has written, which this one goes on from.
         on_shard: called after each shard. With it, what is complete stays when writing is

@@ -159,7 +159,7 @@ def _lines(path: Path) -> list[tuple[int, str | None]]:
         QueryError: the file cannot be read, is no text, or has no line.
     """
     from clipsys.errors import QueryError
-    from clipsys.files import read_named
+    from clipsys.files.regular import read_named
 
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else read_named(path.expanduser())

@@ -37,7 +37,7 @@ def sources(
     as_json: options.Json = False,
 ) -> None:
     """List the sources of a collection, say that one was renamed, or forget one."""
-    from clipsys.corpora.paths import real_source
+    from clipsys.corpora.real_paths import real_source
     from clipsys.retrieval.collection import Collection
     from clipsys.retrieval.ingest.moving import is_gone
     from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT

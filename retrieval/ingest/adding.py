@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipsys.corpora.paths import real_source
+from clipsys.corpora.real_paths import real_source
 from clipsys.corpora.tables import TABLE_SUFFIXES, Columns
 from clipsys.errors import DataError, PruningRefusedError
-from clipsys.progress import progress
+from clipsys.progress import progress_if
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
 from clipsys.retrieval.ingest.embedding import Embedder, EmbeddingOptions
 from clipsys.retrieval.ingest.healing import Places, heal_paths, places_of_items
@@ -201,9 +201,9 @@ def _embed(
             target.store, target.encoder.turns(), writer.commit, target.encoder.pin.dim, options
         )
         before(embedder.report)
-        shown = progress(f"indexing into {target.path.name}", total) if show_progress else None
+        bar = progress_if(show_progress, f"indexing into {target.path.name}", total)
         try:
-            with shown or nullcontext(lambda _: None) as advance:
+            with bar as advance:
                 embedder.run(entries, advance)
             after(embedder.report)
         except (DataError, PruningRefusedError):

@@ -11,21 +11,18 @@ batch size, not on the number of images. Every record ends in exactly one tally 
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from clipsys.errors import DataError, ImageDecodeError
 from clipsys.processes.interruption import bounded_threads
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
 from clipsys.retrieval.ingest.loading import Job, Loader
 from clipsys.retrieval.ingest.moving import MovedFiles
+from clipsys.retrieval.ingest.pending import Pending
 from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.ingest.sources import Entry
 from clipsys.retrieval.ingest.texts import Texts, merge
@@ -34,11 +31,6 @@ from clipsys.retrieval.storage.segments import Floats
 from clipsys.retrieval.storage.sources import Claim, origins_of
 from clipsys.retrieval.storage.store import Store
 
-#: A batch of the encoder is committed at once if the last commit is this many seconds ago. On a
-#: CPU, where a batch takes longer than that, a kill loses the batch in flight; on a fast GPU it
-#: loses the batches of the last second, and segments do not become needlessly small.
-COMMIT_INTERVAL_S = 1.0
-COMMIT_ITEMS = 4_096
 #: Records read ahead of the encoder, in batches.
 _BATCHES_AHEAD = 2
 #: Records of a second source for the same images that wait until those are committed.
@@ -82,21 +74,19 @@ class Embedder:
     ) -> None:
         self.report = AddReport()
         self._store = store
-        self._encoder = encoder
-        self._commit = commit
-        self._dim = dim
+        self._pending = Pending(
+            encoder,
+            commit,
+            dim=dim,
+            batch_size=options.batch_size,
+            encoded=self._count_encoded,
+        )
         self._batch_size = options.batch_size
         self._num_workers = options.num_workers or min(16, os.cpu_count() or 1)
         self._retry_failures = options.retry_failures
         self._loader = Loader(store, encoder)
         self._moved = MovedFiles(store)
-        self._batch = Batch()
-        #: New items with their vectors, which enter in one step: an interrupt may fall between any
-        #: two.
-        self._encoded: list[tuple[list[NewItem], Floats]] = []
-        self._waiting: list[tuple[NewItem, npt.NDArray[np.uint8]]] = []
         self._fills: list[Entry] = []
-        self._last_commit = time.monotonic()
         self._source_error: DataError | None = None
 
     def run(self, entries: Iterable[Entry], advance: Callable[[int], Any]) -> None:
@@ -120,7 +110,7 @@ class Embedder:
                 if self._source_error is not None:
                     raise self._source_error
         finally:
-            self._flush()
+            self._pending.commit()
 
     def _jobs_ahead(
         self, entries: Iterable[Entry], pool: ThreadPoolExecutor, advance: Callable[[int], Any]
@@ -141,8 +131,7 @@ class Embedder:
                 known = self._store.find(entry.record.uri)
                 if self._settle_without_reading(entry, known):
                     advance(1)
-                    if self._num_uncommitted() >= COMMIT_ITEMS:
-                        self._flush()
+                    self._pending.commit_if_large()
                     continue
                 load = pool.submit(self._loader.load, entry.record, known)
                 ahead.append(Job(entry, known, load))
@@ -173,31 +162,32 @@ class Embedder:
         given, source, uri = Texts.of_record(entry.record), entry.source, entry.record.uri
         origins = origins_of(self._store, uri) if source is not None else {}
         if source is not None and source not in origins:
-            self._batch.origins.append((source, uri))
+            self._pending.batch.origins.append((source, uri))
         texts, claims = merge(given, known or Texts(), source, origins, fills=fills)
         self._note_claims(uri, claims)
         return texts
 
     def _note_claims(self, uri: str, claims: dict[str, Claim]) -> None:
-        self._batch.claims += [
+        self._pending.batch.claims += [
             (source, uri, claim.captions, claim.keys) for source, claim in claims.items()
         ]
 
     def _settle_fills(self) -> None:
         """Adds what a second source of this run says of images that an earlier one gave."""
-        self._encode_waiting()
-        self._flush()
+        self._pending.encode_waiting()
+        self._pending.commit()
         fills, self._fills = self._fills, []
         for entry in fills:
             known = self._store.find(entry.record.uri)
             texts = self._merge(entry, Texts.of_item(known) if known else None, fills=True)
             if known is not None and Texts.of_item(known) != texts:
                 facts = (known.id, known.size_bytes, known.mtime_ns)
-                self._batch.updates.append(ItemUpdate(*facts, texts.captions, texts.metadata))
+                self._pending.batch.updates.append(
+                    ItemUpdate(*facts, texts.captions, texts.metadata)
+                )
                 self.report.filled += 1
-            if self._num_uncommitted() >= COMMIT_ITEMS:
-                self._flush()
-        self._flush()
+            self._pending.commit_if_large()
+        self._pending.commit()
 
     def _finish(self, job: Job) -> None:
         record, known = job.entry.record, job.known
@@ -227,14 +217,10 @@ class Embedder:
             id=job.entry.item_id,
         )
         if loaded.pixels_CHW is None:
-            self._batch.new.append(item)
+            self._pending.batch.new.append(item)
             self.report.reused += 1
             return
-        self._waiting.append((item, loaded.pixels_CHW))
-        if len(self._waiting) >= self._batch_size:
-            self._encode_waiting()
-            if self._commit_is_due():
-                self._flush()
+        self._pending.add(item, loaded.pixels_CHW)
 
     def _update(self, entry: Entry, known: Item) -> None:
         record = entry.record
@@ -243,7 +229,9 @@ class Embedder:
         if (known.size_bytes, known.mtime_ns) == facts and Texts.of_item(known) == texts:
             self.report.unchanged += 1
             return
-        self._batch.updates.append(ItemUpdate(known.id, *facts, texts.captions, texts.metadata))
+        self._pending.batch.updates.append(
+            ItemUpdate(known.id, *facts, texts.captions, texts.metadata)
+        )
         self.report.updated += 1
 
     def _move(self, entry: Entry, item: Item) -> None:
@@ -253,9 +241,9 @@ class Embedder:
         given = Texts.of_record(record)
         texts, claims = merge(given, Texts.of_item(item), source, kept)
         if source is not None:
-            self._batch.origins += [(name, record.uri) for name in (*kept, source)]
+            self._pending.batch.origins += [(name, record.uri) for name in (*kept, source)]
         self._note_claims(record.uri, {**kept, **claims})
-        self._batch.updates.append(
+        self._pending.batch.updates.append(
             ItemUpdate(
                 item.id,
                 record.size_bytes,
@@ -282,37 +270,13 @@ class Embedder:
             captions=texts.captions,
             metadata=texts.metadata,
         )
-        self._batch.failures.append(failure)
+        self._pending.batch.failures.append(failure)
         if len(self.report.first_failures) < _FAILURES_SHOWN:
             self.report.first_failures.append(failure)
         self.report.failed += 1
         self.report.reasons[reason] += 1
 
-    def _encode_waiting(self) -> None:
-        if not self._waiting:
-            return
-        items = [item for item, _ in self._waiting]
-        vectors_ND = self._encoder.encode_pixels(np.stack([pixels for _, pixels in self._waiting]))
-        self._waiting.clear()
-        self._encoded.append((items, np.asarray(vectors_ND, np.float32)))
+    def _count_encoded(self, items: list[NewItem]) -> None:
         replaced = sum(item.replaces is not None for item in items)
         self.report.changed += replaced
         self.report.added += len(items) - replaced
-
-    def _commit_is_due(self) -> bool:
-        late = time.monotonic() - self._last_commit >= COMMIT_INTERVAL_S
-        return late or self._num_uncommitted() >= COMMIT_ITEMS
-
-    def _num_uncommitted(self) -> int:
-        return len(self._batch) + sum(len(items) for items, _ in self._encoded)
-
-    def _flush(self) -> None:
-        batch, encoded = self._batch, self._encoded
-        self._batch, self._encoded = Batch(), []
-        parts = [np.empty((0, self._dim), np.float32)]
-        for items, vectors_ND in encoded:
-            batch.new += items
-            parts.append(vectors_ND)
-        if len(batch):
-            self._commit(batch, np.concatenate(parts))
-        self._last_commit = time.monotonic()

@@ -13,7 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 
-from clipsys.corpora.paths import forget_folders, real_path, real_source
+from clipsys.corpora.real_paths import forget_folders, real_path, real_source
 from clipsys.retrieval.ingest.texts import Texts
 from clipsys.retrieval.storage.items import ItemUpdate
 from clipsys.retrieval.storage.row_writing import mark_deleted, update_item

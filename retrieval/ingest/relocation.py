@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from clipsys.corpora.paths import real_source
+from clipsys.corpora.real_paths import real_source
 from clipsys.corpora.sources import source_kind
 from clipsys.errors import DataError, PruningRefusedError
 from clipsys.retrieval.ingest.healing import join_items

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipsys.corpora.folders import count_images
-from clipsys.corpora.paths import real_source
+from clipsys.corpora.real_paths import real_source
 from clipsys.corpora.records import Record, check_regular
 from clipsys.corpora.sources import iterate_source, source_kind
 from clipsys.corpora.tables import Columns

@@ -7,5 +7,6 @@ rescoring        exact cosines of candidates, from the stored vectors
 calibration      how many unrelated items would score as high
 view             a reader's snapshot and index, following the writer
 options          which hits come back, and in which order
+encoding         queries are read and become vectors
 searching        filter, rank, fuse, cut, fold, sort
 """

@@ -67,6 +67,13 @@ class Options:
         return self.sort is not None and self.needs_score
 
 
+def duplicate_cosine(diverse: bool | float) -> float | None:
+    """The cosine of `Options.diverse` for a switch or a number."""
+    if isinstance(diverse, bool):
+        return NEAR_DUPLICATE if diverse else None
+    return diverse
+
+
 def doubt_of(hits: Sequence[Hit], options: Options) -> str | None:
     """What `relevant_only` cannot tell about an answer; None where it can, or was not asked."""
     if not options.relevant_only:

@@ -23,7 +23,7 @@ import numpy as np
 from clipsys.images.decoding import decode_image
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import planning
-from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.ingest import pending
 from clipsys.retrieval.writing import compaction, writer
 from tests.retrieval.colours import ColourEncoder, paint
 
@@ -53,7 +53,7 @@ def describe(photos: Collection, encoder: ColourEncoder) -> dict[str, object]:
 
 
 def main(collection: Path, pictures: Path, seed: int) -> None:
-    embedding.COMMIT_INTERVAL_S = 0.0
+    pending.COMMIT_INTERVAL_S = 0.0
     compaction.GRACE_S = writer.GRACE_S = 0.0
     compaction.SEGMENTS_PER_TIER = writer.SEGMENTS_PER_TIER = 8
     planning.EXACT_ITEMS = 12

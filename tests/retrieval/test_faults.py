@@ -24,7 +24,7 @@ import pytest
 from clipsys.errors import ClipsysError, CollectionError
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes.generation import SUFFIX
-from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.ingest import pending
 from clipsys.retrieval.maintenance.migration import MigrationOptions
 from clipsys.retrieval.storage.items import Batch, NewItem
 from clipsys.retrieval.storage.manifest import Kind
@@ -162,7 +162,7 @@ def _migrate(photos: Collection, _: Path) -> None:
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A collection of nine in three segments, one deleted and one image vanished; the pictures."""
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     pictures = tmp_path / "pictures"
     paint_folder(pictures / "first", num_images=9)
     paint_folder(pictures / "more", num_images=5, seed=5)
@@ -171,7 +171,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
         photos.remove([2])
     (pictures / "first" / "0001.png").unlink()
     (pictures / "first" / "0006.png").rename(pictures / "0006.png")
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 1e9)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 1e9)
     return tmp_path / "template", pictures
 
 
@@ -296,7 +296,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_room(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     folder = paint_folder(tmp_path / "many", num_images=120)
     encoder = ColourEncoder(dim=512)
     with Collection.create(small_disk / "c", encoder) as photos:

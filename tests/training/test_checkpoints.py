@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,3 +118,32 @@ def test_old_checkpoints_go_but_not_those_after_the_one_resumed_from(tmp_path: P
     left = sorted(path.name for path in (tmp_path / FOLDER).glob("step-*"))
     assert left == ["step-00000006", "step-00000008", "step-00000020"]
     shutil.rmtree(tmp_path / FOLDER)
+
+
+def test_without_a_pointer_the_newest_checkpoint_counts(newest: Path) -> None:
+    (newest.parent / "latest").unlink()
+    assert Checkpoints(newest.parents[1], keep=2).latest() == newest.name
+
+
+def test_a_folder_in_the_place_of_the_pointer_is_named(newest: Path) -> None:
+    pointer = newest.parent / "latest"
+    pointer.unlink()
+    pointer.mkdir()
+    with pytest.raises(TrainingError, match=r"latest: cannot be read \(Is a directory\)"):
+        Checkpoints(newest.parents[1], keep=2).latest()
+
+
+def test_a_checkpoint_under_the_name_of_another_is_refused(newest: Path) -> None:
+    shutil.rmtree(newest)
+    newest.with_name("step-00000006").rename(newest)
+    with pytest.raises(TrainingError, match=r"checkpoint\.json says that it is step-00000006"):
+        Checkpoints(newest.parents[1], keep=2).check(newest.name)
+
+
+@pytest.mark.parametrize("field", ["step", "world_size", "zero_stage", "precision"])
+def test_a_manifest_with_a_value_of_another_type_is_not_whole(newest: Path, field: str) -> None:
+    path = newest / MANIFEST_NAME
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, field: [2]}))
+    with pytest.raises(TrainingError, match="not a whole manifest"):
+        read_manifest(newest)

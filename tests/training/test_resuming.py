@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clipsys.config import Settings, load_settings
-from clipsys.training.checkpoints import FOLDER
+from clipsys.errors import TrainingError
+from clipsys.training.checkpoints import FOLDER, TrainState
+from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.engine.repartition import SavedBy
+from clipsys.training.loop import _check_folder, _check_same_run
 from clipsys.training.manifest import MANIFEST_NAME
 from clipsys.training.objectives import BUILT_IN, objective_class
 from clipsys.training.recipe import Recipe
@@ -193,3 +197,30 @@ def test_the_recorded_recipe_keeps_the_changes_of_the_course_that_was_kept(tmp_p
     assert len(resume(8, 3.0)) == 2
     # Back to the checkpoint of step 4: what was changed there and later did not happen.
     assert resume(4, 5.0) == ["# after step 4: optimizer.lr 5.0 instead of 1.0"]
+
+
+def test_other_shards_of_equal_counts_are_another_order() -> None:
+    def state(*shards: str) -> TrainState:
+        found = ShardSet(shards, (8,) * len(shards), (0,) * len(shards))
+        return TrainState(4, 6, 8, 1, 0, order="same", shards=found.name_fingerprint())
+
+    saved = state("/a/0.tar", "/a/1.tar")
+    _check_same_run(Path("run"), saved, state("/moved/0.tar", "/moved/1.tar"))
+    _check_same_run(Path("run"), replace(saved, shards=""), state("/a/1.tar", "/a/0.tar"))
+    for other in (state("/a/1.tar", "/a/0.tar"), state("/a/0.tar", "/a/2.tar")):
+        with pytest.raises(TrainingError, match="the samples or their order have changed"):
+            _check_same_run(Path("run"), saved, other)
+    sized = replace(saved, shard_sizes="a")
+    _check_same_run(Path("run"), sized, saved)  # some are remote now
+    with pytest.raises(TrainingError, match="the samples or their order have changed"):
+        _check_same_run(Path("run"), sized, replace(saved, shard_sizes="b"))
+
+
+def test_a_run_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(TrainingError, match="is a file, not a folder; set output"):
+            _check_folder(run, resume=False)
+    (tmp_path / "run" / FOLDER).mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"config\.yaml is missing"):
+        _check_folder(tmp_path / "run", resume=True)

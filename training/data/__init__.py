@@ -1,8 +1,10 @@
 """The input pipeline: from shards to the same micro-batches every time.
 
+config              the section ``data`` of a recipe
 order               which sample stands at which position of an epoch
 samples             decoding one sample into a row of a batch
 pixel_cache         decoded images kept for later epochs
+shard_set           the shards of a run, and the order of their samples
 batches             positions into micro-batches
 loader              worker processes that decode them ahead
 skips               the ledger of samples that could not be used

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.config import Settings
@@ -36,6 +36,15 @@ class AugmentationConfig(Settings):
         (0.1, 2.0), description="its standard deviation, in pixels of the model's input"
     )
     erasing: float = Field(0.0, ge=0, le=1, description="probability of a grey rectangle")
+
+    @field_validator("crop_scale", "crop_ratio", "blur_sigma")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("expected two numbers above 0, the smaller one first")
+        if info.field_name == "crop_scale" and value[1] > 1:
+            raise ValueError("expected shares of the area, at most 1")
+        return value
 
 
 def normalisation(

@@ -1,6 +1,7 @@
 """The input pipeline: shards -> order -> decoded micro-batches, the same ones every time.
 
     clipsys.shards.random_access  finds the samples in each tar and reads any of them
+    data.shard_set finds and counts the shards
     data.order     says which sample stands at which position of an epoch
     data.batches   cuts positions into micro-batches: number n is a pure function of the recipe,
                    n and the rank
@@ -25,236 +26,21 @@ negative.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
 from torch.utils.data import Dataset
 
-from clipsys.config import PathText, Settings
 from clipsys.errors import DataError, TrainingError
-from clipsys.images.decoding import DEFAULT_MAX_PIXELS
-from clipsys.shards.counting import count_shards, stated_counts
 from clipsys.shards.random_access import MAX_OPEN, ShardReader
-from clipsys.shards.reading import expand_shards
-from clipsys.shards.remote import ShardCache, default_folder, is_remote
+from clipsys.shards.remote import ShardCache, is_remote
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.pixel_cache import make_cache
 from clipsys.training.data.samples import Batch, Decoder, Row, Skipped
+from clipsys.training.data.shard_set import MIXED_REMOTE_SHARDS, ShardSet
 
-_logger = logging.getLogger(__name__)
-
-#: How many remote shards are mixed at a time unless data.shuffle_shards is set.
-_MIXED_REMOTE_SHARDS = 8
-#: Of a sample in a batch, beside its image: tokens, ids, names.
+#: Bytes of a sample in a batch beside its image: tokens, ids, names.
 _OTHER_BYTES = 2048
-#: How many shards are looked at for the reason why there are few samples.
-_FEW_SHARDS = 4
-
-
-class SourceConfig(Settings):
-    """One of several sources of training data."""
-
-    shards: PathText | list[PathText] = Field(description="folder, glob, {000..012} range or list")
-    weight: PositiveFloat | None = Field(
-        None, description="how often it is drawn from, relative to the others; with data.resampled"
-    )
-
-
-class DataConfig(Settings):
-    """What is trained on."""
-
-    train: PathText | list[PathText | SourceConfig] = Field(
-        description="shards: folder, glob, {000..012} range, or a list of such, or of "
-        "{shards: …, weight: …}"
-    )
-    validation: PathText | list[PathText] | None = Field(None, description="shards for evaluation")
-    batch_size: PositiveInt = Field(256, description="pairs contrasted together, across all ranks")
-    micro_batch_size: PositiveInt | None = Field(
-        None,
-        description="pairs that pass the encoders at once, on each rank; smaller ones need less "
-        "memory and a second forward pass, and change no result; default the rank's whole share",
-    )
-    workers: NonNegativeInt = Field(2, description="decoding processes per rank")
-    timeout_s: PositiveFloat = Field(
-        540.0,
-        description="the run ends with the reason if the decoding processes give no batch for "
-        "this long; ranks wait ten minutes for each other",
-    )
-    shuffle_shards: PositiveInt | None = Field(
-        None,
-        description="how many shards are mixed at a time; default all. Fewer keep reading local, "
-        "on slow drives; of remote shards, 8",
-    )
-    resampled: bool = Field(
-        False, description="draw samples with replacement, sources by their weights"
-    )
-    samples_per_epoch: PositiveInt | None = Field(
-        None, description="with resampled: what counts as an epoch; default the number of samples"
-    )
-    cache_dir: PathText | None = Field(
-        None,
-        description="where copies of remote shards, and where the samples lie in each shard, are "
-        "stored; default the user's cache folder",
-    )
-    cache_gb: PositiveFloat = Field(
-        50.0, description="size of cache_dir at which the copies used longest ago are removed"
-    )
-    pixel_cache_gb: NonNegativeFloat = Field(
-        2.0,
-        description="decoded images are stored, in a temporary file that the ranks of a machine "
-        "share, if all of them need no more than this; 0 decodes anew in each epoch",
-    )
-    captions: Literal["first", "random"] = Field(
-        "random", description="which caption of a sample is used each time it is seen"
-    )
-    caption_key: str | None = Field(
-        None,
-        description="metadata key that holds the captions, in place of .txt and captions; dots "
-        "lead into objects and lists of objects, as in sentences.raw",
-    )
-    label_key: str | None = Field(
-        None, description="metadata key that is the label, for objective.positives: label"
-    )
-    decode: Literal["fast", "exact"] = Field(
-        "fast",
-        description="fast: within 40 dB of open_clip's evaluation transform; exact: equal to it",
-    )
-    load_size: PositiveInt | None = Field(
-        None, description="pixels per side that reach the device; default the model's image size"
-    )
-    max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="share of unusable samples at which the run stops"
-    )
-    max_image_pixels: PositiveInt = Field(
-        DEFAULT_MAX_PIXELS, description="images that claim more are refused before decoding"
-    )
-
-    @property
-    def shard_cache(self) -> ShardCache:
-        """Where copies of remote shards, and indexes, are stored."""
-        folder = Path(self.cache_dir) if self.cache_dir else default_folder()
-        return ShardCache(folder, limit_bytes=int(self.cache_gb * 1e9))
-
-    @property
-    def sources(self) -> tuple[SourceConfig, ...]:
-        """What `train` lists, each in its long form."""
-        listed = [self.train] if isinstance(self.train, str) else self.train
-        return tuple(
-            one if isinstance(one, SourceConfig) else SourceConfig(shards=one) for one in listed
-        )
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise ValueError("data.train: give every source a weight, or none")
-        if not self.resampled and (any(weighted) or self.samples_per_epoch):
-            name = "data.samples_per_epoch" if self.samples_per_epoch else "a weight in data.train"
-            raise ValueError(
-                f"{name} does nothing in an epoch that takes every sample once; "
-                "set data.resampled: true"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """Shards with their sizes, so that the length of an epoch is known before it starts.
-
-    Attributes:
-        shards: paths.
-        counts: samples of each.
-        sources: for each, the number of the source that it belongs to.
-        faults: samples at which a shard breaks off.
-        warnings: what looks wrong with the names in the shards.
-    """
-
-    shards: tuple[str, ...]
-    counts: tuple[int, ...]
-    sources: tuple[int, ...]
-    faults: tuple[Skipped, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in all shards."""
-        return sum(self.counts)
-
-
-def open_shards(config: DataConfig) -> ShardSet:
-    """Finds and counts shards: from their manifest where there is one, else from their headers.
-
-    Raises:
-        DataError: there are none, or one is not a tar file.
-    """
-    expanded = [
-        # Absolute: ranks may run in other folders.
-        (shard if is_remote(shard) else str(Path(shard).absolute()), number)
-        for number, source in enumerate(config.sources)
-        for shard in expand_shards(source.shards)
-    ]
-    known = stated_counts([shard for shard, _ in expanded])
-    unknown = list(dict.fromkeys(shard for shard, _ in expanded if shard not in known))
-    if any(is_remote(shard) for shard in unknown):
-        _logger.info("remote shards without a shards.json beside them are read once to be counted")
-    counted = count_shards(unknown, config.shard_cache) if unknown else {}
-    faults = []
-    warnings: list[str] = []
-    for shard, summary in counted.items():
-        known[shard] = summary.num_samples
-        warnings += summary.warnings
-        if summary.fault:
-            _logger.warning("%s; its first %d samples are used", summary.fault, known[shard])
-            faults.append(Skipped(shard, summary.broken_key or "?", "truncated shard"))
-    if warnings:
-        more = f" (and {len(warnings) - 1} more shards)" if len(warnings) > 1 else ""
-        _logger.warning("%s%s", warnings[0], more)
-    shards, sources = zip(*expanded, strict=True)
-    counts = tuple(known[shard] for shard in shards)
-    return ShardSet(shards, counts, sources, tuple(faults), tuple(warnings))
-
-
-def sample_order(config: DataConfig, shard_set: ShardSet, seed: int) -> SampleOrder:
-    """The order that a recipe's ``data`` section asks for."""
-    weights = None
-    if any(source.weight for source in config.sources):
-        totals = [0] * len(config.sources)
-        for source, count in zip(shard_set.sources, shard_set.counts, strict=True):
-            totals[source] += count
-        # A weight is a source's share of what is drawn, however many samples it has.
-        weights = tuple((config.sources[s].weight or 0.0) / totals[s] for s in shard_set.sources)
-    drawn = (config.samples_per_epoch or shard_set.num_samples) if config.resampled else None
-    mixed = config.shuffle_shards
-    if mixed is None and any(is_remote(shard) for shard in shard_set.shards):
-        mixed = _MIXED_REMOTE_SHARDS
-    order = SampleOrder(shard_set.counts, seed, mixed, drawn, weights)
-    if order.num_positions < config.batch_size and not config.resampled:
-        _check_names(shard_set, config)
-    return order
-
-
-def _check_names(shard_set: ShardSet, config: DataConfig) -> None:
-    """Raises where the names in the shards are the reason why there are so few samples."""
-    warnings = shard_set.warnings
-    if not warnings:  # counted by a manifest; few samples are read in no time
-        summaries = count_shards(shard_set.shards[:_FEW_SHARDS], config.shard_cache)
-        warnings = tuple(text for summary in summaries.values() for text in summary.warnings)
-    if warnings:
-        raise TrainingError(
-            f"data.batch_size is {config.batch_size}, but the shards hold only "
-            f"{shard_set.num_samples} samples: {warnings[0]}"
-        )
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -285,7 +71,7 @@ class TrainingBatches(Dataset[Batch]):
             shard_set.shards,
             shard_set.counts,
             cache=cache,
-            max_open=_MIXED_REMOTE_SHARDS if remote else MAX_OPEN,
+            max_open=MIXED_REMOTE_SHARDS if remote else MAX_OPEN,
         )
         starts = itertools.accumulate(shard_set.counts, initial=0)
         self._first_numbers = tuple(starts)
@@ -362,7 +148,7 @@ class TrainingBatches(Dataset[Batch]):
         return row
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
-        """The first usable sample that follows, for a micro-batch that has none of its own."""
+        """The first usable sample that follows, for a micro-batch that has none."""
         total = self._order.num_positions
         for position in range(after, after + self._batch_size):
             (row,), _ = self._rows(epoch, position % total, position % total + 1)

@@ -1,7 +1,7 @@
 """The order in which training sees the samples: a function of the seed and the epoch alone.
 
 Position p of an epoch belongs to batch ``p // batch_size``, and there to rank
-``(p % batch_size) // (batch_size / world size)``. Any position can be asked for at any time, so a
+``(p % batch_size) // (batch_size / world size)``. Any position can be read at any time, so a
 resume inside an epoch needs no replay, and a worker process asks for its own rows alone.
 
     permutation   every sample once: all shards mixed together, or, with ``shuffle_shards: W``,
@@ -30,7 +30,7 @@ class SampleOrder:
 
     Attributes:
         counts: samples of each shard.
-        seed: of every random choice.
+        seed: seed of every random choice.
         shuffle_shards: how many shards are mixed at a time; None mixes all.
         samples_per_epoch: with it, samples are drawn with replacement; None takes each once.
         weights: per shard, how often its samples are drawn, relative to one another; None draws

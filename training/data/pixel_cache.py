@@ -35,7 +35,7 @@ class PixelCache:
     def __init__(self, descriptor: int, num_samples: int, size: tuple[int, int]) -> None:
         """
         Args:
-            descriptor: of a file of `cache_bytes`, zeros at first; the cache closes it.
+            descriptor: descriptor of a file of `cache_bytes`, zeros at first; the cache closes it.
             num_samples: N.
             size: (H, W).
         """
@@ -123,10 +123,10 @@ def _join(
     elif path is not None:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDWR)
-            if os.fstat(descriptor).st_ino != number:  # of another container
+            if os.fstat(descriptor).st_ino != number:  # that of another container
                 os.close(descriptor)
                 descriptor = None
-    gather_objects(None)  # from here on nobody needs the file's name
+    gather_objects(None)  # from here on no rank needs the file's name
     if descriptor is None:  # this rank decodes anew; others of its machine may share all the same
         reason = reason or "the file of another rank cannot be opened"
         _logger.info("decoded images are not kept: %s (%s)", reason, tempfile.gettempdir())

@@ -96,12 +96,12 @@ class Row:
     """One sample as it is used once.
 
     Attributes:
-        shard: that the sample is in.
-        key: of the sample.
+        shard: shard that the sample is in.
+        key: key of the sample.
         image: decoded.
         caption: the chosen one; empty where none is needed.
         group: equal ids are positives of each other.
-        number: of the sample among all samples of the shards.
+        number: number of the sample among all samples of the shards.
     """
 
     shard: str
@@ -143,7 +143,7 @@ class Decoder:
             epoch: counted from 0.
             position: within the epoch.
             image: its image, where it has been decoded already.
-            number: of the sample among all samples of the shards.
+            number: number of the sample among all samples of the shards.
 
         Raises:
             DataError: no usable image, caption or label.

@@ -14,13 +14,13 @@ SKIPPED_NAME = "skipped.jsonl"
 
 
 class SkipLedger:
-    """Counts on every rank alike; writes on the one that is told to."""
+    """Counts on every rank alike; only one rank writes."""
 
     def __init__(self, run: Path, *, max_share: float, epoch_samples: int, writes: bool) -> None:
         """
         Args:
             run: the run folder.
-            max_share: of the samples seen, or of one epoch's while fewer were seen.
+            max_share: largest share of the samples seen, or of one epoch's while fewer were seen.
             epoch_samples: samples of an epoch.
             writes: whether this rank writes the list.
         """
@@ -33,7 +33,7 @@ class SkipLedger:
         """Lists and counts samples that were skipped in a step.
 
         Args:
-            skipped: of all ranks.
+            skipped: skipped samples of all ranks.
             step: the number of steps done, this one included.
             seen: samples seen so far, by all ranks.
 

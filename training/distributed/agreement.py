@@ -64,7 +64,7 @@ def require_equal(values: Mapping[str, object], *, remedy: str) -> None:
     """Compares what every rank has found for itself.
 
     Args:
-        values: by name, picklable; the names are the same on every rank.
+        values: values by name, picklable; the names are the same on every rank.
         remedy: what to do where they differ, as the end of a sentence.
 
     Raises:
@@ -201,5 +201,5 @@ def _clean(folder: Path, token: str, made: list[Path]) -> None:
     for path in folder.glob(f".ranks-{token}-*"):
         path.unlink(missing_ok=True)
     for path in made:
-        with contextlib.suppress(OSError):  # somebody else has put something there
+        with contextlib.suppress(OSError):  # another process has put something there
             path.rmdir()

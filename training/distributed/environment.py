@@ -1,4 +1,4 @@
-"""Whether a launcher has started this process as one of several ranks, told by the environment.
+"""Whether a launcher has started this process as one of several ranks, seen from the environment.
 
     RANK, WORLD_SIZE, MASTER_ADDR    torchrun, the deepspeed launcher, clipsys itself
     OMPI_COMM_WORLD_*                mpirun (Open MPI)

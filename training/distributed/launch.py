@@ -5,7 +5,7 @@ Under torchrun, the deepspeed launcher, SLURM or MPI the ranks exist already: `e
 run's error.
 
 Why not torch.distributed.elastic's agent, which torchrun runs: it ends a run with a report of
-forty lines, of all ranks, and a traceback of its own; the one line of the rank that failed first is
+forty lines, of all ranks, and its own traceback; the one line of the rank that failed first is
 not what the user sees. Its form of error files is used.
 """
 
@@ -46,7 +46,7 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
     """Runs ``clipsys ARGUMENTS`` as ``nproc`` ranks and waits for them.
 
     Raises:
-        ClipsysError: the error of the rank that failed first, of its own class.
+        ClipsysError: the error of the rank that failed first, of the class that it had.
         KeyboardInterrupt: after the ranks have ended.
     """
     with tempfile.TemporaryDirectory(prefix="clipsys-launch-") as folder:

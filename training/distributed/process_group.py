@@ -26,7 +26,7 @@ def start_processes(asked_device: str) -> torch.device:
         This rank's device.
 
     Raises:
-        ConfigError: the device asked for is not there.
+        ConfigError: the requested device is not there.
         TrainingError: the ranks do not meet.
     """
     device = choose_device(asked_device)

@@ -91,7 +91,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def as_error(report: dict[str, Any]) -> ClipsysError:
-    """The error of a rank, of its own class where clipsys has raised it on purpose."""
+    """The error of a rank, of the class that it had where clipsys raised it on purpose."""
     kind = getattr(errors, report["kind"], TrainingError)
     prefix = "" if report["deliberate"] else f"rank {report['rank']}: "
     if isinstance(kind, type) and issubclass(kind, ClipsysError):

@@ -30,6 +30,7 @@ class EngineConfig(Settings):
     )
     threads: PositiveInt | None = Field(
         None,
+        le=1024,  # OpenMP ends the process where the system gives it no more
         description="threads of each process on a CPU; default OMP_NUM_THREADS, else what is "
         "measured to be fastest where precision is auto, else a thread for each core",
     )

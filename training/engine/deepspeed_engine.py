@@ -103,7 +103,7 @@ class Engine:
             optimizer: the optimizer and its settings.
             local_batch_size: rows of a step on this rank.
             device: this rank's.
-            momentum: how much of themselves the momentum towers keep at each step.
+            momentum: share of themselves that the momentum towers keep at each step.
             state: what the objective remembers before the first step.
         """
         deepspeed = import_deepspeed()
@@ -171,7 +171,7 @@ class Engine:
 
         Args:
             inputs: this rank's micro-batches, of equal size; the same number on every rank.
-            loss: of the outputs of all of them, in order.
+            loss: computes the loss from the outputs of all of them, in order.
         """
         if len(inputs) == 1:
             made = self._prepared(inputs[0])
@@ -226,7 +226,11 @@ class Engine:
 
     @contextmanager
     def _one_reduction(self) -> Iterator[Callable[[bool], None]]:
-        """One exchange of gradients for all backward passes inside; told which one is the last."""
+        """One exchange of gradients for all backward passes inside.
+
+        Yields:
+            A function to call before each pass, with whether it is the last.
+        """
         if self.config.zero_stage == 0:
             yield self._engine.set_gradient_accumulation_boundary
             return

@@ -53,7 +53,7 @@ class WeightAverage:
             shadow.copy_(kept)
 
     def statistics(self, model: torch.nn.Module) -> list[torch.Tensor]:
-        """The averages of running statistics, which each rank has taken of its own."""
+        """The averages of running statistics, which each rank has taken by itself."""
         number = len(running_statistics(model))
         return self._shadow[len(self._shadow) - number :]
 

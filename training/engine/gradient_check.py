@@ -27,7 +27,7 @@ def watch_norm(optimizer: Any, module: nn.Module, *, zero_stage: int) -> None:
 
     Args:
         optimizer: DeepSpeed's, of stage 1, 2 or 3.
-        module: whose parameters are named.
+        module: the module whose parameters are named.
         zero_stage: decides which method of DeepSpeed's takes the norm.
     """
     from deepspeed.runtime.utils import combine_grad_norm_groups

@@ -35,7 +35,7 @@ class MomentumAverage:
         """
         Args:
             model: after DeepSpeed has taken it.
-            momentum: how much of itself a copy keeps.
+            momentum: share of itself that a copy keeps at each step.
             is_partitioned: whether each rank holds a part of each parameter (ZeRO stage 3).
             exact: float32 values by name as they were before DeepSpeed rounded them to 16 bits;
                 empty where parameters are float32.

@@ -1,8 +1,8 @@
 """Optimizers by name, and the parameter groups they work on.
 
 A group's learning rate is ``peak × schedule × lr_factor``. The factor is 1 for everything unless
-layer-wise decay is asked for, which makes it fall from the top of each tower to its bottom, or the
-temperature gets a factor of its own.
+layer-wise decay is set, which makes it fall from the top of each tower to its bottom, or the
+temperature gets its own factor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import nn
 
 from clipsys.config import Settings
@@ -45,6 +45,13 @@ class OptimizerConfig(Settings):
         description="learning rate of each layer of a tower, relative to the layer above it "
         "(Clark et al. 2020); null: the same for all",
     )
+
+    @field_validator("betas")
+    @classmethod
+    def _are_decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("expected two numbers from 0 to below 1")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

@@ -35,8 +35,8 @@ def set_masters(
 
     Args:
         module: inside the engine.
-        values: by the name of the parameter; emptied, to free the memory.
-        device: of the masters.
+        values: exact values by the name of the parameter; emptied, to free the memory.
+        device: device of the masters.
         is_partitioned: whether parameters are divided among ranks (ZeRO stage 3).
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param

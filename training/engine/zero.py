@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO is told: the stage, the size of buckets, what is offloaded.
+"""DeepSpeed's settings of ZeRO: the stage, the size of buckets, what is offloaded.
 
 A bucket is a buffer that DeepSpeed (0.19.8) allocates for the whole run and fills with gradients
 before they are exchanged. Its default, 5e8 elements whatever the model's size, is 2 GB in float32.
@@ -48,15 +48,15 @@ def bucket_elements(settings: ZeroSettings, num_trained: int, *, width: int) -> 
     """Elements of a bucket: never more than the gradients that there are.
 
     Args:
-        settings: of the engine.
+        settings: settings of the engine.
         num_trained: elements of all parameters that are trained.
         width: bytes of an element.
     """
     if settings.zero_stage == 0:
         return min(num_trained, STAGE_0_ELEMENTS)
     asked = DEFAULT_ELEMENTS if settings.bucket_mb is None else settings.bucket_mb * 1e6 / width
-    wanted = max(1, min(int(asked), num_trained))
-    return -(-wanted // _ALIGNMENT) * _ALIGNMENT
+    capacity = max(1, min(int(asked), num_trained))
+    return -(-capacity // _ALIGNMENT) * _ALIGNMENT
 
 
 def num_buckets(settings: ZeroSettings) -> int:

@@ -26,7 +26,7 @@ _SMALLEST_TILE = 16
 
 
 def auto_tile_size(num_rows: int, device: torch.device) -> int:
-    """Rows of logits held at once where none are asked for.
+    """Rows of logits held at once where no ``tile_size`` is given.
 
     Args:
         num_rows: N, the pairs of all ranks.

@@ -31,7 +31,7 @@ class Tiling(NamedTuple):
     Attributes:
         own: rows that a program owns; a power of two of at least 16, as the next two.
         other: rows of the other side in a tile.
-        width: of the features, taken at once.
+        width: width of the features, which a kernel takes at once.
         num_warps: warps of a program.
         programs: at least so many are started, by splitting the other side: several for each of a
             large GPU's 132 to 148 multiprocessors.

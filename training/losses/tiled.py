@@ -30,7 +30,7 @@ from clipsys.training.losses.tiles import LogitTiles, Pairing
 
 
 class Gradients(NamedTuple):
-    """Of a loss, towards queries (R, D), keys (C, D), scale () and bias (); None: not wanted."""
+    """Gradients towards queries (R, D), keys (C, D), scale () and bias (); None: not needed."""
 
     query_RD: torch.Tensor
     key_CD: torch.Tensor
@@ -45,15 +45,15 @@ _WHOLE_ROWS = 160
 
 
 def differentiable(compute: Compute, *tensors: torch.Tensor) -> torch.Tensor:
-    """The value of ``compute(*tensors, wanted)``, connected to autograd by the gradients it gives.
+    """The value of ``compute(*tensors, needs_gradients)``, with the gradients that it returns.
 
-    ``wanted`` says whether gradients are needed. The value can be differentiated once.
+    ``needs_gradients`` says whether gradients are needed. The value can be differentiated once.
     """
-    value: torch.Tensor = _Known.apply(compute, *tensors)
+    value: torch.Tensor = _WithGivenGradients.apply(compute, *tensors)
     return value
 
 
-class _Known(torch.autograd.Function):
+class _WithGivenGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, compute: Compute, *tensors: torch.Tensor) -> torch.Tensor:
         # Autocast would silently take the products in 16 bits.
@@ -73,7 +73,7 @@ def one_way(
     query_RD: torch.Tensor,
     key_CD: torch.Tensor,
     scale: torch.Tensor,
-    wanted: bool,
+    needs_gradients: bool,
     *,
     pairing: Pairing,
     tile_size: int,
@@ -82,8 +82,8 @@ def one_way(
     positives = _Positives(query_RD, key_CD, pairing)
     mean = 1 / len(query_RD)
     entropy = scale.new_zeros((), dtype=torch.float64)
-    query_gradient_RD = torch.zeros_like(query_RD) if wanted else query_RD
-    key_gradient_CD = torch.zeros_like(key_CD) if wanted else key_CD
+    query_gradient_RD = torch.zeros_like(query_RD) if needs_gradients else query_RD
+    key_gradient_CD = torch.zeros_like(key_CD) if needs_gradients else key_CD
     # With whole rows the keys are read more often, and without them there is a product more. Both
     # cost the same at about this many rows.
     whole = tile_size >= _WHOLE_ROWS
@@ -91,7 +91,7 @@ def one_way(
     for rows in tiles.rows():
         weight_TU, largest_T1, sum_T1 = _row_softmax(tiles, rows)
         entropy += (sum_T1.log() + largest_T1).sum(dtype=torch.float64)
-        if not wanted:
+        if not needs_gradients:
             continue
         for columns in tiles.columns():
             if not tiles.has_whole_rows:
@@ -100,7 +100,7 @@ def one_way(
             query_gradient_RD[rows].addmm_(weight_TU, key_CD[columns])
             key_gradient_CD[columns].addmm_(weight_TU.T, query_RD[rows])
     value = entropy * mean - positives.sum_of_means() * scale * mean
-    if not wanted:
+    if not needs_gradients:
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
     key_gradient_CD.sub_(positives.spread_queries(), alpha=mean)
@@ -128,7 +128,7 @@ def two_way(
     query_RD: torch.Tensor,
     key_RD: torch.Tensor,
     scale: torch.Tensor,
-    wanted: bool,
+    needs_gradients: bool,
     *,
     pairing: Pairing,
     tile_size: int,
@@ -153,13 +153,13 @@ def two_way(
         sum_of_columns_R[columns] += weight_TU.sum(dim=0)
     smallest = torch.minimum(sum_of_rows_R.min(), sum_of_columns_R.min())
     if not bool(smallest > 10 * len(query_RD) * limits.tiny / limits.eps):
-        return _two_calls(query_RD, key_RD, scale, wanted, pairing, tile_size)
+        return _two_calls(query_RD, key_RD, scale, needs_gradients, pairing, tile_size)
 
     positives = _Positives(query_RD, key_RD, pairing)
     mean = 1 / len(query_RD)
     entropy = (sum_of_rows_R.double().log() + sum_of_columns_R.double().log()).sum() / 2
     value = (entropy - positives.sum_of_means() * scale) * mean + shift
-    if not wanted:
+    if not needs_gradients:
         return value.to(query_RD.dtype), None
     of_row_R1 = (mean / 2 / sum_of_rows_R)[:, None]
     of_column_1R = (mean / 2 / sum_of_columns_R)[None, :]
@@ -181,13 +181,13 @@ def _two_calls(
     query_RD: torch.Tensor,
     key_RD: torch.Tensor,
     scale: torch.Tensor,
-    wanted: bool,
+    needs_gradients: bool,
     pairing: Pairing,
     tile_size: int,
 ) -> tuple[torch.Tensor, Gradients | None]:
     options: Any = {"pairing": pairing, "tile_size": tile_size}
-    there, one = one_way(query_RD, key_RD, scale, wanted, **options)
-    back, other = one_way(key_RD, query_RD, scale, wanted, **options)
+    there, one = one_way(query_RD, key_RD, scale, needs_gradients, **options)
+    back, other = one_way(key_RD, query_RD, scale, needs_gradients, **options)
     if one is None or other is None:
         return (there + back) / 2, None
     return (there + back) / 2, Gradients(
@@ -202,7 +202,7 @@ def sigmoid(
     key_CD: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor,
-    wanted: bool,
+    needs_gradients: bool,
     *,
     pairing: Pairing,
     tile_size: int,
@@ -216,20 +216,20 @@ def sigmoid(
     mean = 1 / len(query_RD)
     total = scale.new_zeros((), dtype=torch.float64)
     weights = scale.new_zeros((), dtype=torch.float64)
-    query_gradient_RD = torch.zeros_like(query_RD) if wanted else query_RD
-    key_gradient_CD = torch.zeros_like(key_CD) if wanted else key_CD
+    query_gradient_RD = torch.zeros_like(query_RD) if needs_gradients else query_RD
+    key_gradient_CD = torch.zeros_like(key_CD) if needs_gradients else key_CD
     tiles = LogitTiles(query_RD, key_CD, scale, tile_size, pairing)
     for rows, columns in tiles:
         logits_TU = tiles.logits(rows, columns).add_(bias)
         total += torch.nn.functional.softplus(logits_TU).sum(dtype=torch.float64)
-        if wanted:
+        if needs_gradients:
             weight_TU = logits_TU.sigmoid_().mul_(mean)
             weights += weight_TU.sum(dtype=torch.float64)
             query_gradient_RD[rows].addmm_(weight_TU, key_CD[columns])
             key_gradient_CD[columns].addmm_(weight_TU.T, query_RD[rows])
     matched = positives.sum_of_sums() * scale + positives.num_pairs() * bias
     value = (total - matched) * mean
-    if not wanted:
+    if not needs_gradients:
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.sum_of_keys(), alpha=mean)
     key_gradient_CD.sub_(positives.sum_of_queries(), alpha=mean)

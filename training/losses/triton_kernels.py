@@ -64,7 +64,7 @@ def row_statistics(
     BLOCK_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of one block of queries over one split of the keys: three outputs of (splits, Q).
+    """Sums of one block of queries over one split of the keys: three outputs of (splits, Q).
 
     The log-sum-exp of the logits, the sum of the positives' logits and the number of positives.
     """

@@ -79,7 +79,7 @@ class Outputs(NamedTuple):
         return total
 
     def to(self, device: torch.device) -> Outputs:
-        """On another device."""
+        """The same outputs on another device."""
         return Outputs(*({n: t.to(device) for n, t in part.items()} for part in self))
 
 

@@ -54,7 +54,7 @@ def config_of_weights(
         ModelError: the architecture is not known or has a fault.
     """
     config = contrastive_pair(source.config)
-    config["vision_cfg"].pop("patch_dropout", None)  # of their training, not of this one
+    config["vision_cfg"].pop("patch_dropout", None)  # a setting of their training, not of this one
     if architecture is None:
         return config
     asked = contrastive_pair(architecture_config(architecture))

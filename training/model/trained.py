@@ -54,7 +54,7 @@ class TrainedModel(Towers):
             clip: open_clip's model.
             objective: what is minimised.
             options: precision, checkpointing, compilation.
-            width: of the towers' outputs.
+            width: width of the towers' outputs.
         """
         heads = objective.heads(width)
         has_text = objective.num_texts > 0

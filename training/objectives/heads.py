@@ -1,8 +1,8 @@
 """Projection heads: what objectives over images put between a tower and their loss.
 
 A head is trained beside the towers, takes part in ZeRO, averages and checkpoints, and is not part
-of the exported model unless it is asked for. None has batch normalisation: a row would depend on
-what else passes at once, and micro-batches would change the result.
+of the exported model unless the recipe sets that. No head has batch normalisation: a row would
+depend on what else passes at once, and micro-batches would change the result.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One step, on every rank::
 
-    views      augmentation draws each view of a micro-batch from a seed of its own
+    views      augmentation draws each view of a micro-batch from its own seed
     targets    momentum towers, without gradients, once a step for each sample      (if any)
     forward    towers and heads, with gradients; twice where micro-batches are cached
     loss       of the rows of all micro-batches: this rank's share, and the state that follows
@@ -26,7 +26,7 @@ from torch import nn
 
 from clipsys.config import Settings
 from clipsys.training.data.augmentation import AugmentationConfig
-from clipsys.training.data.batches import DataConfig
+from clipsys.training.data.config import DataConfig
 from clipsys.training.data.samples import Positives
 from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
@@ -90,7 +90,7 @@ class Objective(Generic[ConfigT]):
         needs_bias: whether the model needs a ``logit_bias``.
         cacheable: whether a row of `forward` depends on its own sample alone, so that a batch may
             pass the towers in micro-batches.
-        momentum: how much of themselves the momentum towers keep at each step; None: there are
+        momentum: share of themselves that the momentum towers keep at each step; None: there are
             none.
     """
 
@@ -130,9 +130,9 @@ class Objective(Generic[ConfigT]):
         """What is remembered before the first step, on the CPU.
 
         Args:
-            width: of the towers' features.
-            num_samples: of the training data, which `Labels.samples_B` numbers.
-            generator: of what is random; seeded alike on every rank.
+            width: width of the towers' features.
+            num_samples: number of samples of the training data, which `Labels.samples_B` numbers.
+            generator: source of random numbers; seeded alike on every rank.
         """
         return {}
 

@@ -36,7 +36,7 @@ class SimCLR(Objective[SimCLRConfig]):
     """NT-Xent between two views of each image.
 
     Inputs:
-        Two views of each image, each from a seed of its own. Captions are not needed.
+        Two views of each image, each from its own seed. Captions are not needed.
 
     Recommendations:
         Large batches (its negatives come from the batch alone), strong augmentation (crops from

@@ -116,6 +116,17 @@ def test_an_existing_folder_is_replaced_only_when_asked(model_folder: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_what_is_no_model_folder_is_never_replaced(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1")
+    (tmp_path / "file").write_text("mine")
+    for name in ("run", "file"):
+        with pytest.raises(ModelError, match="is no model folder, which alone is replaced"):
+            save_model(load_model(model_folder), tmp_path / name, overwrite=True)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from clipsys.shards.reading import (
     iterate_raw,
     iterate_samples,
     read_image,
+    shard_failure,
 )
 from clipsys.shards.samples import Sample, parse_sample
 from clipsys.shards.writing import write_shards
@@ -230,3 +232,23 @@ def test_pickles_are_neither_read_nor_taken_for_images(
 def test_a_range_that_would_fill_the_memory_is_refused_at_once() -> None:
     with pytest.raises(DataError, match="names more than"):
         expand_shards("shards/{0..99999999999}.tar")
+
+
+@pytest.mark.parametrize("spec", ["*.tar", "", "pipe.tar"])
+def test_a_pipe_among_the_shards_is_refused_and_not_waited_for(tmp_path: Path, spec: str) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(DataError, match=r"pipe\.tar: is a pipe or a device, not a shard"):
+        expand_shards(tmp_path / spec)
+
+
+def test_a_folder_with_the_name_of_a_shard_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(DataError, match=r"x\.tar: is a folder, not a shard"):
+        expand_shards(tmp_path)
+
+
+def test_a_compressed_shard_is_called_that(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    shard.write_bytes(gzip.compress(bytes(1024)))
+    message = shard_failure(str(shard), tarfile.ReadError("invalid header"))
+    assert message.startswith(f"{shard}: not a tar file but one that gzip has compressed")

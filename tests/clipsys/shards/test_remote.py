@@ -23,7 +23,8 @@ from clipsys.shards.reading import iterate_raw
 from clipsys.shards.remote import ShardCache
 from clipsys.shards.samples import Sample
 from clipsys.shards.writing import write_shards
-from clipsys.training.data.batches import DataConfig, open_shards
+from clipsys.training.data.config import DataConfig
+from clipsys.training.data.shard_set import open_shards
 
 
 class _Server(ThreadingHTTPServer):

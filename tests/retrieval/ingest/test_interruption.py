@@ -15,7 +15,7 @@ from clipsys.errors import CollectionError, DataError
 from clipsys.processes.interruption import Interruption, ending_in_order
 from clipsys.retrieval import Collection
 from clipsys.retrieval.indexes import building
-from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.ingest import pending
 from tests.retrieval.colours import ColourEncoder, paint_folder
 
 
@@ -34,7 +34,7 @@ class SendsItself(ColourEncoder):
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     return paint_folder(tmp_path / "many", num_images=30)
 
 

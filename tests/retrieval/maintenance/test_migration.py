@@ -15,7 +15,7 @@ import pytest
 import clipsys
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
-from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.ingest import pending
 from clipsys.retrieval.maintenance.migration import MigrationOptions
 from tests.retrieval.colours import COLOURS, ColourEncoder, paint, paint_folder
 from tests.retrieval.commands.test_index import run
@@ -173,7 +173,7 @@ def test_many_unreadable_images_stop_it_and_the_collection_is_as_it_was(
 def test_interrupted_migration_resumes_and_follows_what_changed_meanwhile(
     tmp_path: Path, collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     folder = paint_folder(tmp_path / "many", num_images=30)
     collection.add(folder, show_progress=False)
 
@@ -220,9 +220,9 @@ def test_another_target_starts_anew(
 _SCRIPT = """
 import sys
 from clipsys.retrieval import Collection
-from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.ingest import embedding, pending
 from tests.retrieval.colours import ColourEncoder
-embedding.COMMIT_INTERVAL_S = 0.0
+pending.COMMIT_INTERVAL_S = 0.0
 from clipsys.retrieval.maintenance.migration import MigrationOptions
 class Telling(ColourEncoder):
     def encode_pixels(self, pixels):

@@ -11,7 +11,7 @@ import pytest
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
-from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.ingest import pending
 from tests.retrieval.colours import COLOURS, ColourEncoder
 from tests.retrieval.maintenance.test_verification import cut, flip_a_bit, only_file, run_sql
 
@@ -19,7 +19,7 @@ from tests.retrieval.maintenance.test_verification import cut, flip_a_bit, only_
 @pytest.fixture
 def indexed(collection: Collection, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
     """Six images with captions and years, in three segments of two."""
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     table = photos.parent / "t.csv"
     rows = [f"photos/{name}.png,a {name} thing,{2000 + n}" for n, name in enumerate(COLOURS)]
     table.write_text("\n".join(["path,caption,year", *rows]), encoding="utf-8")

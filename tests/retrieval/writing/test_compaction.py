@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval import Collection
-from clipsys.retrieval.ingest import embedding
+from clipsys.retrieval.ingest import pending
 from clipsys.retrieval.storage.items import Location
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.writing import compaction, writer
@@ -32,7 +32,7 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def many(tmp_path: Path, collection: Collection, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Thirty images, committed in segments of three."""
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     folder = paint_folder(tmp_path / "many", num_images=30)
     collection.add(folder, batch_size=3, show_progress=False)
     return folder
@@ -121,7 +121,7 @@ def test_reader_that_missed_a_purge_starts_anew(
 def test_many_small_segments_are_joined_without_being_asked(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     folder = paint_folder(tmp_path / "many", num_images=150)
     collection.add(folder, batch_size=1, show_progress=False)
     assert collection.info().num_segments < 2 * compaction.SEGMENTS_PER_TIER
@@ -178,7 +178,7 @@ def test_copies_find_their_vector_where_joining_has_put_it_meanwhile(
     # Workers look ahead: what they know of a vector's place may be older than the last joining.
     for module in (compaction, writer):
         monkeypatch.setattr(module, "SEGMENTS_PER_TIER", 2)
-    monkeypatch.setattr(embedding, "COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 0.0)
     folder = paint_folder(tmp_path / "many", num_images=24)
     for number in range(0, 24, 2):  # a copy of one of the first four before each new image
         source = folder / f"{number % 4 + 1:04d}.png"

@@ -12,9 +12,11 @@ import torch
 from clipsys.errors import DataError, TrainingError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import build_model
-from clipsys.training.data.batches import DataConfig, TrainingBatches, open_shards, sample_order
+from clipsys.training.data.batches import TrainingBatches
+from clipsys.training.data.config import DataConfig
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.samples import Batch, Decoder, group_id, normalise_caption
+from clipsys.training.data.shard_set import open_shards, sample_order
 from tests.conftest import TINY_MODEL, write_training_shards
 
 

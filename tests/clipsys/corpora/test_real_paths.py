@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clipsys.corpora.paths import forget_folders, real_path, real_source
+from clipsys.corpora.real_paths import forget_folders, real_path, real_source
 from clipsys.corpora.sources import iterate_source
 from tests.conftest import noise_image
 

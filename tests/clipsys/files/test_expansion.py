@@ -6,7 +6,7 @@ import pytest
 
 from clipsys.config import PathText, Settings, load_settings
 from clipsys.errors import ConfigError
-from clipsys.paths import expand_path
+from clipsys.files.expansion import expand_path
 from clipsys.shards.reading import expand_shards
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clipsys.errors import ImageDecodeError
-from clipsys.files import NotRegularError, read_regular
+from clipsys.files.regular import NotRegularError, read_regular
 from clipsys.images.decoding import decode_image
 from clipsys.printing import counted
 

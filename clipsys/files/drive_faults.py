@@ -24,13 +24,13 @@ def drive_errors_explained(
     """Turns the errors of a drive that takes no more into one line.
 
     Args:
-        folder: that is written to.
-        kind: of the error.
-        remedy: what to do, and what is not lost.
+        folder: the folder that is written to.
+        kind: class of the error.
+        remedy: end of the message: what to do, and what is not lost.
         unfinished: a file or folder that is removed then, to give its space back.
 
     Raises:
-        ClipsysError: of that kind, with the folder, the reason and the space that is free.
+        ClipsysError: the drive is full, read-only or failing; names the folder and its free space.
     """
     try:
         yield
@@ -39,7 +39,12 @@ def drive_errors_explained(
     except Exception as error:
         reason = drive_fault(error)
         if reason is None:
-            raise
+            if (place := _place_in(folder, error)) is None:
+                raise
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise kind(
+                f"{place}: cannot be used ({why}); make it writable, or name another folder"
+            ) from error
         message = f"{folder}: {reason}{_free(folder)}; {remedy}"
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -59,6 +64,14 @@ def drive_fault(error: BaseException) -> str | None:
             return "could not be written to, as if the drive were full"
         seen = seen.__context__
     return None
+
+
+def _place_in(folder: Path, error: Exception) -> str | None:
+    """The path that an error of the system is about, if it is the folder or lies in it."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+        return None
+    path, whole = Path(error.filename).absolute(), folder.absolute()
+    return error.filename if whole in (path, *path.parents) or path in whole.parents else None
 
 
 def _free(folder: Path) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from clipsys.disk import drive_errors_explained, drive_fault
 from clipsys.errors import ConfigError, TrainingError
+from clipsys.files.drive_faults import drive_errors_explained, drive_fault
 
 
 def _write(folder: Path, error: Exception) -> None:
@@ -39,3 +39,20 @@ def test_another_error_passes(tmp_path: Path, error: Exception) -> None:
         _write(tmp_path, error)
     assert caught.value is error
     assert (tmp_path / "unfinished").exists()
+
+
+def test_a_place_that_cannot_be_used_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with (
+        pytest.raises(TrainingError, match=r"metrics\.jsonl: cannot be used \(Is a directory\)"),
+        drive_errors_explained(tmp_path, TrainingError, "make room"),
+    ):
+        (tmp_path / "metrics.jsonl").open("a")
+
+
+def test_an_error_about_another_place_passes(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError),
+        drive_errors_explained(tmp_path / "run", TrainingError, "make room"),
+    ):
+        (tmp_path / "data").open()

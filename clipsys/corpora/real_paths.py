@@ -12,8 +12,8 @@ import functools
 import os
 from pathlib import Path
 
+from clipsys.files.expansion import expand_path
 from clipsys.images.decoding import EXTENSIONS
-from clipsys.paths import expand_path
 
 
 def real_path(path: str | Path) -> Path:
