@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,7 +113,7 @@ def search(
     others = [*(image or ()), *(like or ()), *(negative or ())]
     if queries is not None and (query is not None or others or words is not None):
         raise QueryError("--queries stands alone: write the parts of each query in its line")
-    lines = list(_lines(queries)) if queries is not None else []
+    lines = _lines(queries) if queries is not None else []
     composed = _compose(query, image or (), like or (), negative or (), words)
     with Collection.open(collection, few_searches=queries is None, model=model) as photos:
         if queries is None:
@@ -152,11 +152,11 @@ def _compose(
 # ---- a file of queries -------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | None]]:
+def _lines(path: Path) -> list[tuple[int, str | None]]:
     """Lines of a file that are not blank, with their numbers; None for one that is no UTF-8 text.
 
     Raises:
-        QueryError: the file cannot be read, or has no line.
+        QueryError: the file cannot be read, is no text, or has no line.
     """
     from clipsys.errors import QueryError
     from clipsys.files.regular import read_named
@@ -171,11 +171,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str | None]]:
     filled = [(n, line.strip()) for n, line in enumerate(lines.split(b"\n"), 1) if line.strip()]
     if not filled:
         raise QueryError(f"{path}: there are no queries; write one a line")
-    for number, line in filled:
-        try:
-            yield number, None if b"\0" in line else line.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            yield number, None
+    read = [(number, _text_of(line)) for number, line in filled]
+    num_bad = sum(line is None for _, line in read)
+    if b"\0" in data and (read[0][1] is None or 2 * num_bad > len(read)):  # an image, say
+        raise QueryError(f"{path}: the queries cannot be read (it is no text)")
+    return read
+
+
+def _text_of(line: bytes) -> str | None:
+    try:
+        return None if b"\0" in line else line.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return None
 
 
 def _answer_lines(

@@ -20,7 +20,8 @@ _SIGN = re.compile(r'"[^"]*"|(?:(?<=\s)|^)([+-])(?=\s|$)')
 _WEIGHT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*\*\s*(?=\S)")
 _ITEM = re.compile(r"item:(\d+)")
 _IMAGE = re.compile(r'image:(?:"([^"]+)"|(\S.*))', re.DOTALL)
-_UNFINISHED = re.compile(r'item:\S*|image:\s*(?:"\s*")?')
+#: ``item:chair`` is text; what ends behind the colon is a slip, as a negative number is.
+_UNFINISHED = re.compile(r'item:(?:-\d+)?|image:(?:"\s*")?')
 _QUOTED = re.compile(r'"([^"]*)"')
 
 
@@ -64,7 +65,7 @@ def parse_part(text: str, sign: int = 1, *, allow_files: bool = True) -> Part:
     """Reads one term: ``[WEIGHT*]``, then a text, ``image:PATH`` or ``item:ID``.
 
     Raises:
-        QueryError: it is blank, names a file and may not, or ``item:`` has no number.
+        QueryError: it is blank, names a file and may not, or ends behind ``item:`` or ``image:``.
     """
     text = text.strip()
     weight = 1.0 if sign > 0 else NEGATIVE_WEIGHT

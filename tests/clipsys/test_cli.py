@@ -216,3 +216,28 @@ def test_doctor_finds_no_problem_here(capsys: pytest.CaptureFixture[str]) -> Non
     assert status == 0
     for subject in ("torch", "faiss", "deepspeed", "images", "OpenMP"):
         assert subject in out
+
+
+@pytest.mark.parametrize(("redirection", "expected"), [(">&-", 0), ("> /dev/full", 1)])
+def test_an_output_that_takes_nothing_is_no_traceback(redirection: str, expected: int) -> None:
+    command = f"{sys.executable} -m clipsys --version {redirection}"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (expected, False)
+    assert ("error: the output: cannot be written" in ended.stderr) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "wanted"),
+    [
+        ("zeroshot", ("--match", "year"), "retrieval"),
+        ("probe", ("--captions", "first"), "retrieval"),
+        ("retrieval", ("--template", "a {}"), "zeroshot"),
+        ("retrieval", ("--classnames", "names.txt"), "zeroshot"),
+    ],
+)
+def test_an_option_of_another_task_is_refused(
+    task: str, option: tuple[str, str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("evaluate", "none", "--task", task, "--data", "none", *option)
+    status, _, err = run(*arguments, capsys=capsys)
+    assert (status, f"{option[0]} is for --task {wanted}" in " ".join(err.split())) == (2, True)

@@ -132,3 +132,10 @@ def test_json_lines_name_the_line_that_is_none(tmp_path: Path) -> None:
         _rows(tmp_path, f"{good}\n{{\n", "t.jsonl")
     with pytest.raises(DataError, match=r"t\.jsonl:3: expected a JSON object a line, found list"):
         _rows(tmp_path, f"{good}\n\n[1]\n", "t.jsonl")
+
+
+def test_text_of_utf16_without_a_mark_is_not_taken_for_cp1252(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes("path,caption\n0.png,café\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match="--encoding utf-16-le"):
+        list(read_text_rows(table, Columns()))

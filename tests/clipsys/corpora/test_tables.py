@@ -242,3 +242,42 @@ def test_settings_for_tables_are_refused_where_there_is_none() -> None:
         columns.check_used(["folder", "shards"])
     columns.check_used(["folder", "table"])
     Columns().check_used(["folder"])
+
+
+def test_a_row_of_json_that_no_file_can_have_costs_itself_alone(
+    tmp_path: Path, pngs: list[bytes]
+) -> None:
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"path": "\\ud800.png"}\n{"path": "0.png"}\n')
+    bad, good = sorted(iterate_source(table), key=lambda one: one.uri.endswith("0.png"))
+    assert good.read() == pngs[0]
+    with pytest.raises(DataError, match=r"#1: the path .* is not valid Unicode"):
+        bad.read()
+
+
+def test_a_number_of_thousands_of_digits_is_an_error_with_its_line(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"path": "0.png", "n": ' + "9" * 5_000 + "}\n")
+    with pytest.raises(DataError, match=r"t\.jsonl:1: not JSON"):
+        list(iterate_source(table))
+
+
+def test_parquet_cells_that_python_has_no_value_for_cost_no_row(
+    tmp_path: Path, pngs: list[bytes]
+) -> None:
+    text = pa.array([b"0.png", b"x\xff"])
+    columns = {
+        "path": ["0.png", "1.png"],
+        "caption": pa.Array.from_buffers(pa.string(), 2, text.buffers()),
+        "taken": pa.array([0, 2**50], pa.timestamp("ms")),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    first, second = iterate_source(tmp_path / "t.parquet")
+    assert (first.captions, second.captions) == (("0.png",), ("x\udcff",))
+    assert [first.read(), second.read()] == pngs[:2]
+
+
+def test_a_parquet_column_of_another_type_is_named_with_its_type(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": [1, 2]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="column 'path' is of type int64"):
+        list(iterate_source(tmp_path / "t.parquet"))

@@ -232,3 +232,10 @@ def test_the_activation_is_that_of_the_weights(
     with pytest.raises(ModelError, match="enough"):
         load_model(f"{name}/{tag}")
     assert asked["force_quick_gelu"] is expected
+
+
+@pytest.mark.parametrize("card", ['{"fingerprint": 5}', '{"fingerprint": "a", "provenance": 3}'])
+def test_a_card_of_other_types_is_damaged(card: str, tmp_path: Path) -> None:
+    (tmp_path / "clipsys.json").write_text(card)
+    with pytest.raises(ModelError, match=r"clipsys\.json: damaged"):
+        read_card(tmp_path)

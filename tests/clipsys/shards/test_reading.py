@@ -229,6 +229,11 @@ def test_pickles_are_neither_read_nor_taken_for_images(
     assert (tmp_path / "exploded").exists()
 
 
+def test_a_range_that_would_fill_the_memory_is_refused_at_once() -> None:
+    with pytest.raises(DataError, match="names more than"):
+        expand_shards("shards/{0..99999999999}.tar")
+
+
 @pytest.mark.parametrize("spec", ["*.tar", "", "pipe.tar"])
 def test_a_pipe_among_the_shards_is_refused_and_not_waited_for(tmp_path: Path, spec: str) -> None:
     os.mkfifo(tmp_path / "pipe.tar")

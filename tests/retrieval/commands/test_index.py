@@ -242,3 +242,30 @@ def test_json_and_csv_together_are_wrong_usage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, "search", tmp_path, "red", "--json", "--csv")[0] == 2
+
+
+def test_a_collection_may_be_a_link_and_stays_one(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, target in (("a", "empty"), ("b", "none-yet")):
+        (tmp_path / name).symlink_to(target)
+        assert run(capsys, "index", tmp_path / name, photos, "--model", "0")[0] == 0
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target / "manifest.json").is_file()
+
+
+def test_a_collection_whose_path_is_not_utf8_is_refused_before_anything_is_made(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "c\udcff"
+    status, _, err = run(capsys, "index", folder, photos, "--model", "0")
+    assert (status, "has to be UTF-8 text" in err, folder.exists()) == (1, True, False)
+
+
+def test_an_id_that_no_database_holds_is_an_id_of_no_item(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "index", tmp_path / "c", photos, "--model", "0")[0] == 0
+    status, out, err = run(capsys, "remove", tmp_path / "c", 10**30)
+    assert (status, "1 id of no item" in out + err) == (0, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,55 @@ def test_index_takes_the_columns_of_a_table_and_remembers_them(
     status, _, err = run(capsys, "index", tmp_path / "c", photos, "--label-column=x")
     assert status == 1
     assert "--label-column: for tables only" in err
+
+
+def test_half_a_surrogate_pair_finds_nothing_and_is_no_fault(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = "ca\udcfft"
+    assert run(capsys, "search", folder, "--words", half)[0] == 0
+    assert run(capsys, "search", folder, "--where", f"label={half}")[0] == 0
+    status, _, err = run(capsys, "search", folder, "--where", f"year={half}")
+    assert (status, "no hits" in err) == (0, True)
+
+
+def test_a_key_that_no_item_has_is_said_where_everything_passes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for condition in ("yaer!=2000", "yaer is missing"):
+        status, out, err = run(capsys, "search", folder, "--where", condition, "--paths")
+        assert (status, len(out.splitlines())) == (0, len(COLOURS) + 1)
+        assert "no item has metadata 'yaer'" in err
+        assert "did you mean 'year'" in err
+
+
+def test_queries_are_not_read_from_a_pipe_that_may_never_be_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "q.txt")
+    for path, kind in ((tmp_path / "q.txt", "a named pipe"), ("/dev/zero", "a device")):
+        status, _, err = run(capsys, "search", folder, "--queries", path)
+        assert (status, kind in err) == (1, True)
+
+
+def test_queries_come_from_a_pipe_of_the_shell(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    try:
+        os.write(write, b"item:1\n")
+        os.close(write)
+        status, out, _ = run(capsys, "search", folder, "--queries", f"/dev/fd/{read}", "--paths")
+    finally:
+        os.close(read)
+    assert (status, bool(out)) == (0, True)
+
+
+def test_a_null_byte_costs_its_line_of_queries_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = tmp_path / "q.txt"
+    queries.write_bytes(b"item:1\nb\0d\n")
+    status, out, err = run(capsys, "search", folder, "--queries", queries, "-k", 1)
+    assert (status, out.count("item:1"), "None" in out) == (1, 1, False)
+    assert f"{queries}:2: the line is not UTF-8 text" in err

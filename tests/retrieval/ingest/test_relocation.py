@@ -192,3 +192,34 @@ def test_bare_index_refreshes_what_is_there_and_says_what_is_not(
     assert run(capsys, "index", path)[1].splitlines()[-1].startswith("9 items")
     status, _, err = run(capsys, "index", path, photos, "--prune")
     assert (status, "there is no such folder" in err) == (1, True)
+
+
+def test_a_source_is_not_renamed_to_itself_nor_to_where_its_images_are_not(
+    collection: Collection, photos: Path, tmp_path: Path
+) -> None:
+    collection.add(photos, show_progress=False)
+    with pytest.raises(DataError, match="is the source's name already"):
+        collection.rename_source(photos, f"{photos}/../{photos.name}")
+    other = paint_folder(tmp_path / "other", num_images=1)
+    for wrong in (other, other / "0000.png"):
+        with pytest.raises(DataError, match=r"none of the \d+ images"):
+            collection.rename_source(photos, wrong)
+    assert [one.name for one in collection.sources()] == [str(photos)]
+    assert len(list(collection.items())) == len(COLOURS)
+
+
+def test_a_damaged_table_is_no_source_that_is_gone(
+    collection: Collection, photos: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"path,caption\n{photos}/red.png,a\n")
+    collection.add(table, show_progress=False)
+    table.write_text(f'path,caption\n{photos}/red.png,"a\n')
+    with pytest.raises(DataError, match="quotation mark") as damaged:
+        collection.add(table, show_progress=False)
+    assert "--forget" not in str(damaged.value)
+
+
+def test_an_empty_source_is_not_the_current_folder(collection: Collection) -> None:
+    with pytest.raises(DataError, match="empty text"):
+        collection.add("", show_progress=False)

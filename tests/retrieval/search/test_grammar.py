@@ -76,3 +76,15 @@ def test_image_negative_and_words_stand_beside_the_line() -> None:
     assert compose(None, words="frisbee").parts == ()
     with pytest.raises(QueryError, match="something to look for"):
         compose(None, negative="snow", words="frisbee")
+
+
+@pytest.mark.parametrize("text", ["item:", "2*item:-1", "image:", "dog - image: "])
+def test_an_unfinished_item_or_image_is_not_taken_for_text(text: str) -> None:
+    with pytest.raises(QueryError, match="names no item and no image"):
+        parse_query(text)
+
+
+@pytest.mark.parametrize("text", ["item: a dog", '"item:"', "item:x"])
+def test_text_that_looks_like_an_item_is_text(text: str) -> None:
+    (part,) = parse_query(text).parts
+    assert part.text == text.strip('"')

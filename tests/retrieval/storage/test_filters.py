@@ -298,3 +298,20 @@ def test_index_selects_what_reading_every_item_selects(tmp_path: Path, seed: int
         {key for document in live.values() for key in document} - {"uri", "caption"}
     )
     assert made.find_metadata_problems() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("a<>1", "!="), ("a=>1", ">="), ("a=<1", "<="), ("a=!1", "!=")]
+)
+def test_an_operator_of_other_languages_is_refused_with_the_one_that_is_meant(
+    text: str, meant: str
+) -> None:
+    with pytest.raises(QueryError, match=f"write {re.escape(meant)}"):
+        parse_condition(text)
+    assert parse_condition('a=">1"') == Condition("a", "=", ">1")
+
+
+@pytest.mark.parametrize("text", ["a>", "a <= ", "a in ,"])
+def test_an_order_or_a_list_without_a_value_is_refused(text: str) -> None:
+    with pytest.raises(QueryError, match="there is no value"):
+        parse_condition(text)
