@@ -25,7 +25,7 @@ from clipsys.errors import (
 
 if TYPE_CHECKING:
     from clipsys.models.encoder import Encoder, load
-    from clipsys.models.zeroshot import Prediction, ZeroShotClassifier
+    from clipsys.zeroshot.classifier import Prediction, ZeroShotClassifier
 
 __version__ = "0.2.0"
 
@@ -48,8 +48,8 @@ __all__ = [
 _LAZY = {
     "Encoder": "clipsys.models.encoder",
     "load": "clipsys.models.encoder",
-    "Prediction": "clipsys.models.zeroshot",
-    "ZeroShotClassifier": "clipsys.models.zeroshot",
+    "Prediction": "clipsys.zeroshot.classifier",
+    "ZeroShotClassifier": "clipsys.zeroshot.classifier",
 }
 
 

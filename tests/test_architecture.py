@@ -27,6 +27,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("config", "images", "inference", "processes"),
         ("shards", "probe"),
         ("models", "corpora"),
+        ("zeroshot",),
         ("evaluation",),
         ("commands",),
         ("cli",),

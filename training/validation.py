@@ -16,18 +16,17 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from clipsys.config import PathText, Settings
 from clipsys.errors import DataError, SampleError
 from clipsys.evaluation.class_names import class_names
-from clipsys.evaluation.figures import (
+from clipsys.evaluation.tasks.probes import knn_figures
+from clipsys.evaluation.tasks.retrieval import (
+    Floats,
     RetrievalTargets,
-    knn_figures,
     retrieval_figures,
     retrieval_targets,
-    zeroshot_figures,
 )
-from clipsys.evaluation.metrics import Floats
+from clipsys.evaluation.tasks.zeroshot import zeroshot_figures
 from clipsys.images.decoding import decode_image
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
-from clipsys.models.zeroshot import class_vectors
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
 from clipsys.shards.remote import is_remote
@@ -35,6 +34,7 @@ from clipsys.shards.samples import REPEATED, Sample, check_key, parse_sample, pl
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.zeroshot.classifier import class_vectors
 
 _logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from PIL import Image
 
 from clipsys.errors import QueryError
 from clipsys.images.decoding import decode_image
-from clipsys.models.zeroshot import ZeroShotClassifier
 from clipsys.retrieval import Collection, CollectionInfo, Failure, Hit, Item, Options, Part, Query
 from clipsys.retrieval.search.grammar import parse_part, parse_query
 from clipsys.retrieval.search.options import NEAR_DUPLICATE, doubt_of
 from clipsys.retrieval.storage.conditions import parse_conditions
 from clipsys.ui.thumbnails import ThumbnailCache
+from clipsys.zeroshot.classifier import ZeroShotClassifier
 
 #: Captions of this many words or fewer serve as examples of queries.
 _EXAMPLE_WORDS = 8

@@ -13,7 +13,7 @@ from clipsys.commands import options
 from clipsys.printing import json_text, printable
 
 if TYPE_CHECKING:
-    from clipsys.models.zeroshot import Prediction, ZeroShotClassifier
+    from clipsys.zeroshot.classifier import Prediction, ZeroShotClassifier
 
 #: Images that are decoded, and then classified, together.
 _AT_ONCE = 64
@@ -40,7 +40,7 @@ def classify(
     An image that cannot be used is named on stderr and the others are classified; the exit status
     is then 1.
     """
-    from clipsys.models.zeroshot import DEFAULT_TEMPLATES, ZeroShotClassifier, check_prompts
+    from clipsys.zeroshot.classifier import DEFAULT_TEMPLATES, ZeroShotClassifier, check_prompts
 
     if not labels and not label and labels_file is None:
         raise typer.BadParameter("name the classes with --labels, --label or --labels-file")

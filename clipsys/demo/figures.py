@@ -16,10 +16,10 @@ from rich.table import Table
 
 from clipsys.corpora.records import Record
 from clipsys.demo.scenes import COLOURS, SHAPES, class_names
-from clipsys.evaluation.figures import Floats, retrieval_figures, retrieval_targets
-from clipsys.evaluation.tasks import encode_records
+from clipsys.evaluation.measuring import encode_records
+from clipsys.evaluation.tasks.retrieval import Floats, retrieval_figures, retrieval_targets
 from clipsys.models.encoder import Encoder, load
-from clipsys.models.zeroshot import ZeroShotClassifier
+from clipsys.zeroshot.classifier import ZeroShotClassifier
 
 PROMPTS = ("{}", "a photo of {}", "a picture of {}")
 _KS = (1, 5, 10)

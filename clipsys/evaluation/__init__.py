@@ -1,6 +1,10 @@
-"""Metrics, and the tasks that measure a model.
+"""Evaluation: what a model's embeddings are worth, in figures that can be believed.
 
-metrics             recall, ranks and accuracy from scores
-figures             what one evaluation reports, from vectors
-tasks               zero-shot classification, retrieval and probes of a model on a data set
+results             `Figure` and `Result`: what every task returns
+embedded            `EmbeddedImages`: the images of a data set with their vectors
+class_names         names of numbered classes
+metrics/            figures from vectors, scores and labels
+tasks/              zero-shot classification, retrieval and probes
+reports/            results as plots, Markdown and HTML
+measuring           from a model and a data set to results
 """

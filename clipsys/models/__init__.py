@@ -12,5 +12,4 @@ loading             a model with its weights
 catalogue           open_clip's pretrained models and their sizes
 open_clip_models    the names of the last four as one
 encoder             `Encoder`: images and texts to unit vectors
-zeroshot            `ZeroShotClassifier`
 """

@@ -63,7 +63,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure a model on labelled or captioned images."""
-    from clipsys.evaluation.tasks import measure
+    from clipsys.evaluation.measuring import measure
 
     for option, value, wanted in (
         ("--match", match, Task.retrieval),

@@ -69,7 +69,7 @@ def test_a_run_leaves_everything_that_was_promised(finished: Path) -> None:
 def test_the_exported_model_measures_as_it_did_in_training(
     finished: Path, shards: str, tmp_path: Path
 ) -> None:
-    from clipsys.evaluation.tasks import measure
+    from clipsys.evaluation.measuring import measure
 
     export_model(finished, tmp_path / "m")
     metrics = measure(tmp_path / "m", "retrieval", shards)["metrics"]

@@ -11,7 +11,7 @@ import pytest
 import clipsys
 from clipsys.errors import DataError
 from clipsys.evaluation.class_names import prompt_templates
-from clipsys.evaluation.tasks import measure
+from clipsys.evaluation.measuring import measure
 from clipsys.shards.reading import Sample
 from clipsys.shards.writing import write_shards
 from tests.conftest import encode_png, noise_image

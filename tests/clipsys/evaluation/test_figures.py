@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 
 from clipsys.errors import DataError
-from clipsys.evaluation.figures import (
-    knn_figures,
-    probe_figures,
-    retrieval_figures,
-    retrieval_targets,
-    zeroshot_figures,
-)
-from clipsys.evaluation.tasks import measure
+from clipsys.evaluation.measuring import measure
+from clipsys.evaluation.tasks.probes import knn_figures, probe_figures
+from clipsys.evaluation.tasks.retrieval import retrieval_figures, retrieval_targets
+from clipsys.evaluation.tasks.zeroshot import zeroshot_figures
 from tests.conftest import noise_image, write_training_shards
 
 _ITEMS = [

@@ -5,7 +5,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from clipsys.evaluation import metrics
+from clipsys.evaluation.metrics import ranks as metrics
+from clipsys.evaluation.metrics.classification import accuracy
 
 
 def _naive_rank(scores: np.ndarray, correct: np.ndarray) -> int:
@@ -62,8 +63,8 @@ def test_chance_is_the_hypergeometric_probability() -> None:
 
 def test_accuracy_counts_ties_against_the_model() -> None:
     scores = np.array([[0.9, 0.1, 0.0], [0.5, 0.5, 0.0], [0.0, 0.2, 0.7]], np.float32)
-    figures = metrics.accuracy(scores, [0, 1, 1], [1, 2])
+    figures = accuracy(scores, [0, 1, 1], [1, 2])
     assert figures["accuracy@1"] == pytest.approx(1 / 3)
     assert figures["accuracy@2"] == 1.0
     assert figures["mean_class_accuracy"] == pytest.approx(0.5)
-    assert metrics.accuracy(np.zeros((0, 3), np.float32), [])["accuracy@1"] == 0.0
+    assert accuracy(np.zeros((0, 3), np.float32), [])["accuracy@1"] == 0.0

@@ -15,20 +15,20 @@ from clipsys.corpora.records import Record
 from clipsys.corpora.sources import iterate_source, source_kind
 from clipsys.errors import DataError
 from clipsys.evaluation.class_names import class_names, prompt_templates
-from clipsys.evaluation.figures import (
+from clipsys.evaluation.tasks.probes import probe_figures
+from clipsys.evaluation.tasks.retrieval import (
     Captions,
     Floats,
-    probe_figures,
     retrieval_figures,
     retrieval_targets,
-    zeroshot_figures,
 )
+from clipsys.evaluation.tasks.zeroshot import zeroshot_figures
 from clipsys.files.expansion import expand_path
 from clipsys.images.decoding import decode_image
 from clipsys.models.encoder import Encoder, load
-from clipsys.models.zeroshot import DEFAULT_TEMPLATES, ZeroShotClassifier
 from clipsys.progress import progress
 from clipsys.shards.reading import expand_shards
+from clipsys.zeroshot.classifier import DEFAULT_TEMPLATES, ZeroShotClassifier
 
 _logger = logging.getLogger(__name__)
 

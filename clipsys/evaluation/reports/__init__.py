@@ -1,0 +1,1 @@
+"""Reports: results as plots, Markdown and one self-contained HTML file."""
