@@ -3,7 +3,7 @@
 results             `Figure` and `Result`: what every task returns
 embedded            `EmbeddedImages`: the images of a data set with their vectors
 class_names         names of numbered classes
-statistics          bootstrap intervals and paired tests
+resampling          bootstrap intervals and paired tests
 metrics/            figures from vectors, scores and labels
 tasks/              zero-shot classification, retrieval and probes
 comparison          two models on one task, paired

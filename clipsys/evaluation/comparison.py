@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import DataError
-from clipsys.evaluation import statistics
+from clipsys.evaluation import resampling
+from clipsys.evaluation.resampling import PairedTest
 from clipsys.evaluation.results import ClassificationDetails, Outcomes, Result
-from clipsys.evaluation.statistics import PairedTest
 
 Doubles = npt.NDArray[np.float64]
 
@@ -182,8 +182,8 @@ def _difference(first_N: Doubles, second_N: Doubles, units_N: npt.NDArray[np.int
     return Difference(
         float(first_N.mean()),
         float(second_N.mean()),
-        statistics.paired_interval(first_N, second_N, units_N),
-        statistics.paired_test(first_N, second_N, units_N),
+        resampling.paired_interval(first_N, second_N, units_N),
+        resampling.paired_test(first_N, second_N, units_N),
         int(((first_N == 1) & (second_N == 0)).sum()) if hits else 0,
         int(((first_N == 0) & (second_N == 1)).sum()) if hits else 0,
         len(first_N),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from clipsys.evaluation import statistics
+from clipsys.evaluation import resampling
 from clipsys.evaluation.results import (
     ClassificationDetails,
     Figure,
@@ -98,8 +98,8 @@ def figures_of(
         {f"accuracy@{k}": (found.ranks_N < k).astype(np.float64) for k in _ks(found)},
     )
     values = flat_figures(found)
-    intervals = statistics.mean_intervals(outcomes.values, units, seed=seed)
-    intervals |= statistics.statistic_intervals(
+    intervals = resampling.mean_intervals(outcomes.values, units, seed=seed)
+    intervals |= resampling.statistic_intervals(
         partial(_weighted, found, units), int(units.max()) + 1, seed=seed
     )
     chance = _chance(found)

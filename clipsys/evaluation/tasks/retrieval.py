@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import DataError
-from clipsys.evaluation import statistics
+from clipsys.evaluation import resampling
 from clipsys.evaluation.metrics import chance
 from clipsys.evaluation.metrics.ranks import DEFAULT_KS, NO_HIT, Ranking, rank, recall_at
 from clipsys.evaluation.metrics.relation import Relation
@@ -228,9 +228,9 @@ def _measure(
     ranks = first.astype(np.float64) + 1
     intervals: dict[str, tuple[float, float] | None] = {}
     if with_intervals:
-        intervals = statistics.mean_intervals(values, units)
-        intervals |= statistics.statistic_intervals(
-            lambda weights: {"median_rank": statistics.weighted_median(ranks, weights[units])},
+        intervals = resampling.mean_intervals(values, units)
+        intervals |= resampling.statistic_intervals(
+            lambda weights: {"median_rank": resampling.weighted_median(ranks, weights[units])},
             int(units.max(initial=-1)) + 1,
         )
     correct = side.relation.counts()[asked]
