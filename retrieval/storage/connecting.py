@@ -20,10 +20,23 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clipsys.retrieval.storage import open_databases
+
 #: Seconds a statement waits for another connection's lock (commits take milliseconds).
 BUSY_TIMEOUT_S = 30.0
 
 _logger = logging.getLogger(__name__)
+
+
+class _Counted(sqlite3.Connection):
+    """A connection that is counted among those of this process until it is closed."""
+
+    identity: tuple[int, int] | None = None
+
+    def close(self) -> None:
+        super().close()
+        open_databases.leave(self.identity)
+        self.identity = None
 
 
 @dataclass
@@ -34,7 +47,7 @@ class Connection:
         sqlite: the connection.
         source: the database in the collection.
         stamp: its files as they were, where a change makes the connection stale.
-        copy: the folder of a private copy, deleted when this is closed.
+            copy: the folder of a private copy, deleted when this is closed.
     """
 
     sqlite: sqlite3.Connection
@@ -103,13 +116,20 @@ def connect_to_copy(path: Path, reason: str) -> Connection:
 
 
 def _open(path: Path, how: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{path.resolve().as_uri()}?{how}",
-        uri=True,
-        timeout=BUSY_TIMEOUT_S,
-        isolation_level=None,  # transactions are begun and ended explicitly
-        check_same_thread=False,
-    )
+    identity = open_databases.enter(path)
+    try:
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?{how}",
+            uri=True,
+            timeout=BUSY_TIMEOUT_S,
+            isolation_level=None,  # transactions are begun and ended explicitly
+            check_same_thread=False,
+            factory=_Counted,
+        )
+    except BaseException:
+        open_databases.leave(identity)
+        raise
+    connection.identity = identity
     try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opens it really
     except BaseException:
