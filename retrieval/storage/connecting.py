@@ -28,17 +28,6 @@ BUSY_TIMEOUT_S = 30.0
 _logger = logging.getLogger(__name__)
 
 
-class _Counted(sqlite3.Connection):
-    """A connection that is counted among those of this process until it is closed."""
-
-    identity: tuple[int, int] | None = None
-
-    def close(self) -> None:
-        super().close()
-        open_databases.leave(self.identity)
-        self.identity = None
-
-
 @dataclass
 class Connection:
     """An open connection, and what has to be known of it.
@@ -48,12 +37,14 @@ class Connection:
         source: the database in the collection.
         stamp: its files as they were, where a change makes the connection stale.
             copy: the folder of a private copy, deleted when this is closed.
+        identity: of the file, among those that this process has open.
     """
 
     sqlite: sqlite3.Connection
     source: Path
     stamp: tuple[object, ...] | None = None
     copy: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    identity: open_databases.Identity | None = None
 
     def is_stale(self) -> bool:
         """Whether the files behind an immutable database or a copy have changed."""
@@ -62,6 +53,8 @@ class Connection:
     def close(self) -> None:
         """Closes it and deletes the copy."""
         self.sqlite.close()
+        open_databases.leave(self.identity)
+        self.identity = None
         if self.copy is not None:
             self.copy.cleanup()
 
@@ -78,13 +71,13 @@ def connect(path: Path) -> Connection:
         sqlite3.Error: it is missing, no database, or cannot be read.
     """
     if is_writable(path) or not path.exists():
-        return Connection(_open(path, "mode=rw"), path)
+        return _open(path, "mode=rw")
     stamp = _stamp(path)
     log = _log_of(path)
     if not (log.exists() and log.stat().st_size):
-        return Connection(_open(path, "mode=ro&immutable=1"), path, stamp)
+        return _open(path, "mode=ro&immutable=1", stamp=stamp)
     try:
-        return Connection(_open(path, "mode=ro"), path)
+        return _open(path, "mode=ro")
     except sqlite3.OperationalError:
         return connect_to_copy(path, "its last writer was killed, and its log has to be read")
 
@@ -106,7 +99,9 @@ def connect_to_copy(path: Path, reason: str) -> Connection:
         shutil.copyfile(path, target)
         if _log_of(path).exists():
             shutil.copyfile(_log_of(path), _log_of(target))
-        return Connection(_open(target, "mode=rw"), path, stamp, folder)
+        opened = _open(target, "mode=rw", stamp=stamp)
+        opened.source, opened.copy = path, folder
+        return opened
     except OSError as error:
         folder.cleanup()
         raise sqlite3.OperationalError(f"it cannot be copied to {target}: {error}") from error
@@ -115,7 +110,7 @@ def connect_to_copy(path: Path, reason: str) -> Connection:
         raise
 
 
-def _open(path: Path, how: str) -> sqlite3.Connection:
+def _open(path: Path, how: str, *, stamp: tuple[object, ...] | None = None) -> Connection:
     identity = open_databases.enter(path)
     try:
         connection = sqlite3.connect(
@@ -124,18 +119,17 @@ def _open(path: Path, how: str) -> sqlite3.Connection:
             timeout=BUSY_TIMEOUT_S,
             isolation_level=None,  # transactions are begun and ended explicitly
             check_same_thread=False,
-            factory=_Counted,
         )
     except BaseException:
         open_databases.leave(identity)
         raise
-    connection.identity = identity
+    opened = Connection(connection, path, stamp, identity=identity)
     try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opens it really
     except BaseException:
-        connection.close()
+        opened.close()
         raise
-    return connection
+    return opened
 
 
 def _log_of(path: Path) -> Path:

@@ -17,6 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
+
+
+#: Device and inode of a file.
+Identity: TypeAlias = tuple[int, int]
 
 
 @dataclass
@@ -26,11 +31,10 @@ class _Open:
 
 
 _lock = threading.Lock()
-#: By device and inode.
-_open: dict[tuple[int, int], _Open] = {}
+_open: dict[Identity, _Open] = {}
 
 
-def enter(path: Path) -> tuple[int, int] | None:
+def enter(path: Path) -> Identity | None:
     """Counts a connection that is about to be made. Returns what `leave` takes."""
     try:
         status = path.stat()
@@ -41,7 +45,7 @@ def enter(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def leave(identity: tuple[int, int] | None) -> None:
+def leave(identity: Identity | None) -> None:
     """Counts a connection that was closed."""
     with _lock:
         if identity is None:
