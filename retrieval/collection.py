@@ -520,6 +520,10 @@ class Collection:
         with self._writing():
             return annotating.annotate(self._store, values, of_image=of_image)
 
+    def check_annotations(self, *keys: str) -> None:
+        """Raises the `DataError` that `annotate` would for these keys."""
+        annotating.check_keys(self._store, keys)
+
     def annotations(self) -> list[str]:
         """The metadata keys that `annotate` wrote."""
         return sorted(annotated_keys(self._store).keys)
