@@ -33,7 +33,8 @@ def write_plot(models: Sequence[PretrainedModel], path: Path) -> None:
     for fits, colour, label in ((False, "lightgrey", "do not fit"), (True, "tab:blue", "fit")):
         group = [place for *place, one in known if one.fits is fits]
         if group:
-            axes.scatter(*zip(*group, strict=True), 18, colour, label=label)
+            across, up = zip(*group, strict=True)
+            axes.scatter(across, up, 18, colour, label=label)
     front = {(gflop, top1): one for gflop, top1, one in known if one.best}
     for number, (place, model) in enumerate(sorted(front.items()), 1):
         axes.scatter(*place, 36, "tab:red", label=f"{number}  {model.name}")
