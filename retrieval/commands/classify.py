@@ -155,6 +155,8 @@ def classify(
 
     columns = (path_column, caption_column, label_column, encoding)
     images = Images.of(sources or [], *columns)
+    if explain is not None and explain.suffix.lower() == ".png" and images.count() != 1:
+        raise typer.BadParameter("--explain with a .png is for one image; name a folder")
     _classify_images(images, model or options.DEFAULT_MODEL, wanted, printer, explain)
     if images.num_bad:
         raise typer.Exit(1)

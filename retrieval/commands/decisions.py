@@ -67,13 +67,16 @@ def _of_file(path: Path | None) -> list[tuple[str, list[str] | str]]:
     if path.suffix.lower() != ".json":
         return [(line.strip(), [line.strip()]) for line in text.splitlines() if line.strip()]
     try:
-        document = json.loads(text, object_pairs_hook=lambda pairs: _Pairs(pairs))
+        document = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: is not JSON ({error.msg})") from error
-    if isinstance(document, list):
-        document = _Pairs((name, [name]) for name in document)
+    members: list[tuple[Any, Any]] = [(document, 0)]
+    if isinstance(document, _Pairs):
+        members = document
+    elif isinstance(document, list):
+        members = [(name, [name]) for name in document]
     found: list[tuple[str, list[str] | str]] = []
-    for name, texts in document if isinstance(document, _Pairs) else [(document, None)]:
+    for name, texts in members:
         values = texts if isinstance(texts, list) else [texts]
         is_text = all(isinstance(one, str) and one.strip() for one in (name, *values))
         if not values or not is_text or isinstance(texts, _Pairs):
@@ -112,7 +115,9 @@ class Choice:
             ConfigError: there are too few classes, or a template has no place for them.
         """
         if UNKNOWN in classes and (self.unknown_below is not None or self.background):
-            raise ConfigError(f"a class is called {UNKNOWN!r}, as images of no class are; rename it")
+            raise ConfigError(
+                f"a class is called {UNKNOWN!r}, as images of no class are; rename it"
+            )
         # One class alone can be decided on: against a background, or by itself.
         is_enough = len(classes) == 1 and (self.multi_label or self.background)
         check_prompts([*classes, *([UNKNOWN] if is_enough else [])], templates)

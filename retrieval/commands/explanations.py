@@ -44,14 +44,14 @@ class Drawings:
         """Draws some images for their labels; those of no class for the class nearest to them.
 
         Raises:
-            DataError: a picture cannot be written, or one file is to hold several.
+            DataError: a picture cannot be written.
         """
         from clipsys.zeroshot.explain import explain, explain_class
 
         classes, class_CD = self._decider.classes, self._decider.class_CD
-        for record, label in zip(records, labels, strict=True):
-            picture = decode_image(record.read(), uri=record.uri)
-            if label not in classes:  # of no class
+        for record, given in zip(records, labels, strict=True):
+            picture, label = decode_image(record.read(), uri=record.uri), given
+            if given not in classes:  # of no class
                 scores_C = class_CD @ self._encoder.encode_image([picture])[0]
                 label = classes[int(scores_C.argmax())]
             if len(classes) == 1:
@@ -61,11 +61,9 @@ class Drawings:
             found.save(self._path_of(record))
 
     def _path_of(self, record: Record) -> Path:
+        if self._is_file:
+            return self._place
         stem = Path(record.uri.rpartition("#")[2]).stem
         self._names[stem] += 1
-        if self._is_file:
-            if self._names.total() > 1:
-                raise DataError(f"{self._place}: holds one picture; name a folder for several")
-            return self._place
         number = self._names[stem]
         return self._place / f"{stem}{'' if number == 1 else f'-{number}'}.png"

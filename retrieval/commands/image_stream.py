@@ -83,9 +83,7 @@ class Images:
             total += 1 if kind == "image" else count_images(source)
         return total
 
-    def encoded(
-        self, encoder: Encoder
-    ) -> Iterator[tuple[list[Record], npt.NDArray[np.float32]]]:
+    def encoded(self, encoder: Encoder) -> Iterator[tuple[list[Record], npt.NDArray[np.float32]]]:
         """Usable images in their order with their unit vectors (B, D), batch by batch."""
         kept: list[Record] = []
         pixels: list[npt.NDArray[np.uint8]] = []

@@ -60,9 +60,7 @@ class Printer:
                 row["labels"] = decisions.chosen[place]
             if tops is not None:
                 row["top"] = [{"label": name, "probability": p} for name, p in tops[place]]
-            row["scores"] = dict(
-                zip(classes, map(float, decisions.scores_NC[place]), strict=True)
-            )
+            row["scores"] = dict(zip(classes, map(float, decisions.scores_NC[place]), strict=True))
             self._out.write(",\n" if self._num_printed else "[\n")
             self._out.write(textwrap.indent(json_text(row), "  "))
             self._num_printed += 1

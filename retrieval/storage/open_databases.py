@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-
 #: Device and inode of a file.
 Identity: TypeAlias = tuple[int, int]
 

@@ -185,7 +185,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
 
 
 def state_of(folder: Path) -> tuple[str, list[tuple[object, ...]]]:
-    """The model and the items with their metadata; everything is verified and searched on the way."""
+    """The model, and items with metadata; everything is verified and searched on the way."""
     for seed in (0, 9):
         try:
             opened = Collection.open(folder, ColourEncoder(seed=seed))
