@@ -76,7 +76,7 @@ def test_a_missing_image_and_a_damaged_shard_leave_the_others(
     write_training_shards(tmp_path / "s", 64)
     first, *_ = sorted((tmp_path / "s").glob("*.tar"))
     first.write_bytes(first.read_bytes()[:30_000])
-    noise_image(0).save(tmp_path / "good")  # whatever its name says
+    noise_image(0).save(tmp_path / "good", "PNG")  # whatever its name says
     sources = [str(tmp_path / "none.png"), str(tmp_path / "s"), str(tmp_path / "good")]
     status, out, err = run("classify", *sources, *LABELS, f"--model={model_folder}")
     assert status == 1
