@@ -226,7 +226,7 @@ def _classify_stored(
     summary = Summary()
     with Collection.open(path, few_searches=True, model=model) as photos:
         photos.check_annotations(*keys)  # before the model is loaded
-        total = photos.count(where)
+        total = len(photos) if not where else None
         decider = wanted.decider(cast("Encoder", photos.encoder))
         with progress_if(printer.shows_progress, f"classifying {path.name}", total) as advance:
 
