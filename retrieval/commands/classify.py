@@ -65,7 +65,9 @@ def classify(
     multi_label: Annotated[
         bool,
         typer.Option(
-            "--multi-label", help="Decide on each class by itself: an image has any number."
+            "--multi-label",
+            help="Decide on each class by itself: an image has any number. Models that were "
+            "trained with a softmax compare it with --background, by default 'a photo.'",
         ),
     ] = False,
     threshold: Annotated[
