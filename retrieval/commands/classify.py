@@ -67,7 +67,9 @@ def classify(
     multi_label: Annotated[
         bool,
         typer.Option(
-            "--multi-label", help="Decide on each class by itself: an image has any number."
+            "--multi-label",
+            help="Decide on each class by itself: an image has any number. Models that were "
+            "trained with a softmax compare it with --background, by default 'a photo.'",
         ),
     ] = False,
     threshold: Annotated[
@@ -238,7 +240,7 @@ def _classify_stored(
     summary = Summary()
     with Collection.open(path, few_searches=True, model=model) as photos:
         photos.check_annotations(*keys)  # before the model is loaded
-        total = photos.count(where)
+        total = len(photos) if not where else None
         classifier = wanted.classifier(cast("Encoder", photos.encoder))
         with progress_if(printer.shows_progress, f"classifying {path.name}", total) as advance:
 

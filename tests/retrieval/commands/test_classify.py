@@ -113,6 +113,8 @@ def test_labels_are_written_and_can_be_filtered_by(run: Run, indexed: Path) -> N
 def test_only_items_that_pass_the_filter_are_classified(run: Run, indexed: Path) -> None:
     command = ["classify", "--collection", str(indexed), *LABELS, "--where", "year=2001"]
     assert len(run(*command, "--items")[1].splitlines()) == 3
+    status, out, err = run(*command[:-1], "yaer=2001", "--json")
+    assert (status, json.loads(out), err.count("did you mean 'year'")) == (0, [], 1)
     assert run(*command, "--write", "kind")[0] == 0
     with Collection.open(indexed) as photos:
         assert photos.select("kind is present") == photos.select("year=2001")
