@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from clipsys.evaluation.results import Doubles, Integers, Result
 from clipsys.evaluation.tasks.knn import KNN_NEIGHBOURS, KNN_TEMPERATURE, neighbour_votes
-from clipsys.evaluation.tasks.scoring import score_classes
+from clipsys.evaluation.tasks.scoring import Scored, score_classes
 from clipsys.evaluation.tasks.splitting import (
     LabelledVectors,
     class_targets,
@@ -102,6 +102,28 @@ def probe_result(
         return _leave_one_out(train, settings, model=model, data=data)
     train, test, described = train_and_test(train, test, seed=settings.seed, name=name)
     classes, train_N, test_M = class_targets(train, test, name)
+    scored, how, counts = score_probe(train, train_N, test, test_M, classes, settings)
+    return Result(
+        task="probe",
+        model=model,
+        data=data,
+        protocol=f"{how}; {described}",
+        figures=scored.figures,
+        counts=count_images(len(classes), len(train), len(test)) | counts,
+        outcomes={"": scored.outcomes},
+        details=scored.details,
+    )
+
+
+def score_probe(
+    train: LabelledVectors,
+    train_N: Integers,
+    test: LabelledVectors,
+    test_M: Integers,
+    classes: Sequence[str],
+    settings: ProbeSettings,
+) -> tuple[Scored, str, dict[str, float]]:
+    """Trains and tests a probe: figures, how it was made, and the settings that were chosen."""
     prediction = predict(train, train_N, test.vectors_ND, len(classes), settings)
     scored = score_classes(
         prediction.score_MC,
@@ -112,16 +134,7 @@ def probe_result(
         chance=majority_chance(train_N, test_M),
         calibrated=settings.kind != "knn",
     )
-    return Result(
-        task="probe",
-        model=model,
-        data=data,
-        protocol=f"{prediction.described}; {described}",
-        figures=scored.figures,
-        counts=count_images(len(classes), len(train), len(test)) | prediction.counts,
-        outcomes={"": scored.outcomes},
-        details=scored.details,
-    )
+    return scored, prediction.described, prediction.counts
 
 
 def train_and_test(

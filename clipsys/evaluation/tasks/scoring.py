@@ -153,6 +153,15 @@ def mean_interval(value_N: Doubles, units_N: Integers, counts_RU: Integers) -> t
     return _bounds((counts_RU @ sum_U) / (counts_RU @ size_U))
 
 
+def ratio_interval(
+    value_N: Doubles, whole_N: Doubles, units_N: Integers, counts_RU: Integers
+) -> tuple[float, float]:
+    """95 % interval of a sum as a share of another; 0 where the other is 0."""
+    sum_R = counts_RU @ np.bincount(units_N, value_N, counts_RU.shape[1])
+    whole_R = counts_RU @ np.bincount(units_N, whole_N, counts_RU.shape[1])
+    return _bounds(np.where(whole_R != 0, sum_R / np.where(whole_R != 0, whole_R, 1), 0.0))
+
+
 def _resampled_averages(
     targets_N: Integers,
     predicted_N: Integers,
