@@ -235,6 +235,6 @@ def _resampled(kernel_KK: Doubles, scale: float) -> Doubles:
     overlap = np.minimum(edges[1:], wide[:, None] + 0.5) - np.maximum(
         edges[:-1], wide[:, None] - 0.5
     )
-    share = np.clip(overlap, 0, None)
+    share = np.clip(overlap, 0, None) / scale
     resampled: Doubles = share @ kernel_KK @ share.T
     return resampled

@@ -86,13 +86,12 @@ def logistic_regression(
     C is chosen by accuracy on the validation part (of equal ones, by cross-entropy), and the
     classifier is trained again on all.
     """
-    warm: dict[float, tuple[Doubles, Doubles]] = {}
     stopped = 0
 
     def trained(rows: Integers, c: float, query_MD: Floats) -> Doubles:
         nonlocal stopped
         probability_MC, finished = _fit_logistic(
-            part.vectors_ND[rows], part.targets_N[rows], c, query_MD, num_classes, warm
+            part.vectors_ND[rows], part.targets_N[rows], c, query_MD, num_classes
         )
         stopped += not finished
         return probability_MC
@@ -119,30 +118,22 @@ def _fit_logistic(
     c: float,
     query_MD: Floats,
     num_classes: int,
-    warm: dict[float, tuple[Doubles, Doubles]],
 ) -> tuple[Doubles, bool]:
     """Probabilities of the queries, and whether L-BFGS finished.
 
-    Args:
-        warm: solutions by C; the fit starts at the nearest smaller one, which saves most steps.
+    Every fit starts at zero: a start at the solution of another C would already meet scikit-learn's
+    tolerance, and be taken for the solution.
     """
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    probe = LogisticRegression(C=c, max_iter=MAX_ITERATIONS, warm_start=True)
-    # A class that only the validation part has is not among the weights of the fits before.
-    rows = len(np.unique(targets_N))
-    shape = (rows if rows > 2 else 1, vectors_ND.shape[1])
-    smaller = [known for known in warm if known <= c and warm[known][0].shape == shape]
-    if smaller:
-        probe.coef_, probe.intercept_ = (one.copy() for one in warm[max(smaller)])
+    probe = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         # Reported by the caller, once for all fits.
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(vectors_ND, targets_N)
-    warm[c] = (probe.coef_, probe.intercept_)
     probability_MC = np.zeros((len(query_MD), num_classes))
     probability_MC[:, probe.classes_] = probe.predict_proba(query_MD)
     return probability_MC, int(np.max(probe.n_iter_)) < MAX_ITERATIONS
@@ -154,8 +145,8 @@ def perceptron(
     num_classes: int,
     *,
     hidden: int = 512,
-    epochs: int = 200,
-    patience: int = 20,
+    epochs: int = 100,
+    patience: int = 10,
     seed: int = 0,
 ) -> tuple[Doubles, int]:
     """Probabilities (M, C) by a perceptron of one hidden layer, and the epoch of its weights.
