@@ -61,7 +61,8 @@ figcaption { color: var(--soft); font-size: .9rem; }
 .tile.wide { width: 100%; }
 .tile.wide img { height: auto; object-fit: contain; }
 .tile img { display: block; width: 100%; height: 9.2rem; object-fit: contain;
-  background: var(--raised); border: 3px solid transparent; border-radius: 6px; margin-bottom: .25rem; }
+  background: var(--raised); border: 3px solid transparent; border-radius: 6px;
+  margin-bottom: .25rem; }
 .tile.right img { border-color: var(--right); }
 .tile.wrong img { border-color: var(--wrong); }
 .tile.words.right { border-left: 4px solid var(--right); }
