@@ -77,6 +77,7 @@ class Corruption:
             pixels_HWC: uint8 RGB, after the model's resize and crop.
             seed: of the noise and of the direction of a rotation.
         """
+        assert pixels_HWC.dtype == np.uint8 and pixels_HWC.shape[2:] == (3,), pixels_HWC.shape
         if self.severity == 0:
             return pixels_HWC.copy()
         random = np.random.default_rng(seed)

@@ -32,7 +32,7 @@ from clipsys.evaluation.tasks.probes import (
     score_probe,
     train_and_test,
 )
-from clipsys.evaluation.tasks.scoring import draw_units, mean_interval, ratio_interval
+from clipsys.evaluation.tasks.scoring import Counts, draw_units, mean_interval, ratio_interval
 from clipsys.evaluation.tasks.splitting import LabelledVectors, class_targets
 
 #: Shares of wrong training labels.
@@ -211,7 +211,7 @@ def _drops(
     first: _Point,
     mean: float,
     averaged: Outcomes | None,
-    resamples: Integers | None,
+    resamples: Counts | None,
 ) -> dict[str, Figure]:
     clean, samples = first.figure.value, first.figure.samples
     drop, relative = clean - mean, (clean - mean) / clean if clean else 0.0

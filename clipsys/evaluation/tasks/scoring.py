@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clipsys.evaluation.results import (
     ClassificationDetails,
@@ -18,6 +20,9 @@ from clipsys.evaluation.results import (
     Outcomes,
     Reliability,
 )
+
+#: How often units are drawn: R rows of 2 bytes a unit, as there may be a million units.
+Counts = npt.NDArray[np.uint16]
 
 RESAMPLES = 1000
 _BINS = 15
@@ -134,31 +139,33 @@ def calibration(confidence_N: Doubles, right_N: Doubles) -> Reliability:
     )
 
 
-def draw_units(units_N: Integers, *, resamples: int = RESAMPLES, seed: int = 0) -> Integers:
+def draw_units(units_N: Integers, *, resamples: int = RESAMPLES, seed: int = 0) -> Counts:
     """(R, U) how often each unit is drawn in each resample, with replacement."""
     num_units = int(units_N.max()) + 1
     random = np.random.default_rng(seed)
     return np.stack(
         [
-            np.bincount(random.integers(num_units, size=num_units), minlength=num_units)
+            np.bincount(random.integers(num_units, size=num_units), minlength=num_units).astype(
+                np.uint16
+            )
             for _ in range(resamples)
         ]
     )
 
 
-def mean_interval(value_N: Doubles, units_N: Integers, counts_RU: Integers) -> tuple[float, float]:
+def mean_interval(value_N: Doubles, units_N: Integers, counts_RU: Counts) -> tuple[float, float]:
     """95 % interval of a mean over images, whole units being drawn."""
     sum_U = np.bincount(units_N, value_N, counts_RU.shape[1])
     size_U = np.bincount(units_N, minlength=counts_RU.shape[1])
-    return _bounds((counts_RU @ sum_U) / (counts_RU @ size_U))
+    return _bounds(_totals(counts_RU, sum_U) / _totals(counts_RU, size_U))
 
 
 def ratio_interval(
-    value_N: Doubles, whole_N: Doubles, units_N: Integers, counts_RU: Integers
+    value_N: Doubles, whole_N: Doubles, units_N: Integers, counts_RU: Counts
 ) -> tuple[float, float]:
     """95 % interval of a sum as a share of another; 0 where the other is 0."""
-    sum_R = counts_RU @ np.bincount(units_N, value_N, counts_RU.shape[1])
-    whole_R = counts_RU @ np.bincount(units_N, whole_N, counts_RU.shape[1])
+    sum_R = _totals(counts_RU, np.bincount(units_N, value_N, counts_RU.shape[1]))
+    whole_R = _totals(counts_RU, np.bincount(units_N, whole_N, counts_RU.shape[1]))
     return _bounds(np.where(whole_R != 0, sum_R / np.where(whole_R != 0, whole_R, 1), 0.0))
 
 
@@ -167,7 +174,7 @@ def _resampled_averages(
     predicted_N: Integers,
     num_classes: int,
     units_N: Integers,
-    counts_RU: Integers,
+    counts_RU: Counts,
 ) -> dict[str, Doubles]:
     cell_N = targets_N * num_classes + predicted_N
     found: dict[str, list[float]] = {}
@@ -176,6 +183,11 @@ def _resampled_averages(
         for name, value in averages(cells.reshape(num_classes, num_classes)).items():
             found.setdefault(name, []).append(value)
     return {name: np.array(values) for name, values in found.items()}
+
+
+def _totals(counts_RU: Counts, value_U: npt.NDArray[Any]) -> Doubles:
+    """(R,) sums of the drawn units, row by row: a product would make doubles of all counts."""
+    return np.array([float(counts_U @ value_U) for counts_U in counts_RU])
 
 
 def _bounds(value_R: Doubles) -> tuple[float, float]:
