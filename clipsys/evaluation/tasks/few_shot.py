@@ -16,8 +16,8 @@ from clipsys.evaluation.results import CurveDetails, Figure, Integers, Outcomes,
 from clipsys.evaluation.tasks.probes import (
     ProbeSettings,
     count_images,
+    fit_probe,
     majority_chance,
-    predict,
     train_and_test,
 )
 from clipsys.evaluation.tasks.scoring import draw_units, mean_interval
@@ -60,10 +60,8 @@ def few_shot_result(
         for seed in range(seeds):
             own = replace(settings, seed=settings.seed + seed)
             chosen = draw_shots(train_N, groups_N, count, seed=own.seed)
-            prediction = predict(
-                train.take(chosen), train_N[chosen], test.vectors_ND, len(classes), own
-            )
-            right_SM[seed] = prediction.score_MC.argmax(axis=1) == test_M
+            fitted = fit_probe(train.take(chosen), train_N[chosen], len(classes), own)
+            right_SM[seed] = fitted.score(test.vectors_ND).argmax(axis=1) == test_M
         value_M = right_SM.mean(axis=0)
         interval = mean_interval(value_M, units_M, resamples)
         figure = Figure(float(value_M.mean()), len(test), interval, chance)

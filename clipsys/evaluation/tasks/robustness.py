@@ -29,6 +29,7 @@ from clipsys.evaluation.results import (
 from clipsys.evaluation.tasks.probes import (
     ProbeSettings,
     count_images,
+    fit_probe,
     score_probe,
     train_and_test,
 )
@@ -123,12 +124,13 @@ def label_noise_result(
 
     def measured(share: float) -> Result:
         noisy_N = wrong_labels(train_N, len(classes), share, seed=settings.seed)
-        scored, how, _ = score_probe(train, noisy_N, test, test_M, classes, settings)
+        fitted = fit_probe(train, noisy_N, len(classes), settings)
+        scored = score_probe(fitted, train_N, test, test_M, classes, settings.kind)
         return Result(
             task="probe",
             model=model,
             data=data,
-            protocol=f"{how}; {described}",
+            protocol=f"{fitted.described}; {described}",
             figures=scored.figures,
             counts=count_images(len(classes), len(train), len(test)),
             outcomes={"": scored.outcomes},

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from clipsys.errors import DataError
 from clipsys.evaluation.results import ClassificationDetails, CurveDetails
 from clipsys.evaluation.tasks.few_shot import draw_shots, few_shot_result
-from clipsys.evaluation.tasks.probes import Kind, ProbeSettings, knn_figures, probe_result
+from clipsys.evaluation.tasks.probes import Kind, Probe, ProbeSettings, knn_figures, probe_result
 from clipsys.evaluation.tasks.scoring import draw_units, mean_interval, score_classes
 from tests.clipsys.evaluation.tasks.data import clusters
 
@@ -80,6 +80,15 @@ def test_training_images_that_are_tested_too_are_left_out(
     assert result.metrics()["train_images"] == 24
     assert "6 training images that the test data show too are left out" in result.protocol
     assert "d: 6 training images" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_probe_that_is_trained_once_can_be_tested_again(kind: Kind) -> None:
+    train, test = clusters(60), clusters(30, seed=1)
+    probe = Probe(train, ProbeSettings(kind), model="m", data="d")
+    expected = probe_result(train, test, ProbeSettings(kind), model="m", data="d")
+    assert probe(test).document() == expected.document()
+    assert probe(test.take(np.arange(7))).metrics()["test_images"] == 7
 
 
 def test_few_shots_are_means_over_seeds_on_one_curve() -> None:

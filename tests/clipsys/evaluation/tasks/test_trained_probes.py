@@ -3,12 +3,14 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from sklearn.linear_model import LogisticRegression
 
 from clipsys.evaluation.tasks import trained_probes
 from clipsys.evaluation.tasks.splitting import split_positions
 from clipsys.evaluation.tasks.trained_probes import (
+    Scorer,
     TrainingPart,
     logistic_regression,
     perceptron,
@@ -22,6 +24,14 @@ def part_of(count: int, *, noise: float = 1.0) -> TrainingPart:
     data = clusters(count, noise=noise)
     fit, validation = split_positions(data, 0.2, seed=0)
     return TrainingPart(data.vectors_ND, np.arange(count) % 3, fit, validation)
+
+
+def scored(
+    trained: tuple[Scorer, float], query_MD: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float64], float]:
+    """Probabilities of the queries, and what was chosen."""
+    score, chosen = trained
+    return score(query_MD), chosen
 
 
 def test_the_sweep_is_that_of_the_clip_paper() -> None:
@@ -44,7 +54,7 @@ def test_the_sweep_is_that_of_the_clip_paper() -> None:
 
 def test_logistic_regression_equals_scikit_learn_with_every_c_of_the_search() -> None:
     part, test = part_of(120), clusters(60, noise=1.0, seed=1)
-    probabilities, c = logistic_regression(part, test.vectors_ND, 3)
+    probabilities, c = scored(logistic_regression(part, 3), test.vectors_ND)
 
     def fitted(rows: np.ndarray, strength: float) -> LogisticRegression:
         probe = LogisticRegression(C=strength, max_iter=1000)
@@ -64,7 +74,7 @@ def test_fits_that_stop_early_are_counted_not_shouted(
 ) -> None:
     monkeypatch.setattr(trained_probes, "MAX_ITERATIONS", 2)
     with caplog.at_level(logging.INFO):
-        logistic_regression(part_of(60), clusters(9).vectors_ND, 3)
+        logistic_regression(part_of(60), 3)
     assert "fits stopped at 2 iterations" in caplog.text
     assert len(caplog.records) == 1
 
@@ -72,9 +82,9 @@ def test_fits_that_stop_early_are_counted_not_shouted(
 def test_without_validation_images_nothing_is_searched() -> None:
     data = clusters(3)
     part = TrainingPart(data.vectors_ND, np.arange(3), np.arange(3), np.arange(0))
-    probabilities, c = logistic_regression(part, data.vectors_ND, 3)
+    probabilities, c = scored(logistic_regression(part, 3), data.vectors_ND)
     assert (c, probabilities.argmax(axis=1).tolist()) == (1.0, [0, 1, 2])
-    probabilities, epochs = perceptron(part, data.vectors_ND, 3)
+    probabilities, epochs = scored(perceptron(part, 3), data.vectors_ND)
     assert (epochs, probabilities.argmax(axis=1).tolist()) == (25, [0, 1, 2])
 
 
@@ -83,7 +93,7 @@ def test_a_class_that_only_the_validation_part_has_gets_no_probability_there() -
     targets = np.arange(30) % 3
     fit, validation = np.flatnonzero(targets != 1), np.flatnonzero(targets == 1)
     part = TrainingPart(data.vectors_ND, targets, fit, validation)
-    probabilities, _ = logistic_regression(part, data.vectors_ND, 3)
+    probabilities, _ = scored(logistic_regression(part, 3), data.vectors_ND)
     assert probabilities.shape == (30, 3)
 
 
@@ -94,15 +104,15 @@ def test_the_perceptron_learns_what_no_line_separates_and_repeats_itself() -> No
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     targets = (signs[:, 0] * signs[:, 1] > 0).astype(np.int64)
     part = TrainingPart(vectors[:300], targets[:300], np.arange(240), np.arange(240, 300))
-    first, epochs = perceptron(part, vectors[300:], 2, hidden=32)
-    again, _ = perceptron(part, vectors[300:], 2, hidden=32)
-    other, _ = perceptron(part, vectors[300:], 2, hidden=32, seed=1)
+    first, epochs = scored(perceptron(part, 2, hidden=32), vectors[300:])
+    again, _ = scored(perceptron(part, 2, hidden=32), vectors[300:])
+    other, _ = scored(perceptron(part, 2, hidden=32, seed=1), vectors[300:])
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert 1 <= epochs <= 100
     assert first.sum(axis=1) == pytest.approx(np.ones(100))
     assert (first.argmax(axis=1) == targets[300:]).mean() > 0.95
-    linear, _ = logistic_regression(part, vectors[300:], 2)
+    linear, _ = scored(logistic_regression(part, 2), vectors[300:])
     assert (linear.argmax(axis=1) == targets[300:]).mean() < 0.75
 
 
@@ -112,5 +122,5 @@ def test_the_perceptron_leaves_the_random_state_of_others_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    perceptron(part_of(30), clusters(3).vectors_ND, 3, hidden=4, epochs=4)
+    perceptron(part_of(30), 3, hidden=4, epochs=4)
     assert torch.equal(torch.rand(3), expected)
