@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from clipsys.evaluation.metrics.classification import predictions
 from clipsys.evaluation.results import Doubles, Integers, Result
 from clipsys.evaluation.tasks.knn import KNN_NEIGHBOURS, KNN_TEMPERATURE, neighbour_votes
 from clipsys.evaluation.tasks.scoring import Scored, score_classes
@@ -239,6 +240,8 @@ def knn_figures(
 ) -> dict[str, float]:
     """Each image is classified by its nearest neighbours among all others.
 
+    A class with as many votes as the right one counts as predicted instead of it.
+
     Args:
         image_ND: unit norm.
         labels: N.
@@ -255,7 +258,9 @@ def knn_figures(
         image_ND, image_ND, target_N, len(classes), groups_N=groups_N, groups_M=groups_N
     )
     return {
-        "accuracy@1": float((votes_NC.argmax(axis=1) == target_N).mean()),
+        "accuracy@1": float(
+            (predictions(votes_NC, target_N, classes.tolist()).ranks_N == 0).mean()
+        ),
         "chance_accuracy@1": majority_chance(target_N, target_N),
         "classes": len(classes),
         "images": len(labels),

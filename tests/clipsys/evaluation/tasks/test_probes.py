@@ -12,7 +12,6 @@ from clipsys.errors import DataError
 from clipsys.evaluation.results import ClassificationDetails, CurveDetails
 from clipsys.evaluation.tasks.few_shot import draw_shots, few_shot_result
 from clipsys.evaluation.tasks.probes import Kind, Probe, ProbeSettings, knn_figures, probe_result
-from clipsys.evaluation.tasks.scoring import draw_units, mean_interval, score_classes
 from tests.clipsys.evaluation.tasks.data import clusters
 
 KINDS: Sequence[Kind] = ("logistic", "mlp", "knn")
@@ -135,39 +134,3 @@ def test_classes_with_too_few_images_for_the_shots_are_named(
     assert set(result.outcomes) == {"2_shots"}
     with pytest.raises(DataError, match=r"fewer than 4 .* images, the smallest of the shots"):
         few_shot_result(train, test, shots=(4,), data="d")
-
-
-def test_intervals_are_those_of_a_direct_bootstrap_over_units() -> None:
-    random = np.random.default_rng(0)
-    units = np.repeat(np.arange(20), 3)
-    value = random.integers(0, 2, 60).astype(float)
-    counts = draw_units(units, resamples=300)
-    means = []
-    for drawn in counts:
-        rows = [
-            row
-            for unit in range(20)
-            for _ in range(drawn[unit])
-            for row in np.flatnonzero(units == unit)
-        ]
-        means.append(value[rows].mean())
-    assert counts.sum(axis=1).tolist() == [20] * 300
-    assert mean_interval(value, units, counts) == pytest.approx(np.percentile(means, (2.5, 97.5)))
-
-
-def test_intervals_of_averages_are_those_of_scikit_learn_on_every_resample() -> None:
-    random = np.random.default_rng(1)
-    scores, targets = random.random((40, 7)), random.integers(0, 7, 40)
-    units = np.arange(40)
-    scored = score_classes(
-        scores, targets, list("abcdefg"), list("x" * 40), units, chance=0.1, calibrated=True
-    )
-    drawn = [
-        f1_score(np.repeat(targets, count), np.repeat(scores.argmax(1), count), average="macro")
-        for count in draw_units(units)
-    ]
-    expected = np.percentile(drawn, (2.5, 97.5))
-    assert scored.figures["macro_f1"].interval == pytest.approx(expected)
-    ranks = (scores >= scores[np.arange(40), targets][:, None]).sum(axis=1)
-    assert scored.figures["accuracy@5"].value == pytest.approx((ranks <= 5).mean())
-    assert scored.figures["calibration_error"].value > 0
