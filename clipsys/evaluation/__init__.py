@@ -9,8 +9,10 @@ cache               vectors that were computed once, by encoder and content
 block_encoding      blocks of images through the encoder, by one process or several
 encoding            a data set's vectors, each content encoded once
 class_names         names of numbered classes
+resampling          bootstrap intervals and paired tests
 metrics/            figures from vectors, scores and labels
 tasks/              zero-shot classification, retrieval and probes
+comparison          two models on one task, paired
 reports/            results as plots, Markdown and HTML
 measuring           from a model and a data set to results
 """

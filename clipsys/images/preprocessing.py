@@ -92,6 +92,20 @@ class Preprocessing:
         fitted = image if new == image.size else image.resize(new, self._resample())
         return _channels_first(_centre(fitted, height, width, self._fill()))
 
+    def seen_box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Where on an image of a (width, height) that lies which `pixels` makes of it.
+
+        Returns (left, top, right, bottom) in pixels of the image: within it where it is cropped,
+        beyond its edges where it is padded.
+        """
+        edges = []
+        for whole, new, kept in zip(size, self._fitted(size), self.size[::-1], strict=True):
+            padding = max(0, kept - new)
+            start = round((new + padding - kept) / 2.0) - padding // 2
+            edges.append((start * whole / new, (start + kept) * whole / new))
+        (left, right), (top, bottom) = edges
+        return left, top, right, bottom
+
     def fast_pixels(self, stored: StoredImage) -> npt.NDArray[np.uint8]:
         """`pixels` of an image as it is stored: resized, cropped, and only then turned upright.
 

@@ -9,7 +9,10 @@ parts               `ModelParts` and its fingerprint
 model_folders       what lies in a model folder, and writing one
 building            a model with random weights
 loading             a model with its weights
-catalogue           open_clip's pretrained models and their sizes
+counting            what an architecture takes: parameters, GFLOP, activations
+catalogue           open_clip's pretrained models: what they take and what they reach
+catalogue_plot      the same as a picture
+image_layers        the layers of an image tower, and how its tokens lie in the image
 open_clip_models    the names of the last four as one
 encoder             `Encoder`: images and texts to unit vectors
 """

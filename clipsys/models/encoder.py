@@ -168,7 +168,7 @@ class Encoder:
     ) -> EncodeImage:
         # Floats are four times the bytes: they are made when their images' turn has come.
         return in_chunks(
-            lambda pixels: encode((pixels.float() / 255 - self._mean) / self._std),
+            lambda pixels: encode(self.normalised(pixels)),
             chunk,
             self._choice.arrangement,
             is_fixed=is_fixed,
@@ -199,6 +199,10 @@ class Encoder:
             return self.preprocess(decode_image(source, uri=uri))
         stored = decode_stored(source, uri=uri, min_side=self.preprocessing.fast_min_side)
         return self.preprocessing.fast_pixels(stored)
+
+    def normalised(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) uint8 as the model takes them: float32, on their device."""
+        return (pixels_BCHW.float() / 255 - self._mean) / self._std
 
     def encode_pixels(self, pixels_BCHW: Pixels) -> Vectors:
         """Encodes what `preprocess` or `read_pixels` made: (B, 3, H, W) uint8 -> (B, D) float32."""

@@ -6,17 +6,12 @@ Heavy imports stand inside the functions: this module is loaded to print its hel
 from __future__ import annotations
 
 from enum import Enum
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from clipsys.commands import options
 from clipsys.printing import json_text, printable
-
-if TYPE_CHECKING:
-    from clipsys.corpora.records import Record
 
 
 class Task(str, Enum):
@@ -64,6 +59,7 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled or captioned images."""
     from clipsys.evaluation.measuring import measure
+    from clipsys.retrieval.commands.records import collection_records
 
     for option, value, wanted in (
         ("--match", match, Task.retrieval),
@@ -83,7 +79,7 @@ def evaluate(
         templates=template,
         classnames=classnames,
         columns=columns,
-        records=_items_of(data),
+        records=collection_records(data),
     )
     if as_json:
         print(json_text(result))
@@ -91,26 +87,3 @@ def evaluate(
     print(printable(f"{result['task']} of {result['model']} on {result['data']}"))
     for name, value in result["metrics"].items():
         print(f"  {name:36} {value:>10,.4g}")
-
-
-def _items_of(data: str) -> list[Record] | None:
-    """The items of a collection as records; None where the data are none."""
-    from clipsys.corpora.records import Record
-    from clipsys.corpora.sources import read_uri
-    from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.storage.manifest import FILE_NAME
-
-    folder = Path(data).expanduser()
-    if not (folder / FILE_NAME).is_file() or not (folder / "writer.lock").exists():
-        return None
-    with Collection.open(folder, few_searches=True) as photos:
-        return [
-            Record(
-                item.uri,
-                partial(read_uri, item.uri),
-                item.captions,
-                None if item.metadata.get("label") is None else str(item.metadata["label"]),
-                item.metadata,
-            )
-            for item in photos.items()
-        ]
