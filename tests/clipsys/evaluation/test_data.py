@@ -101,6 +101,21 @@ class TestClipBenchmark:
         (record,) = open_data(tmp_path).records()
         assert record.captions == ("a dog", "a cat")
 
+    def test_classes_of_a_multilabel_set_are_numbers_in_the_metadata(self, tmp_path: Path) -> None:
+        def npy(values: list[float]) -> bytes:
+            buffer = io.BytesIO()
+            np.save(buffer, np.array(values))
+            return buffer.getvalue()
+
+        members = [("s0.webp", _png(0)), ("s0.npy", npy([1, 0, 1]))]
+        _write_tar(tmp_path / "test" / "0.tar", members)
+        (tmp_path / "dataset_type.txt").write_text("multilabel")
+        (record,) = open_data(tmp_path, limit=5).records()
+        assert record.metadata == {"labels": [0, 2]}
+        _write_tar(tmp_path / "test" / "0.tar", [("s0.webp", _png(0)), ("s0.npy", b"\x93NUMPY")])
+        with pytest.raises(DataError, match="s0: its .npy cannot be read as labels"):
+            list(open_data(tmp_path).records())
+
     def test_a_caption_of_other_shards_stays_whole(self, tmp_path: Path) -> None:
         _write_tar(tmp_path / "0.tar", [("s0.jpg", _png(0)), ("s0.txt", b"a dog\non grass")])
         (record,) = open_data(tmp_path).records()
