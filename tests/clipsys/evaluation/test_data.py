@@ -113,7 +113,7 @@ class TestClipBenchmark:
         (record,) = open_data(tmp_path, limit=5).records()
         assert record.metadata == {"labels": [0, 2]}
         _write_tar(tmp_path / "test" / "0.tar", [("s0.webp", _png(0)), ("s0.npy", b"\x93NUMPY")])
-        with pytest.raises(DataError, match="s0: its .npy cannot be read as labels"):
+        with pytest.raises(DataError, match=r"s0: its \.npy cannot be read as labels"):
             list(open_data(tmp_path).records())
 
     def test_a_caption_of_other_shards_stays_whole(self, tmp_path: Path) -> None:
