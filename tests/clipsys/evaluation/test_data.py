@@ -299,3 +299,15 @@ class TestLimit:
     def test_a_limit_of_none_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="limit is 0"):
             open_data(tmp_path, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("", "an empty text"), ("nowhere", "no such folder"), (".", "no images")],
+)
+def test_what_is_no_data_set_is_an_error(
+    spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        list(open_data(spec).records())
