@@ -94,6 +94,7 @@ def measure(folder: Path, num_items: int) -> None:
         "classify_and_write_s": [*classify, "--write", "kind"],
         "write_again_other_labels_s": [*classify, "--template", "another {}", "--write", "kind"],
         "search_by_label_s": ["search", photos, "--where", "kind=class 17", "-k", "10"],
+        "forget_s": ["classify", "--collection", photos, "--forget", "kind"],
     }
     report: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -395,10 +395,6 @@ class Collection:
         """As `stored_vectors`, with ids (B,) int64 in place of the items, which is faster."""
         return stored.vector_blocks(self._view, self._ids(where), block)
 
-    def count(self, where: Where = None) -> int:
-        """How many items pass a filter."""
-        return len(self._ids(where))
-
     def _ids(self, where: Where) -> Ints:
         return stored.chosen_ids(self._view, self._store, parse_where(where))
 

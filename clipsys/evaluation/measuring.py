@@ -28,7 +28,8 @@ from clipsys.images.decoding import decode_image
 from clipsys.models.encoder import Encoder, load
 from clipsys.progress import progress
 from clipsys.shards.reading import expand_shards
-from clipsys.zeroshot.classifier import DEFAULT_TEMPLATES, ZeroShotClassifier
+from clipsys.zeroshot.classifier import ZeroShotClassifier
+from clipsys.zeroshot.templates import DEFAULT_TEMPLATES
 
 _logger = logging.getLogger(__name__)
 

@@ -19,9 +19,11 @@ from clipsys.printing import counted, printable
 if TYPE_CHECKING:
     from clipsys.models.encoder import Encoder
     from clipsys.retrieval.collection import Collection
-    from clipsys.retrieval.commands.decisions import Choice, Classes, Decider, Decisions
+    from clipsys.retrieval.commands.class_options import Classes
     from clipsys.retrieval.commands.image_stream import Images
     from clipsys.retrieval.commands.predictions import Printer
+    from clipsys.zeroshot.classifier import ZeroShotClassifier
+    from clipsys.zeroshot.deciding import Choice, Decisions
 
 #: Decimals of a written probability: 10,001 values are quick to filter by, a million are not.
 _DECIMALS = 4
@@ -65,7 +67,9 @@ def classify(
     multi_label: Annotated[
         bool,
         typer.Option(
-            "--multi-label", help="Decide on each class by itself: an image has any number."
+            "--multi-label",
+            help="Decide on each class by itself: an image has any number. Models that were "
+            "trained with a softmax compare it with --background, by default 'a photo.'",
         ),
     ] = False,
     threshold: Annotated[
@@ -133,9 +137,11 @@ def classify(
         raise typer.BadParameter("--threshold is for --multi-label; see also --unknown-below")
     if not labels and not label and labels_file is None:
         raise typer.BadParameter("name the classes with --labels, --label or --labels-file")
-    from clipsys.retrieval.commands.decisions import Choice, read_classes
+    from clipsys.retrieval.commands.class_options import read_classes
     from clipsys.retrieval.commands.predictions import Printer
-    from clipsys.zeroshot.classifier import DEFAULT_TEMPLATES
+    from clipsys.zeroshot.classifier import check_question
+    from clipsys.zeroshot.deciding import Choice
+    from clipsys.zeroshot.templates import DEFAULT_TEMPLATES
 
     choice = Choice(
         multi_label,
@@ -146,7 +152,7 @@ def classify(
     wanted = _Wanted(
         read_classes(labels, label or (), labels_file), template or DEFAULT_TEMPLATES, choice
     )
-    choice.check(wanted.classes, wanted.templates)  # before minutes of loading a model
+    check_question(wanted.classes, wanted.templates, choice)  # before a model is loaded
     printer = Printer(as_json=as_json, top_k=top_k)
     if collection is not None:
         _classify_stored(collection, model, where, write, wanted, printer, lists=items or as_json)
@@ -170,10 +176,18 @@ class _Wanted:
     templates: Sequence[str]
     choice: Choice
 
-    def decider(self, encoder: Encoder) -> Decider:
-        from clipsys.retrieval.commands.decisions import Decider
+    def classifier(self, encoder: Encoder) -> ZeroShotClassifier:
+        from clipsys.zeroshot.classifier import ZeroShotClassifier
 
-        return Decider(encoder, self.classes, self.templates, self.choice)
+        return ZeroShotClassifier(
+            encoder,
+            self.classes,
+            self.templates,
+            multi_label=self.choice.multi_label,
+            threshold=self.choice.threshold,
+            unknown_below=self.choice.unknown_below,
+            background=self.choice.background,
+        )
 
 
 def _check_use(
@@ -196,12 +210,12 @@ def _classify_images(
     from clipsys.retrieval.commands.explanations import Drawings
 
     encoder = load(model)
-    decider = wanted.decider(encoder)
-    drawings = Drawings(explain, encoder, decider) if explain is not None else None
+    classifier = wanted.classifier(encoder)
+    drawings = Drawings(explain, encoder, classifier) if explain is not None else None
     with progress_if(printer.shows_progress, "classifying", images.count()) as advance:
         for records, image_ND in images.encoded(encoder):
-            decisions = decider.decide(image_ND)
-            printer.print_block([one.uri for one in records], decisions, decider.classes)
+            decisions = classifier.decide(image_ND)
+            printer.print_block([one.uri for one in records], decisions, classifier.classes)
             if drawings is not None:
                 drawings.draw(records, decisions.labels)
             advance(len(records))
@@ -226,16 +240,16 @@ def _classify_stored(
     summary = Summary()
     with Collection.open(path, few_searches=True, model=model) as photos:
         photos.check_annotations(*keys)  # before the model is loaded
-        total = photos.count(where)
-        decider = wanted.decider(cast("Encoder", photos.encoder))
+        total = len(photos) if not where else None
+        classifier = wanted.classifier(cast("Encoder", photos.encoder))
         with progress_if(printer.shows_progress, f"classifying {path.name}", total) as advance:
 
             def decided() -> Iterator[tuple[Sequence[int], Decisions]]:
                 for ids, uris, vectors_BD in _blocks(photos, where, with_items=lists):
-                    decisions = decider.decide(vectors_BD)
+                    decisions = classifier.decide(vectors_BD, dtype="float32")
                     summary.add(decisions)
                     if lists:
-                        printer.print_block(uris, decisions, decider.classes, ids)
+                        printer.print_block(uris, decisions, classifier.classes, ids)
                     yield ids, decisions
                     advance(len(ids))
 

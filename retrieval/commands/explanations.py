@@ -13,7 +13,7 @@ from clipsys.images.decoding import decode_image
 
 if TYPE_CHECKING:
     from clipsys.models.encoder import Encoder
-    from clipsys.retrieval.commands.decisions import Decider
+    from clipsys.zeroshot.classifier import ZeroShotClassifier
 
 
 class Drawings:
@@ -22,16 +22,16 @@ class Drawings:
     Args:
         place: a file that ends with ``.png``, for one image; else a folder, made if it is missing.
         encoder: made the decisions.
-        decider: its classes are what is explained.
+        classifier: its classes are what is explained.
 
     Raises:
         DataError: the folder cannot be made.
     """
 
-    def __init__(self, place: Path, encoder: Encoder, decider: Decider) -> None:
+    def __init__(self, place: Path, encoder: Encoder, classifier: ZeroShotClassifier) -> None:
         self._place = place.expanduser()
         self._encoder = encoder
-        self._decider = decider
+        self._classifier = classifier
         self._names = Counter[str]()
         self._is_file = place.suffix.lower() == ".png"
         folder = self._place.parent if self._is_file else self._place
@@ -48,7 +48,7 @@ class Drawings:
         """
         from clipsys.zeroshot.explain import explain, explain_class
 
-        classes, class_CD = self._decider.classes, self._decider.class_CD
+        classes, class_CD = self._classifier.classes, self._classifier.class_CD
         for record, given in zip(records, labels, strict=True):
             picture, label = decode_image(record.read(), uri=record.uri), given
             if given not in classes:  # of no class

@@ -13,7 +13,7 @@ import numpy as np
 from clipsys.printing import json_text, printable
 
 if TYPE_CHECKING:
-    from clipsys.retrieval.commands.decisions import Decisions
+    from clipsys.zeroshot.deciding import Decisions
 
 _GAP = "  "
 

@@ -89,9 +89,12 @@ def write_values(store: Store, values: Mapping[int, Mapping[str, Any]]) -> int:
     return num_found
 
 
+#: What comes out of JSON needs no `to_json`, whose form this is; made once, since it takes long.
+_encoder = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
+
 def _json(values: Mapping[str, Any]) -> str:
-    # What comes out of JSON needs no `to_json`, whose form this is.
-    return json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return _encoder.encode(values) if values else "{}"
 
 
 def _metadata(connection: sqlite3.Connection, ids: Sequence[int]) -> Iterable[tuple[int, str]]:

@@ -34,7 +34,7 @@ from clipsys.training.validation.held_out import (
     stack_share,
     usable_samples,
 )
-from clipsys.zeroshot.classifier import class_vectors
+from clipsys.zeroshot.class_vectors import mean_vectors
 
 _logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Validation:
                 templates = self._config.templates
                 names = [self._classes[label] for label in classes]
                 prompts = encode_text([t.format(name) for name in names for t in templates])
-                class_CD = class_vectors(prompts, len(templates))
+                class_CD = mean_vectors(prompts, [len(templates)] * len(classes))
                 accuracy = zeroshot_figures(image_ND, class_CD, classes, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
         return figures

@@ -9,21 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from clipsys.models.encoder import Encoder, load
+from clipsys.models.encoder import load
 from clipsys.retrieval import Collection
-from clipsys.retrieval.commands.decisions import (
-    UNKNOWN,
-    Choice,
-    Classes,
-    Decider,
-    read_classes,
-)
-from clipsys.zeroshot.classifier import ZeroShotClassifier
+from clipsys.retrieval.commands.class_options import read_classes
 from tests.conftest import noise_image, write_training_shards
-from tests.retrieval.colours import ColourEncoder, paint
 from tests.retrieval.commands.test_index import run as run_command
 
 Run = Callable[..., tuple[int, str, str]]
@@ -122,6 +113,8 @@ def test_labels_are_written_and_can_be_filtered_by(run: Run, indexed: Path) -> N
 def test_only_items_that_pass_the_filter_are_classified(run: Run, indexed: Path) -> None:
     command = ["classify", "--collection", str(indexed), *LABELS, "--where", "year=2001"]
     assert len(run(*command, "--items")[1].splitlines()) == 3
+    status, out, err = run(*command[:-1], "yaer=2001", "--json")
+    assert (status, json.loads(out), err.count("did you mean 'year'")) == (0, [], 1)
     assert run(*command, "--write", "kind")[0] == 0
     with Collection.open(indexed) as photos:
         assert photos.select("kind is present") == photos.select("year=2001")
@@ -226,51 +219,3 @@ def test_a_file_of_classes_that_is_not_understood_is_named(
     status, out, err = run("classify", "a.png", f"--labels-file={tmp_path / 'c.json'}")
     assert (status, out, len(err.splitlines())) == (1, "", 1)
     assert "c.json" in err
-
-
-CLASSES: Classes = {name: [name] for name in ("red", "blue", "white")}
-
-
-def decider(choice: Choice = Choice(), *, bias: float | None = None) -> Decider:
-    encoder = ColourEncoder()
-    encoder.logit_bias = bias
-    return Decider(encoder, CLASSES, ["a {} square"], choice)  # type: ignore[arg-type]
-
-
-def test_decisions_are_those_of_the_classifier(model_folder: Path, image_folder: Path) -> None:
-    encoder: Encoder = load(model_folder)
-    paths = sorted(image_folder.rglob("*.png"))
-    templates = ["a {}.", "the {}."]
-    made = Decider(encoder, CLASSES, templates, Choice()).decide(encoder.encode_image(paths))
-    expected = ZeroShotClassifier(encoder, list(CLASSES), templates).predict(paths)
-    assert made.labels == [one.label for one in expected]
-    assert made.probability_N == pytest.approx([one.probability for one in expected], abs=1e-5)
-    assert made.probability_NC.sum(axis=1) == pytest.approx(np.ones(6), abs=1e-5)
-
-
-def test_what_is_no_class_is_unknown(tmp_path: Path) -> None:
-    paths = [paint(tmp_path / f"{name}.png", name) for name in ("red", "black", "green")]
-    from PIL import Image
-
-    image_ND = ColourEncoder().encode_image([Image.open(path) for path in paths])
-    assert UNKNOWN not in decider().decide(image_ND).labels
-    found = decider(Choice(background=("a black square", "green"))).decide(image_ND)
-    assert found.labels == ["red", UNKNOWN, UNKNOWN]
-    assert (found.probability_N > 0.5).all()
-    found = decider(Choice(unknown_below=0.9)).decide(image_ND)
-    assert found.labels[0] == "red"
-    assert [p < 0.9 for p in found.probability_N] == [one == UNKNOWN for one in found.labels]
-    each = decider(Choice(multi_label=True, background=("a black square",))).decide(image_ND)
-    assert each.chosen is not None and each.chosen[0][0] == "red" and each.chosen[1] == []
-    sigmoid = decider(bias=-15.0).decide(image_ND)
-    logits_NC = 20.0 * sigmoid.scores_NC - 15
-    assert sigmoid.probability_NC == pytest.approx(1 / (1 + np.exp(-logits_NC)), abs=1e-5)
-
-
-def test_synonyms_are_averaged_and_descriptions_stand_as_they_are() -> None:
-    encoder = ColourEncoder()
-    classes: Classes = {"warm": ["red", "yellow"], "cold": "a blue square"}
-    made = Decider(encoder, classes, ["a {} square"], Choice())  # type: ignore[arg-type]
-    warm_D = encoder.encode_text(["a red square", "a yellow square"]).mean(axis=0)
-    assert made.class_CD[0] == pytest.approx(warm_D / np.linalg.norm(warm_D), abs=1e-6)
-    assert made.class_CD[1] == pytest.approx(encoder.encode_text(["a blue square"])[0], abs=1e-6)
