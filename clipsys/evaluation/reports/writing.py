@@ -4,16 +4,16 @@
     FOLDER/report.md        beside plots/*.png and sheets/*.jpg
     FOLDER/results.json     what `clipsys evaluate --json` prints
 
-The folder appears whole or not at all.
+The folder appears whole or not at all, and an earlier report stays until the new one is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -22,17 +22,22 @@ from pathlib import Path
 from clipsys import __version__
 from clipsys.errors import DataError
 from clipsys.evaluation.comparison import Comparison
+from clipsys.evaluation.reports.canvas import Plot
 from clipsys.evaluation.reports.contents import Part, Report
 from clipsys.evaluation.reports.html import page
 from clipsys.evaluation.reports.markdown import document
-from clipsys.evaluation.reports.plots import Plot, comparison_plot, overview_plot, plots_of
+from clipsys.evaluation.reports.plots import comparison_plot, overview_plots, plots_of
 from clipsys.evaluation.reports.sheets import Sheet
 from clipsys.evaluation.results import Result
 from clipsys.printing import json_text
 
-#: By this file a folder is known as a report, which a later one may replace.
 RESULTS_NAME = "results.json"
 PAGE_NAME = "report.html"
+DOCUMENT_NAME = "report.md"
+_FOLDERS = ("plots", "sheets")
+#: A folder that has these files, and nothing besides them and the folders, is a report, which a
+#: later one may replace.
+_FILES = (PAGE_NAME, DOCUMENT_NAME, RESULTS_NAME)
 
 
 def write_report(
@@ -47,49 +52,76 @@ def write_report(
     Args:
         folder: made if it is missing; an earlier report there is replaced.
         results: in the order in which they are shown.
-        comparisons: of two models.
+        comparisons: of two models; shown before the results.
         sheets: contact sheets; their images are read now.
 
     Raises:
         DataError: the folder holds something else, or cannot be written.
     """
-    target = Path(folder).expanduser().absolute()
-    _check_replaceable(target)
-    report = _make(results, comparisons, sheets)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target = check_replaceable(folder)
+    workspace: Path | None = None
     try:
-        partial.mkdir(parents=True)
-        _fill(partial, report, [*results, *comparisons])
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
+        report = _make(results, comparisons, sheets)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = f".{target.name}."
+        workspace = Path(tempfile.mkdtemp(prefix=name, suffix=".partial", dir=target.parent))
+        (workspace / "new").mkdir()
+        _fill(workspace / "new", report, [*comparisons, *results])
+        _put_in_place(workspace / "new", target, old=workspace / "old")
     except OSError as error:
-        raise DataError(f"{target}: the report cannot be written ({error.strerror})") from error
+        raise DataError(f"{target}: the report cannot be written ({_reason(error)})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if workspace is not None:
+            shutil.rmtree(workspace, ignore_errors=True)
     return target / PAGE_NAME
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / RESULTS_NAME).is_file()):
+def check_replaceable(folder: str | Path) -> Path:
+    """The absolute path of a folder that a report may be written to.
+
+    Raises:
+        DataError: it holds something else, or cannot be looked into.
+    """
+    target = Path(folder).expanduser().resolve()
+    try:
+        if not target.exists():
+            return target
+        found = {one.name for one in target.iterdir()} if target.is_dir() else None
+    except OSError as error:
+        raise DataError(f"{target}: no report can be written there ({_reason(error)})") from error
+    if found is None or (found and not set(_FILES) <= found <= {*_FILES, *_FOLDERS}):
         raise DataError(
-            f"{target}: exists and is no report; name another folder with --report, or remove it"
+            f"{target}: exists and is not a report alone; name another folder with --report, or "
+            "remove it"
         )
+    return target
+
+
+def _put_in_place(made: Path, target: Path, *, old: Path) -> None:
+    """Moves a complete report to its place; an earlier one returns if that fails."""
+    if target.exists():
+        target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _make(
     results: Sequence[Result], comparisons: Sequence[Comparison], sheets: Sequence[Sheet]
 ) -> Report:
-    parts = [Part(one, plots_of(one)) for one in results]
-    parts += [Part(one, [comparison_plot(one)]) for one in comparisons]
+    parts = [Part(one, [comparison_plot(one)]) for one in comparisons]
+    parts += [Part(one, plots_of(one)) for one in results]
     pictures: dict[str, bytes] = {}
     for sheet in sheets:
         pictures |= sheet.thumbnails()
-    return Report(parts, overview_plot(results), sheets, pictures, _facts())
+    return Report(parts, overview_plots(results), sheets, pictures, _facts())
 
 
 def _facts() -> dict[str, str]:
@@ -106,10 +138,10 @@ def _facts() -> dict[str, str]:
 
 
 def _fill(folder: Path, report: Report, found: Sequence[Result | Comparison]) -> None:
-    (folder / "plots").mkdir()
-    (folder / "sheets").mkdir()
+    for name in _FOLDERS:
+        (folder / name).mkdir()
     plots = [plot for part in report.parts for plot in part.plots]
-    names = _plot_names([*([report.overview] if report.overview else []), *plots])
+    names = _plot_names([*report.overviews, *plots])
     for plot, name in names:
         (folder / "plots" / name).write_bytes(plot.png)
     files = {uri: f"sheets/{_file_of(uri)}" for uri in report.pictures}
@@ -122,7 +154,7 @@ def _fill(folder: Path, report: Report, found: Sequence[Result | Comparison]) ->
             own[id(tile)] = f"sheets/picture-{len(own) + 1}.png"
             tile.image.save(folder / own[id(tile)])
     plot_files = {id(plot): f"plots/{name}" for plot, name in names}
-    (folder / "report.md").write_text(document(report, plot_files, files, own), encoding="utf-8")
+    (folder / DOCUMENT_NAME).write_text(document(report, plot_files, files, own), encoding="utf-8")
     (folder / PAGE_NAME).write_text(page(report), encoding="utf-8")
     (folder / RESULTS_NAME).write_text(
         json_text([one.document() for one in found]) + "\n", encoding="utf-8"
@@ -134,4 +166,4 @@ def _plot_names(plots: Sequence[Plot]) -> list[tuple[Plot, str]]:
 
 
 def _file_of(uri: str) -> str:
-    return f"{hashlib.sha256(uri.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.jpg"
+    return f"{hashlib.sha256(uri.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jpg"
