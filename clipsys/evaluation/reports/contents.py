@@ -15,12 +15,13 @@ from clipsys.evaluation.reports.tables import (
     figures_table,
     grid_table,
     has_grid,
+    only_cells,
     spread_changes,
 )
 from clipsys.evaluation.results import ClassificationDetails, Result
 
 #: Samples that changed which a report lists.
-MAX_CHANGES = 50
+MAX_CHANGES = 30
 #: Pairs of classes that a report names of a confusion matrix.
 MAX_CONFUSIONS = 10
 
@@ -113,12 +114,13 @@ def _differences(about: Comparison) -> list[list[str]]:
         ["figure", "first", "second", "difference", "95 % interval", "p", "only 1st", "only 2nd"]
     ]
     for name, one in about.differences.items():
-        rows.append([name, *difference_cells(one), str(one.only_first), str(one.only_second)])
+        rows.append([name, *difference_cells(one), *only_cells(one)])
     return rows
 
 
 def _changes(about: Comparison) -> list[list[str]]:
-    rows = [["sample", "right", "first", "second"]]
+    classes = any(one.expected for one in about.changes)
+    rows = [["sample", "right" if classes else "figure", "first", "second"]]
     for one in spread_changes(about.changes)[:MAX_CHANGES]:
         first, second = one.first_label, one.second_label
         if not one.expected:

@@ -51,7 +51,8 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(
   white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 th.words, td.words { text-align: left; }
-td.words { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; max-width: 28rem; }
+th.sentences, td.sentences { text-align: left; }
+td.sentences { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; max-width: 32rem; }
 summary { cursor: pointer; color: var(--link); }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 6px;
@@ -83,6 +84,8 @@ figcaption { color: var(--soft); font-size: .9rem; }
 
 #: Tiles that stand beside each other on a wide screen.
 _A_ROW = 6
+#: Letters of a cell that is never broken.
+_LONGEST_WORD = 30
 #: Of a cell: a number, an interval, or nothing.
 _NUMBER = re.compile(r"(?:[-+]?[\d.,]+(?:e[-+]\d+)?(?: to [-+]?[\d.,]+)?|-|never.*|nan)\Z")
 
@@ -129,8 +132,8 @@ def _part(name: str, part: Part) -> str:
 
 def _table(table: Table) -> str:
     header, *rows = table.rows
-    words = [_is_words([row[place] for row in rows]) for place in range(len(header))]
-    kinds = [' class="words"' if one else "" for one in words]
+    kinds = [_kind([row[place] for row in rows]) for place in range(len(header))]
+    kinds = [f' class="{one}"' if one else "" for one in kinds]
     head = _cells(header, "th", [f' scope="col"{kind}' for kind in kinds])
     lines = [f"<tr>{_cells(row, 'td', kinds)}</tr>" for row in rows]
     text = (
@@ -148,9 +151,11 @@ def _cells(cells: Sequence[str], tag: str, attributes: Sequence[str]) -> str:
     return "".join(f"<{tag}{attribute}>{_text(cell)}</{tag}>" for cell, attribute in pairs)
 
 
-def _is_words(column: Sequence[str]) -> bool:
-    """Whether a column has names, which are aligned to the left."""
-    return not all(_NUMBER.match(cell) for cell in column)
+def _kind(column: Sequence[str]) -> str:
+    """How a column is set: numbers to the right, names to the left, long texts broken."""
+    if all(_NUMBER.match(cell) for cell in column):
+        return ""
+    return "words" if max(map(len, column)) <= _LONGEST_WORD else "sentences"
 
 
 def _plot(plot: Plot) -> str:

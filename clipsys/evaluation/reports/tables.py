@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from clipsys.evaluation.comparison import Change, Comparison, Difference
@@ -111,18 +112,26 @@ def difference_cells(one: Difference) -> list[str]:
     return [*values, f"{one.value:+.4f}", interval, f"{one.test.p_value:.2g}"]
 
 
+def only_cells(one: Difference) -> list[str]:
+    """How many samples one model alone got right; nothing where outcomes are no hits."""
+    if one.value != 0 and not one.only_first and not one.only_second:
+        return ["-", "-"]
+    return [f"{one.only_first:,}", f"{one.only_second:,}"]
+
+
 def spread_changes(changes: Sequence[Change]) -> list[Change]:
     """Changes in an order whose beginning shows all kinds of them.
 
-    One of each right class and direction first, then the second of each, and so on.
+    The largest ones first; of equal ones, one of each figure, class and direction, then the second
+    of each, and so on.
     """
-    seen: dict[tuple[str, str, bool], int] = {}
+    seen: Counter[tuple[float, str, str, bool]] = Counter()
     ranks = []
     for one in changes:
-        kind = (one.figure, one.expected, one.second > one.first)
-        # Without classes the largest changes stay first.
-        ranks.append(seen.get(kind, 0) if one.expected else 0)
-        seen[kind] = seen.get(kind, 0) + 1
+        size = abs(one.second - one.first)
+        kind = (size, one.figure, one.expected, one.second > one.first)
+        ranks.append((-size, seen[kind]))
+        seen[kind] += 1
     order = sorted(range(len(changes)), key=ranks.__getitem__)
     return [changes[place] for place in order]
 
@@ -131,7 +140,7 @@ def comparison_lines(comparison: Comparison, *, changes: int = 10) -> list[str]:
     """A comparison as the lines of a table, with samples that changed."""
     rows = [["figure", "first", "second", "difference", "95 % interval", "p", "only"]]
     for name, one in comparison.differences.items():
-        rows.append([name, *difference_cells(one), f"{one.only_first}/{one.only_second}"])
+        rows.append([name, *difference_cells(one), "/".join(only_cells(one)).replace("-/-", "-")])
     tests = sorted({one.test.name for one in comparison.differences.values()})
     both = f"{comparison.first} (first) and {comparison.second} (second) on {comparison.data}"
     lines = [
