@@ -1,17 +1,18 @@
 """Nearest neighbours of images: whether what is near shows the same thing.
 
-Legend of shapes: N images, D width, K neighbours, S queries.
+Legend of shapes: N images, D width, K neighbours, R rows of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from clipsys.evaluation import resampling
 from clipsys.evaluation.embedded import EmbeddedImages
-from clipsys.evaluation.results import Doubles, Figure, Integers, Outcomes, Result
+from clipsys.evaluation.results import Doubles, Figure, Floats, Integers, Outcomes, Result
 
 NUM_NEIGHBOURS = 8
 NUM_QUERIES = 12
@@ -32,7 +33,9 @@ class Neighbours:
 
 
 def nearest_neighbours(images: EmbeddedImages, k: int = NUM_NEIGHBOURS) -> Neighbours:
-    """The k nearest images of each; copies of the same picture are left out.
+    """The k nearest images of each; copies of the image itself are left out.
+
+    Of equally near ones, those that stand first in the data are taken.
 
     Args:
         images: N.
@@ -47,14 +50,23 @@ def nearest_neighbours(images: EmbeddedImages, k: int = NUM_NEIGHBOURS) -> Neigh
         rows = slice(start, start + _BLOCK)
         scores = vectors[rows] @ vectors.T
         scores[copies[rows, None] == copies[None, :]] = -np.inf
-        found = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
+        found = _best(scores, k)
         values = np.take_along_axis(scores, found, axis=1)
-        order = np.lexsort((found, -values), axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
         values = np.take_along_axis(values, order, axis=1)
         found = np.take_along_axis(found, order, axis=1)
         nearest[rows] = np.where(np.isfinite(values), found, -1)
         cosines[rows] = values
     return Neighbours(nearest, cosines)
+
+
+def _best(scores_RN: Floats, k: int) -> Integers:
+    """(R, k) positions of the k highest scores of each row, ascending; of equal ones the first."""
+    last_R1 = np.partition(scores_RN, -k, axis=1)[:, [-k]]
+    above_RN, level_RN = scores_RN > last_R1, scores_RN == last_R1
+    wanted_R1 = k - above_RN.sum(axis=1, keepdims=True)
+    chosen_RN = above_RN | (level_RN & (np.cumsum(level_RN, axis=1) <= wanted_R1))
+    return np.nonzero(chosen_RN)[1].reshape(len(scores_RN), k)
 
 
 def neighbours_result(
@@ -76,20 +88,19 @@ def neighbours_result(
     k = found.nearest_NK.shape[1]
     labels = [record.label for record in images.records]
     if all(label is not None for label in labels):
-        names, label_N = np.unique(np.array(labels, dtype=str), return_inverse=True)
+        _, label_N = np.unique(np.array(labels, dtype=str), return_inverse=True)
         same_NK = (label_N[found.nearest_NK] == label_N[:, None]) & present
         shares = same_NK.sum(axis=1) / np.maximum(present.sum(axis=1), 1)
         values |= {"same_label@1": same_NK[has, 0].astype(np.float64)}
         values |= {f"same_label@{k}": shares[has]} if k > 1 else {}
-        counts = np.bincount(label_N, minlength=len(names))
-        chance = float((counts * (counts - 1)).sum() / max(len(labels) * (len(labels) - 1), 1))
+        chance = _chance_of_same(label_N, images.contents)
         chances = dict.fromkeys((f"same_label@{one}" for one in (1, k)), chance)
     intervals = resampling.mean_intervals(values, units)
     return Result(
         task="neighbours",
         model=model,
         data=data,
-        protocol=f"the {k} nearest other images of each, copies of the same picture left out",
+        protocol=f"the {k} nearest other images of each; copies of the image itself are left out",
         figures={
             name: Figure(float(one.mean()), len(one), intervals[name], chances.get(name))
             for name, one in values.items()
@@ -104,6 +115,18 @@ def neighbours_result(
             )
         },
     )
+
+
+def _chance_of_same(label_N: Integers, contents: Sequence[str]) -> float:
+    """How often two images that are no copies of each other have the same label."""
+
+    def pairs(group_N: Integers) -> int:
+        return int((np.unique(group_N, return_counts=True)[1] ** 2).sum())
+
+    _, content_N = np.unique(np.array(contents), return_inverse=True)
+    both_N = label_N * len(label_N) + content_N
+    total = len(label_N) ** 2 - pairs(content_N)
+    return (pairs(label_N) - pairs(both_N)) / max(total, 1)
 
 
 def spread_queries(images: EmbeddedImages, count: int = NUM_QUERIES, *, seed: int = 0) -> list[int]:
