@@ -9,6 +9,7 @@ Legend of shapes: N samples, C classes, B bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +153,7 @@ class Result:
     """What one task measured of one model on one data set.
 
     Attributes:
-        task: ``zeroshot``, ``retrieval``, ``probe`` or ``robustness``.
+        task: ``zeroshot``, ``retrieval``, ``probe``, ``robustness`` or ``neighbours``.
         model: what people call the model.
         data: as it was named.
         protocol: how it was measured, in one sentence: what a hit is, how ties count.
@@ -191,14 +192,17 @@ class Result:
         return flat | dict(self.counts)
 
     def document(self) -> dict[str, Any]:
-        """The result as ``clipsys evaluate --json`` prints it."""
+        """The result as ``clipsys evaluate --json`` prints it; null: undefined, or without end."""
         return {
             "task": self.task,
             **({"variant": self.variant} if self.variant else {}),
             "model": self.model,
             "data": self.data,
             "protocol": self.protocol,
-            "metrics": self.metrics(),
+            "metrics": {
+                name: value if math.isfinite(value) else None
+                for name, value in self.metrics().items()
+            },
             "intervals": {
                 name: list(figure.interval)
                 for name, figure in self.figures.items()

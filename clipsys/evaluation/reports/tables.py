@@ -182,10 +182,11 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         return ["\t".join(row) for row in cells]
-    lines = _aligned(cells)
-    if max(map(len, lines)) <= shutil.get_terminal_size().columns:
-        return lines
-    return _aligned(_grouped(cells))
+    columns = shutil.get_terminal_size().columns
+    for lines in (_aligned(cells), _aligned(_grouped(cells))):
+        if max(map(len, lines)) <= columns:
+            return lines
+    return _aligned(_grouped(cells), gap=" ")
 
 
 def _grouped(cells: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -200,10 +201,10 @@ def _grouped(cells: Sequence[Sequence[str]]) -> list[list[str]]:
     return grouped
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(cells: Sequence[Sequence[str]], gap: str = _GAP) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"{_GAP}{_GAP.join([row[0].ljust(widths[0]), *padded[1:]])}".rstrip())
+        lines.append(f"{_GAP}{gap.join([row[0].ljust(widths[0]), *padded[1:]])}".rstrip())
     return lines
