@@ -87,9 +87,10 @@ def measure(
             names = class_names(labels, places, file=classnames, setting="--classnames")
             classes = sorted(names)
             prompts = templates or prompt_templates(places) or DEFAULT_TEMPLATES
-            classifier = ZeroShotClassifier(encoder, list(names.values()), prompts)
             # Two classes may have one name, as two of ImageNet's do; then they have one vector.
-            rows = [classifier.classes.index(names[label].strip()) for label in classes]
+            single = {label: " ".join(name.split()) for label, name in names.items()}
+            classifier = ZeroShotClassifier(encoder, list(dict.fromkeys(single.values())), prompts)
+            rows = [classifier.classes.index(single[label]) for label in classes]
             metrics = zeroshot_figures(image_ND, classifier.class_CD[rows], classes, labels)
         else:
             metrics = _probe(image_ND, labels)
