@@ -256,11 +256,13 @@ class _Pass:
         relevance_LL = torch.eye(tokens, device=last.device)
         for one, gradient in zip(blocks, gradients, strict=False):
             relevance_LL = relevance_LL + _relevant(one, gradient) @ relevance_LL
-        start_L = _read_tokens(last, gradients[-1], layers)
+        # Without the identity: of an average it would be the same for each patch.
+        relevance_L = _read_tokens(last, gradients[-1], layers) @ (
+            relevance_LL - torch.eye(tokens, device=last.device)
+        )
         for one, gradient in zip(pools, gradients[num_blocks:], strict=False):
             if one.shape[-1] == tokens:
-                start_L = _relevant(one, gradient).sum(dim=0)
-        relevance_L = start_L @ relevance_LL
+                relevance_L = _relevant(one, gradient).sum(dim=0) @ relevance_LL
         return relevance_L[layers.num_prefix :].reshape(rows, columns)
 
     def _by_grad_cam(self) -> torch.Tensor:
