@@ -27,7 +27,7 @@ from clipsys.probe.measuring import Conditions, measure
 from clipsys.probe.probing import arrangements
 from clipsys.training.losses import info_nce
 from clipsys.training.model.initial import initial_model
-from clipsys.training.model.towers import ContrastiveModel, TowerOptions
+from clipsys.training.model.towers import Towers
 from clipsys.training.precision import training_work
 from clipsys.training.recipe import Recipe
 
@@ -65,7 +65,7 @@ def _compare(recipe: Recipe, seconds: float) -> dict[str, Any]:
     conditions = Conditions(work.precisions, arrangements(trains=True), True, work.channels_last)
     figures = measure(work.products(), conditions)
     probe_s = time.perf_counter() - began
-    model = ContrastiveModel(parts, TowerOptions())
+    model = Towers(parts.model)
     model.train()
     batch = recipe.data.batch_size
     image_BCHW = torch.randn(batch, 3, *parts.preprocessing.size)
@@ -79,8 +79,8 @@ def _compare(recipe: Recipe, seconds: float) -> dict[str, Any]:
         for precision, own in times.items():
             model.precision = precision
             started = time.thread_time()
-            features = model(image_BCHW, tokens_BL)
-            loss = info_nce(features.image_BD, features.text_BD, features.logit_scale)
+            image_BD, text_BD = model.encode_image(image_BCHW), model.encode_tokens(tokens_BL)
+            loss = info_nce(image_BD, text_BD, model.logit_scale())
             loss.backward()  # type: ignore[no-untyped-call]
             own.append(time.thread_time() - started)
             model.zero_grad()

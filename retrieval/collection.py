@@ -39,12 +39,13 @@ from clipsys.retrieval.encoders.encoding import (
 )
 from clipsys.retrieval.encoders.pinned import PinnedEncoder
 from clipsys.retrieval.indexes.planning import DEFAULT_RECALL, IndexPlan
-from clipsys.retrieval.ingest import adding, relocation
+from clipsys.retrieval.ingest import adding, annotating, relocation
 from clipsys.retrieval.ingest.embedding import EmbeddingOptions
 from clipsys.retrieval.ingest.pruning import PRUNE_LIMIT
 from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.maintenance.info import CollectionInfo, describe
 from clipsys.retrieval.maintenance.moved_model import record_model
+from clipsys.retrieval.search import stored
 from clipsys.retrieval.search.encoding import (
     combine,
     embed_with_pinned,
@@ -56,6 +57,7 @@ from clipsys.retrieval.search.options import NEAR_DUPLICATE, Options, duplicate_
 from clipsys.retrieval.search.query import Hit, ImageSource, Query
 from clipsys.retrieval.search.searching import Searcher
 from clipsys.retrieval.search.view import View
+from clipsys.retrieval.storage.annotations import annotated_keys
 from clipsys.retrieval.storage.conditions import Where, parse_where
 from clipsys.retrieval.storage.creation import check_name, create_folder
 from clipsys.retrieval.storage.items import Failure, Item
@@ -65,7 +67,7 @@ from clipsys.retrieval.storage.manifest import (
     Manifest,
     read_manifest,
 )
-from clipsys.retrieval.storage.segments import Floats
+from clipsys.retrieval.storage.segments import Floats, Ints
 from clipsys.retrieval.storage.snapshot import Snapshot
 from clipsys.retrieval.storage.sources import KnownSource, known_sources
 from clipsys.retrieval.storage.store import FILE_NAME as DATABASE_NAME
@@ -129,7 +131,8 @@ class Collection:
         return self._encoder.lock
 
     @property
-    def _pin(self) -> EncoderPin:
+    def encoder_pin(self) -> EncoderPin:
+        """The model of the vectors: name, place, fingerprint, width. Loads nothing."""
         return self._encoder.pin
 
     @cached_property
@@ -234,7 +237,7 @@ class Collection:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Collection({str(self.path)!r}, model={self._pin.name!r})"
+        return f"Collection({str(self.path)!r}, model={self.encoder_pin.name!r})"
 
     # ---- reading ---------------------------------------------------------------------------
 
@@ -329,7 +332,7 @@ class Collection:
         Raises:
             QueryError: the vector is of another width, not finite or zero, or see `search`.
         """
-        query = encode_vector(query_D, self._pin.dim)
+        query = encode_vector(query_D, self.encoder_pin.dim)
         return self._searcher.search([query], Options(k, conditions=parse_where(where)))[0]
 
     def item(self, item_id: int) -> Item:
@@ -368,6 +371,32 @@ class Collection:
         while page:
             yield from page
             page = self._store.live_items(start_after=page[-1].id)
+
+    def stored_vectors(
+        self, where: Where = None, block: int = stored.BLOCK_ITEMS
+    ) -> Iterator[tuple[list[Item], Floats]]:
+        """The items of this moment in the order of their ids, with their vectors, in blocks.
+
+        Vectors are (B, D) float32 of unit norm, to the accuracy of float16. No model is loaded and
+        no image read.
+
+        Args:
+            where: only items whose metadata match.
+            block: items at once.
+
+        Raises:
+            QueryError: the filter is malformed.
+        """
+        return stored.item_blocks(self._view, self._store, self._ids(where), block)
+
+    def vector_blocks(
+        self, where: Where = None, block: int = stored.BLOCK_ITEMS
+    ) -> Iterator[tuple[Ints, Floats]]:
+        """As `stored_vectors`, with ids (B,) int64 in place of the items, which is faster."""
+        return stored.vector_blocks(self._view, self._ids(where), block)
+
+    def _ids(self, where: Where) -> Ints:
+        return stored.chosen_ids(self._view, self._store, parse_where(where))
 
     def sample(self, count: int) -> list[Item]:
         """Live items spread evenly over the collection, in the order of their ids."""
@@ -466,6 +495,44 @@ class Collection:
             num_removed = writer.delete(ids)
             writer.refresh_index()
         return num_removed
+
+    def annotate(self, values: annotating.Values, *, of_image: bool = False) -> int:
+        """Writes metadata of items that no source gives. Returns how many items there were.
+
+        The values can be filtered and sorted by like any others. A later `add` keeps them, except
+        where a source gives their key for the item; so do migration, compaction and repair.
+        Committed 20,000 items at a time.
+
+        Args:
+            values: metadata keys with their values, by id: a mapping, or pairs in any order, which
+                may be made while they are written. None takes a key away from an item. Ids of no
+                live item are left out.
+            of_image: the values describe the image's content: they go when that changes.
+
+        Raises:
+            DataError: a source gives one of the keys, or one cannot be a key.
+            CollectionError: another writer is at work, or the disk is full.
+        """
+        with self._writing():
+            return annotating.annotate(self._store, values, of_image=of_image)
+
+    def check_annotations(self, *keys: str) -> None:
+        """Raises the `DataError` that `annotate` would for these keys."""
+        annotating.check_keys(self._store, keys)
+
+    def annotations(self) -> list[str]:
+        """The metadata keys that `annotate` wrote."""
+        return sorted(annotated_keys(self._store).keys)
+
+    def forget_annotation(self, key: str) -> int:
+        """Takes a key that `annotate` wrote away from all items. Returns how many had it.
+
+        Raises:
+            DataError: no such key was written.
+            CollectionError: another writer is at work.
+        """
+        with self._writing():
+            return annotating.forget(self._store, key)
 
     def sources(self) -> list[KnownSource]:
         """The sources that it was filled from, in the order in which they were first indexed."""
@@ -586,7 +653,7 @@ class Collection:
         return adding.Target(self.path, self._store, self._encoder, self._writing)
 
     def _writing(self) -> AbstractContextManager[Writer]:
-        return writing(self.path, self._store, self._view, self._pin, self._tuning_queries)
+        return writing(self.path, self._store, self._view, self.encoder_pin, self._tuning_queries)
 
     def _tuning_queries(self) -> TuningQueries:
         from clipsys.retrieval.indexes.tuning import caption_queries

@@ -19,9 +19,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Processes, not threads, use the other cores: those of pytest-xdist, and ranks. One number of
 # threads for all also makes runs comparable bit for bit, since it decides the order of sums.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Indexes of the tests' shards stay out of the user's cache folder; subprocesses inherit it.
-_CACHE = tempfile.TemporaryDirectory(prefix="clipsys-tests-")
-os.environ["CLIPSYS_CACHE"] = _CACHE.name
+# Indexes of the tests' shards stay out of the user's cache folder. Ranks and other processes of a
+# test inherit it: they end without removing a folder of their own.
+if "CLIPSYS_TESTS_CACHE" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="clipsys-tests-")
+    os.environ["CLIPSYS_CACHE"] = os.environ["CLIPSYS_TESTS_CACHE"] = _CACHE.name
 # What `auto` is must not depend on the machine that runs the tests; nor may they touch the user's
 # stored measurements. Tests of the probe measure on purpose, into a folder of their own.
 os.environ["CLIPSYS_PROBE"] = "off"

@@ -45,7 +45,7 @@ def _assert_equal_hits(hits: list[Hit], expected: dict[str, Any]) -> None:
     assert [hit.uri for hit in hits] == [hit["uri"] for hit in expected["hits"]]
     assert [hit.metadata for hit in hits] == [hit["metadata"] for hit in expected["hits"]]
     scores = [hit["score"] for hit in expected["hits"]]
-    # The query is encoded anew, by whichever kernels this machine has.
+    # The query is encoded again, by whichever kernels this machine has.
     np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-4)
 
 

@@ -184,7 +184,7 @@ class Checkpoints:
             there = ", ".join(names) or "none"
             raise TrainingError(
                 f"{pointer}: names {name!r}, which is no checkpoint of {self.folder} (there are: "
-                f"{there}); write the name of one into it, or remove {self.folder} to start anew"
+                f"{there}); write the name of one into it, or remove {self.folder} to begin again"
             )
         return name
 

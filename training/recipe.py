@@ -25,7 +25,7 @@ from clipsys.training.objectives import (
     make_objective,
 )
 from clipsys.training.objectives.infonce import InfoNCEConfig
-from clipsys.training.validation import EvaluationConfig
+from clipsys.training.validation.config import EvaluationConfig
 
 
 class Recipe(Settings):

@@ -132,7 +132,7 @@ class Resumption:
     def settle(self, recipe: Recipe) -> Recipe:
         """The recipe with the precision that ran in the place of ``auto``.
 
-        A choice made anew could be another one, and the run would not go on as if it had not
+        A choice made again could be another one, and the run would not go on as if it had not
         stopped.
         """
         if recipe.engine.precision != "auto" or not self.saved.precision:

@@ -48,7 +48,7 @@ from clipsys.training.plan import Plan, plan_run
 from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
 from clipsys.training.step import TrainingStep
-from clipsys.training.validation import Validation
+from clipsys.training.validation.measuring import Validation
 
 _logger = logging.getLogger(__name__)
 

@@ -171,12 +171,13 @@ class SearchService:
             ImageDecodeError: the uploaded file is not a usable image.
         """
         picture = decode_upload(image)
-        names = [name.strip() for name in re.split(r"[,;\n]", labels) if name.strip()]
+        given = (name.strip() for name in re.split(r"[,;\n]", labels))
+        names = list(dict.fromkeys(name for name in given if name))
         encoder = cast(Any, self.collection.encoder)
         key = ("\n".join(names), template)
         with self._classifier_lock, self.collection.encoder_lock:
             if self._classifier is None or self._classifier[0] != key:
-                classifier = ZeroShotClassifier(encoder, names, [template.strip()])
+                classifier = ZeroShotClassifier(encoder, names, [template.strip()], cache=False)
                 self._classifier = (key, classifier)
             return self._classifier[1].predict([picture])[0].probabilities
 

@@ -2,7 +2,6 @@
 
 options             arguments and options that several verbs share
 shards              ``clipsys shards``
-classify            ``clipsys classify``
 models              ``clipsys models``
 doctor              ``clipsys doctor``
 """

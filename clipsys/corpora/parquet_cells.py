@@ -55,6 +55,7 @@ class ParquetTable:
         image_names: names of the columns that hold images.
         list_names: names of the columns that hold lists of images.
         text_names: names of the columns that hold texts, and so may hold paths.
+        class_names: names of numbered classes by column, as Hugging Face's datasets note them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +81,7 @@ class ParquetTable:
             name for name in self.image_names if _element_type(self._types[name]) is not None
         ]
         self.text_names = [name for name in self.names if _is_text(self._types[name])]
-        self._class_names = _class_names(schema.metadata or {})
+        self.class_names = _class_names(schema.metadata or {})
 
     def type_of(self, name: str) -> str:
         """The type of a column in a word, for messages."""
@@ -115,7 +116,7 @@ class ParquetTable:
             raise DataError(f"{self._path}: cannot be read as Parquet ({error})") from error
 
     def _readable(self, cells: dict[str, Any]) -> dict[str, Any]:
-        for name, class_names in self._class_names.items():
+        for name, class_names in self.class_names.items():
             value = cells.get(name)
             if isinstance(value, int) and 0 <= value < len(class_names):
                 cells[name] = class_names[value]

@@ -174,7 +174,7 @@ def _iterate_shards(
                 continue
             if raw["__key__"] in repeated:
                 raw[REPEATED] = True
-            yield _sample_record(name, raw)
+            yield sample_record(name, raw)
         if num_repeats:
             _logger.warning(
                 "%s: %d times a key occurs again, away from its first members; only adjacent "
@@ -183,7 +183,8 @@ def _iterate_shards(
             )
 
 
-def _sample_record(shard: str, raw: dict[str, Any]) -> Record:
+def sample_record(shard: str, raw: dict[str, Any]) -> Record:
+    """The record of a raw sample of a shard; of one that cannot be used, ``read`` fails."""
     raw["__url__"] = shard
     uri = place_of(raw)
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +23,14 @@ from clipsys.corpora.real_paths import real_path
 from clipsys.corpora.records import Record, file_record
 from clipsys.errors import ConfigError, DataError
 
-__all__ = ["TABLE_SUFFIXES", "Columns", "iterate_table", "locate", "read_table_image"]
+__all__ = [
+    "TABLE_SUFFIXES",
+    "Columns",
+    "class_label_names",
+    "iterate_table",
+    "locate",
+    "read_table_image",
+]
 
 #: What makes metadata of a cell.
 _Clean: TypeAlias = Callable[[Any], Any]
@@ -94,6 +102,22 @@ def read_table_image(table: Path, member: str) -> bytes:
     if column is None:
         raise DataError(f"{table}#{member}: the table has no column of images any more")
     return read_cell(table, column, int(row), int(element) if element else None)
+
+
+def class_label_names(path: Path, columns: Columns, label: str | None = None) -> list[str]:
+    """The names of the classes of a Parquet table in their order, where its schema has them.
+
+    Args:
+        path: the table.
+        columns: what its columns mean.
+        label: the column that is the label; None: the one that is recognised.
+
+    Raises:
+        DataError: the table cannot be read, or its columns are not understood.
+    """
+    table = ParquetTable(path)
+    name = label or _parquet_roles(path, table, columns).label
+    return table.class_names.get(name or "", [])
 
 
 # ---- text tables -------------------------------------------------------------------------------
@@ -196,6 +220,11 @@ def _parquet_roles(path: Path, table: ParquetTable, columns: Columns) -> Roles:
     roles = find_roles(path, names, columns, images=table.image_names, paths=table.text_names)
     if roles.path is not None and roles.path not in table.text_names:
         raise DataError(_wrong_type(path, table, roles.path))
+    if roles.label is None:
+        # A column of numbered classes, if there is just one, is the label whatever its name.
+        numbered = [name for name in table.class_names if name in names]
+        if len(numbered) == 1 and numbered[0] not in roles.used:
+            roles = replace(roles, label=numbered[0])
     return roles
 
 

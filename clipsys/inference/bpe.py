@@ -7,7 +7,7 @@ of the vocabulary's merges. That it gives the same tokens as open_clip is tested
 for each model before it is relied on (`clipsys.inference.numpy_text_tower`).
 
 The tokenizers library was measured beside it in processes of their own (import, vocabulary, one
-query; two cores, best of 8): 45 ms here, 61 ms there with the vocabulary made anew, and 61 ms from
+query; two cores, best of 8): 45 ms here, 61 ms there with the vocabulary made again, and 61 ms from
 a tokenizer.json. It would still need the cleaning and the vocabulary's layout from here.
 """
 

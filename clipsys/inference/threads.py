@@ -43,29 +43,47 @@ class Arrangement:
 
 
 def in_chunks(
-    encode: EncodeImage, chunk: int, arrangement: Arrangement | None = None
+    encode: EncodeImage,
+    chunk: int,
+    arrangement: Arrangement | None = None,
+    *,
+    is_fixed: bool = False,
 ) -> EncodeImage:
     """``encode`` for batches of any size: on a CPU up to ``chunk`` images a thread at once.
+
+    With ``is_fixed`` exactly ``chunk`` images at once, on any device, the last ones repeated where
+    there are fewer. A row's bits then do not depend on what else is encoded and by how many
+    threads: measured on a CPU in fp32, bf16 and int8 on a vision transformer and a ResNet, they
+    depend on the number of images that pass together (fp32: ViT below 6 images, ResNet at each
+    number; up to 2e-7), and neither on an image's place among them, nor on its neighbours, nor on
+    whether 1 or 2 threads share the operations.
 
     Args:
         encode: must be free of state, each image's features depending on that image alone. Runs
             without gradients.
         chunk: images that pass together.
         arrangement: default as many threads as torch has, apart.
+        is_fixed: see above.
     """
     pool: ThreadPoolExecutor | None = None
 
     def encode_in_chunks(image_BCHW: torch.Tensor) -> torch.Tensor:
         nonlocal pool
-        if image_BCHW.device.type != "cpu" or len(image_BCHW) <= chunk:
+        is_cpu = image_BCHW.device.type == "cpu"
+        if not is_fixed and (not is_cpu or len(image_BCHW) <= chunk):
             return encode(image_BCHW)
         chosen = arrangement or Arrangement(torch.get_num_threads(), apart=True)
-        # A multiple of the threads, all of a size: no thread waits at the end.
-        num_parts = math.ceil(math.ceil(len(image_BCHW) / chunk) / chosen.threads) * chosen.threads
-        parts = torch.tensor_split(image_BCHW, min(num_parts, len(image_BCHW)))
-        if chosen.threads == 1 or not chosen.apart:
+        if is_fixed:
+            parts = _equal_parts(image_BCHW, chunk)
+        else:
+            # A multiple of the threads, all of a size: no thread waits at the end.
+            num_parts = math.ceil(len(image_BCHW) / chunk / chosen.threads) * chosen.threads
+            parts = list(torch.tensor_split(image_BCHW, min(num_parts, len(image_BCHW))))
+        if not is_cpu:
+            return torch.cat([encode(part) for part in parts])[: len(image_BCHW)]
+        if chosen.threads == 1 or not chosen.apart or len(parts) == 1:
             with limited_threads(chosen.threads):
-                return torch.cat([encode(part) for part in parts])
+                return torch.cat([encode(part) for part in parts])[: len(image_BCHW)]
         if pool is None:
             pool = single_threads(chosen.threads)
         autocast = torch.is_autocast_enabled("cpu")
@@ -75,9 +93,18 @@ def in_chunks(
             with torch.inference_mode(), torch.autocast("cpu", enabled=autocast):
                 return encode(part)
 
-        return torch.cat(list(pool.map(encode_part, parts)))
+        return torch.cat(list(pool.map(encode_part, parts)))[: len(image_BCHW)]
 
     return encode_in_chunks
+
+
+def _equal_parts(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Parts of exactly ``size`` rows, the last one filled with its own last row."""
+    parts = list(torch.split(rows, size))
+    lacking = size - len(parts[-1])
+    if lacking:
+        parts[-1] = torch.cat([parts[-1], *[parts[-1][-1:]] * lacking])
+    return parts
 
 
 @contextmanager

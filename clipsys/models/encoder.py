@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ from clipsys.models.tokenization import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
+
+#: Images that pass a GPU together where bits must not depend on their number.
+_DEVICE_CHUNK = 128
+#: Texts that pass together likewise, and the step of the lengths that they are cut at.
+_TEXT_CHUNK, _TEXT_STEP = 32, 8
 
 
 class Encoder:
@@ -62,6 +67,8 @@ class Encoder:
             image_size=parts.preprocessing.size,
         )
         self.precision = self._choice.precisions[0]
+        self._is_settled = not self._choice.is_checked or self._choice.precisions == ("fp32",)
+        self._fixed_forms: dict[str, EncodeImage] = {}
         self._encode_tokens = text_encoder(self._model)
         self._tokenizer = parts.tokenizer
         shape = (3, 1, 1)
@@ -98,28 +105,56 @@ class Encoder:
     @cached_property
     def _encode_pixels(self) -> EncodeImage:
         # When first needed: a search by text must not wait for it.
-        exact = image_encoder(self._model)
-        forms: dict[str, MakeEncoder] = {
-            "fp32": lambda: self._from_pixels(exact, CPU_CHUNK),
-            "bf16": lambda: self._from_pixels(self._in_bf16(exact), CPU_CHUNK),
-            "int8": self._make_int8,
-        }
-        encode = forms["fp32"]()
+        encode = self._form("fp32")
         assert encode is not None
         names = [name for name in self._choice.precisions if name != "fp32"]
         if not names:
             return encode
-        if self._choice.is_checked:
-            approximations = {name: forms[name] for name in names}
+        if self._choice.is_checked and not self._is_settled:
+            approximations: dict[str, MakeEncoder] = {
+                name: partial(self._form, name) for name in names
+            }
             return CheckedEncoder(encode, approximations, self._settle)
-        return forms[names[0]]() or encode
+        return self._form(self.precision) or encode
+
+    @property
+    def settled_precision(self) -> str | None:
+        """`precision`, where it is final; None where images have still to be compared."""
+        return self.precision if self._is_settled else None
+
+    @property
+    def precision_choices(self) -> tuple[str, ...]:
+        """The precisions that it may come to, the preferred one first."""
+        return self._choice.precisions
+
+    def settle_for(self, precision: str) -> None:
+        """Makes a precision final that images decided for, here or in an earlier run."""
+        if self._is_settled and precision == self.precision:
+            return
+        self._settle(precision)
+        vars(self).pop("_encode_pixels", None)  # made anew, in this precision
 
     def _settle(self, precision: str) -> None:
-        self.precision = precision
+        self.precision, self._is_settled = precision, True
 
-    def _make_int8(self) -> EncodeImage | None:
-        tower = int8_image_encoder(self._model)
-        return None if tower is None else self._from_pixels(tower, INT8_CHUNK)
+    @cached_property
+    def _int8(self) -> EncodeImage | None:
+        return int8_image_encoder(self._model)
+
+    @cached_property
+    def _exact(self) -> EncodeImage:
+        return image_encoder(self._model)
+
+    def _form(self, precision: str, *, is_fixed: bool = False) -> EncodeImage | None:
+        """The image tower in one precision; None: it has no such form."""
+        if precision == "int8":
+            tower, chunk = self._int8, INT8_CHUNK
+        else:
+            tower = self._exact if precision == "fp32" else self._in_bf16(self._exact)
+            chunk = CPU_CHUNK
+        if self.device.type != "cpu" and is_fixed:
+            chunk = _DEVICE_CHUNK
+        return None if tower is None else self._from_pixels(tower, chunk, is_fixed=is_fixed)
 
     def _in_bf16(self, encode: EncodeImage) -> EncodeImage:
         def encode_in_bf16(image_BCHW: torch.Tensor) -> torch.Tensor:
@@ -128,33 +163,39 @@ class Encoder:
 
         return encode_in_bf16
 
-    def _from_pixels(self, encode: EncodeImage, chunk: int) -> EncodeImage:
+    def _from_pixels(
+        self, encode: EncodeImage, chunk: int, *, is_fixed: bool = False
+    ) -> EncodeImage:
         # Floats are four times the bytes: they are made when their images' turn has come.
         return in_chunks(
             lambda pixels: encode(self.normalised(pixels)),
             chunk,
             self._choice.arrangement,
+            is_fixed=is_fixed,
         )
 
     def preprocess(self, image: Image.Image) -> Pixels:
         """Resizes and crops one decoded image: uint8 (3, H, W). Thread-safe."""
         return self.preprocessing.pixels(image.convert("RGB"))
 
-    def read_pixels(self, source: str | Path | bytes, *, uri: str | None = None) -> Pixels:
+    def read_pixels(
+        self, source: str | Path | bytes, *, uri: str | None = None, is_fast: bool | None = None
+    ) -> Pixels:
         """Decodes and preprocesses one file: uint8 (3, H, W). Thread-safe.
 
-        In precision ``fast`` as training does: JPEGs at a fraction of their size where that leaves
-        enough, and resized by torch, within 40 dB of the exact pixels. Otherwise `preprocess` of
-        the whole image.
+        Fast is as training does it: JPEGs at a fraction of their size where that leaves enough, and
+        resized by torch, within 40 dB of the exact pixels. Otherwise `preprocess` of the whole
+        image.
 
         Args:
             source: a path, or the file's bytes.
             uri: what error messages call it; the path if not given.
+            is_fast: None: in precision ``fast``.
 
         Raises:
             ImageDecodeError: it cannot be decoded.
         """
-        if not self._read_fast:
+        if not (self._read_fast if is_fast is None else is_fast):
             return self.preprocess(decode_image(source, uri=uri))
         stored = decode_stored(source, uri=uri, min_side=self.preprocessing.fast_min_side)
         return self.preprocessing.fast_pixels(stored)
@@ -168,6 +209,50 @@ class Encoder:
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_BCHW)).to(self.device)
         with torch.inference_mode():
             return _unit(self._encode_pixels(pixels))
+
+    def encode_pixels_fixed(self, pixels_BCHW: Pixels, precision: str) -> Vectors:
+        """`encode_pixels` with the same bits for an image, whatever is encoded with it.
+
+        Args:
+            pixels_BCHW: (B, 3, H, W) uint8.
+            precision: a final one: `settled_precision`, or ``fp32`` at any time.
+        """
+        encode = self._fixed_forms.get(precision)
+        if encode is None:
+            encode = self._form(precision, is_fixed=True)
+            if encode is None:
+                encode = self._form("fp32", is_fixed=True)
+            assert encode is not None
+            self._fixed_forms[precision] = encode
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels_BCHW)).to(self.device)
+        with torch.inference_mode():
+            return _unit(encode(pixels))
+
+    def encode_text_fixed(self, texts: Sequence[str]) -> Vectors:
+        """`encode_text` with the same bits for a text, whatever is encoded with it.
+
+        Texts of about one length are encoded together, always as many of them: (N, D) float32.
+        """
+        vectors_ND = np.zeros((len(texts), self.dim), np.float32)
+        if not texts:
+            return vectors_ND
+        tokens_NL = self._tokenizer(list(texts))
+        width = tokens_NL.shape[1]
+        ends_N = tokens_NL.argmax(dim=1)
+        lengths_N = ((ends_N // _TEXT_STEP + 1) * _TEXT_STEP).clamp(max=width)
+        for length in sorted(set(lengths_N.tolist())):
+            rows = (lengths_N == length).nonzero().flatten()
+            for part in rows.split(_TEXT_CHUNK - 1):
+                chunk_BL = _filled(tokens_NL[part], int(length)).to(self.device)
+                vectors_ND[part.numpy()] = self._encode_text_batch(chunk_BL)[: len(part)]
+        return vectors_ND
+
+    def _encode_text_batch(self, tokens_BL: torch.Tensor) -> Vectors:
+        in_bf16 = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+        with torch.inference_mode(), in_bf16:
+            return _unit(self._encode_tokens(tokens_BL))
 
     def encode_image(
         self, images: Sequence[Image.Image | str | Path], *, batch_size: int = 64
@@ -191,12 +276,19 @@ class Encoder:
         batches = []
         for start in range(0, len(texts), batch_size):
             tokens_BL = self._tokenizer(list(texts[start : start + batch_size])).to(self.device)
-            in_bf16 = torch.autocast(
-                self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-            )
-            with torch.inference_mode(), in_bf16:
-                batches.append(_unit(self._encode_tokens(tokens_BL)))
+            batches.append(self._encode_text_batch(tokens_BL))
         return np.concatenate(batches) if batches else np.zeros((0, self.dim), np.float32)
+
+
+def _filled(tokens_BL: torch.Tensor, length: int) -> torch.Tensor:
+    """`_TEXT_CHUNK` rows: those given, and others of exactly ``length`` tokens.
+
+    A tower that cuts a batch at its longest text so cuts it at ``length``, whatever is in it.
+    """
+    filler_L = torch.zeros_like(tokens_BL[0])
+    filler_L[0] = tokens_BL[0, 0]
+    filler_L[length - 1] = tokens_BL[0].max()
+    return torch.cat([tokens_BL, filler_L.expand(_TEXT_CHUNK - len(tokens_BL), -1)])
 
 
 def _unit(features: torch.Tensor) -> Vectors:

@@ -195,7 +195,7 @@ class ShardReader:
                     found = DataError(
                         f"{self._shards[shard]}: holds {len(found)} samples, not the "
                         f"{self._counts[shard]} that its folder's shards.json states; "
-                        "`clipsys shards FOLDER --manifest` writes that file anew"
+                        "`clipsys shards FOLDER --manifest` writes that file again"
                     )
             except DataError as error:
                 found = error

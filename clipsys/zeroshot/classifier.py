@@ -2,110 +2,340 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from clipsys.errors import ConfigError
+from clipsys.errors import ConfigError, DataError
+from clipsys.images.decoding import decode_image
+from clipsys.progress import progress_if
+from clipsys.zeroshot import calibration
+from clipsys.zeroshot.class_vectors import class_vectors
+from clipsys.zeroshot.classes import Classes, ClassTexts, read_classes
+from clipsys.zeroshot.deciding import (
+    DEFAULT_BACKGROUND,
+    UNKNOWN,
+    Choice,
+    Decisions,
+    Temperature,
+    decide,
+    probabilities,
+)
+from clipsys.zeroshot.images import Input, StoredVectors, encoded, inputs
+from clipsys.zeroshot.templates import DEFAULT_TEMPLATES, find_templates
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from clipsys.models.encoder import Encoder
+    from clipsys.zeroshot.calibration import Calibration
+    from clipsys.zeroshot.explain import Explanation
 
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
+Floats = npt.NDArray[np.float32]
+
+#: Images from which a progress bar is worth its line.
+_MANY = 256
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The class of one image.
 
+    Probabilities are over the classes that were given, and say nothing of what else an image may
+    show: a photograph of a horse is a dog with 0.9 where the classes are dog and fish.
+
     Attributes:
-        label: the class with the highest probability.
+        label: the class with the highest probability, or ``unknown``.
         probability: probability of that class, in [0, 1].
         scores: cosine similarity to each class, in the order of the classes.
         probabilities: probability of each class. Those of a model trained with a softmax are over
-            the classes that were offered, and sum to 1. A model trained with the sigmoid loss
-            (SigLIP) decides on each class by itself: they need not sum to 1, and may all be near 0.
+            the classes that were offered (and the background, if any), and sum to 1. A model
+            trained with the sigmoid loss (SigLIP) decides on each class by itself: they need not
+            sum to 1, and may all be near 0.
+        top: the most probable classes with their probabilities, best first.
+        labels: all classes of the image where each is decided on by itself (``multi_label``).
     """
 
     label: str
     probability: float
     scores: dict[str, float]
     probabilities: dict[str, float]
+    top: tuple[tuple[str, float], ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 class ZeroShotClassifier:
     """Classifies images among classes that are given by name.
 
-    Each class vector is the mean of its templates' unit vectors, normalised again (Radford et al.
+    Each class vector is the mean of its prompts' unit vectors, normalised again (Radford et al.
     2021, "Learning Transferable Visual Models From Natural Language Supervision", section 3.1.4).
+
+    Attributes:
+        encoder: the model.
+        classes: C names, in the order in which they were given.
+        templates: sentences with ``{}`` for the class.
+        class_CD: (C, D) float32, one unit vector a class.
+        temperature: how similarities become probabilities: the model's own, until `calibrate`.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        classes: Sequence[str],
-        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        classes: Classes,
+        templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+        *,
+        multi_label: bool = False,
+        threshold: float = 0.5,
+        unknown_below: float | None = None,
+        background: Sequence[str] = (),
+        cache: bool = True,
     ) -> None:
-        self.encoder = encoder
-        self.classes = check_prompts(classes, templates)
-        texts = [template.replace("{}", name) for name in self.classes for template in templates]
-        self.class_CD = class_vectors(encoder.encode_text(texts), len(templates))
+        """
+        Args:
+            encoder: the model.
+            classes: names; or a mapping from a name to a list of synonyms, each of which goes into
+                every template, or to one text, a description that stands without a template.
+            templates: sentences with ``{}`` for the class, or the name of a set: ``simple``,
+                ``clip`` (80), ``siglip`` (5), or ``plain``, with which all texts are descriptions.
+            multi_label: decide on each class by itself: an image has any number of labels. With a
+                model trained with a softmax, each class is set against the background.
+            threshold: probability from which an image is of a class then.
+            unknown_below: label images ``unknown`` whose best probability is lower. For images that
+                are of one of the classes, where the model is not sure.
+            background: texts of what is none of the classes ("a landscape", "a document"); an image
+                that is nearer to one of them is ``unknown``. For images that show something else.
+            cache: store class vectors in the user's cache folder, and look them up there.
 
-    def scores(self, image_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        Raises:
+            ConfigError: there are fewer than two classes, one is given twice, or a template has no
+                place for them.
+        """
+        texts = [background] if isinstance(background, str) else list(background)
+        choice = Choice(multi_label, threshold, unknown_below, tuple(texts))
+        found, self.templates = check_question(classes, templates, choice)
+        self.encoder = encoder
+        self.classes = [one.name for one in found]
+        prompts = [one.prompts(self.templates) for one in found]
+        self.class_CD = class_vectors(encoder, prompts, cache=cache)
+        self.temperature = Temperature(encoder.logit_scale, encoder.logit_bias)
+        self._choice = choice
+        background = choice.background
+        if multi_label and not background and self.temperature.bias is None:
+            background = DEFAULT_BACKGROUND
+        self._background_KD = encoder.encode_text(list(background)) if background else None
+
+    def __repr__(self) -> str:
+        return f"ZeroShotClassifier({self.encoder.name!r}, {len(self.classes)} classes)"
+
+    def scores(self, image_ND: Floats) -> Floats:
         """Cosine similarities (N, C) of unit image vectors (N, D) to the classes."""
         return image_ND @ self.class_CD.T
 
-    def predict(self, images: Sequence[Image.Image | str | Path]) -> list[Prediction]:
-        """Classifies images, given decoded or by path.
+    def probabilities(self, image_ND: Floats) -> npt.NDArray[np.float64]:
+        """Probabilities (N, C) of unit image vectors (N, D); see `Prediction`."""
+        found, _ = probabilities(
+            self.scores(image_ND),
+            self._background(image_ND),
+            self.temperature,
+            multi_label=self._choice.multi_label,
+        )
+        return found
+
+    def decide(self, image_ND: Floats, *, dtype: npt.DTypeLike = np.float64) -> Decisions:
+        """Labels of many unit image vectors (N, D) at once, as arrays.
+
+        Args:
+            image_ND: vectors.
+            dtype: in which probabilities are computed; float32 takes half the time and memory.
+        """
+        return decide(
+            self.scores(image_ND),
+            self._background(image_ND),
+            self.classes,
+            self.temperature,
+            self._choice,
+            dtype=dtype,
+        )
+
+    def predict(
+        self,
+        images: Any,
+        *,
+        top_k: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[Prediction]:
+        """Classifies images.
+
+        Args:
+            images: paths, bytes, PIL images, arrays or tensors (see `clipsys.zeroshot.images`), one
+                or an iterable of them; a folder, a table or shards; or an open collection, whose
+                stored vectors are used.
+            top_k: classes in `Prediction.top`.
+            on_error: ``skip`` leaves out what cannot be used, with a warning each.
 
         Raises:
-            ImageDecodeError: one of the files cannot be decoded.
+            ImageDecodeError: one of them cannot be decoded.
+            DataError: one is no image, or the collection's vectors are of another model.
         """
-        scores_NC = self.scores(self.encoder.encode_image(images))
-        return [self._prediction(row) for row in scores_NC]
+        return [found for _, found in self.stream(images, top_k=top_k, on_error=on_error)]
 
-    def _prediction(self, scores_C: npt.NDArray[np.float32]) -> Prediction:
-        logits_C = self.encoder.logit_scale * scores_C.astype(np.float64)
-        best = int(logits_C.argmax())
-        bias = self.encoder.logit_bias
-        if bias is None:
-            powers_C = np.exp(logits_C - logits_C.max())
-            probability_C = powers_C / powers_C.sum()
+    def stream(
+        self,
+        images: Any,
+        *,
+        top_k: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+        show_progress: bool | None = None,
+    ) -> Iterator[tuple[str, Prediction]]:
+        """Classifies images as they come, with bounded memory: names and predictions, in order.
+
+        Args:
+            images: as `predict` takes them.
+            top_k: classes in `Prediction.top`.
+            on_error: ``skip`` leaves out what cannot be used, with a warning each.
+            show_progress: draws a bar on stderr; None: where there are many images.
+
+        Raises:
+            ImageDecodeError: one of them cannot be decoded.
+            DataError: one is no image, or the collection's vectors are of another model.
+        """
+        total = len(images) if hasattr(images, "__len__") else None
+        if isinstance(images, (str, bytes)):
+            total = None
+        shown = show_progress if show_progress is not None else total is None or total > _MANY
+        with progress_if(shown, "Classifying", total) as advance:
+            for names, image_ND in self._vectors(images, on_error):
+                yield from zip(names, self._predictions(image_ND, top_k), strict=True)
+                advance(len(names))
+
+    def calibrate(self, images: Any, labels: Sequence[str]) -> Calibration:
+        """Fits the temperature on labelled images, so that probabilities are honest.
+
+        No ranking of the classes changes. A sigmoid model has a bias, which is fitted too.
+
+        Args:
+            images: as `predict` takes them; or unit vectors (N, D) float32.
+            labels: the class of each image.
+
+        Raises:
+            DataError: a label is not a class, or there are more or fewer labels than images.
+        """
+        unknown = sorted({*labels} - {*self.classes})
+        if unknown:
+            raise DataError(
+                f"label {unknown[0]!r} is not one of the classes: {', '.join(self.classes[:8])}"
+                f"{', …' if len(self.classes) > 8 else ''}"
+            )
+        is_vectors = (
+            isinstance(images, np.ndarray) and images.ndim == 2 and images.dtype.kind == "f"
+        )
+        if is_vectors and images.shape[1] == self.encoder.dim:
+            image_ND = images
         else:
-            probability_C = 1 / (1 + np.exp(-np.clip(logits_C + bias, -700, 700)))
-        return Prediction(
-            self.classes[best],
-            float(probability_C[best]),
-            dict(zip(self.classes, map(float, scores_C), strict=True)),
-            dict(zip(self.classes, map(float, probability_C), strict=True)),
+            blocks = [block for _, block in self._vectors(images, "raise")]
+            image_ND = np.concatenate(blocks) if blocks else np.zeros((0, self.encoder.dim))
+        if len(image_ND) != len(labels) or not labels:
+            raise DataError(
+                f"{len(image_ND)} images and {len(labels)} labels; a calibration needs a label for "
+                "each image, and one image or more"
+            )
+        if len(labels) < calibration.FEW_IMAGES:
+            _logger.warning(
+                "a temperature fitted on %d images is uncertain; %d or more are better",
+                *(len(labels), calibration.FEW_IMAGES),
+            )
+        index = {name: number for number, name in enumerate(self.classes)}
+        targets_N = np.array([index[label] for label in labels])
+        scores_NC = self.scores(np.asarray(image_ND, np.float32))
+        before = self.temperature
+        self.temperature = calibration.fit(scores_NC, targets_N, before)
+        return calibration.Calibration(
+            1 / self.temperature.scale,
+            self.temperature.bias,
+            calibration.loss(scores_NC, targets_N, before),
+            calibration.loss(scores_NC, targets_N, self.temperature),
+            len(labels),
         )
 
+    def explain(self, image: Any, label: str | None = None) -> Explanation:
+        """Which parts of an image speak for a label, against the others.
 
-def check_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The classes, each once and without blanks around it.
+        Args:
+            image: a path, bytes, a PIL image, an array or a tensor.
+            label: one of the classes; None: the nearest one.
+
+        Raises:
+            ConfigError: the label is not a class.
+            ModelError: the image tower is of a kind that cannot be explained.
+        """
+        from clipsys.zeroshot.explain import explain, explain_class
+
+        one = next(inputs(image))
+        loaded = one.load()
+        picture = loaded if isinstance(loaded, Image.Image) else decode_image(loaded, uri=one.name)
+        if label is None:
+            ((_, image_ND),) = encoded(self.encoder, [one])
+            label = self.classes[int(self.scores(image_ND)[0].argmax())]
+        if len(self.classes) == 1:
+            return explain(self.encoder, picture, self.class_CD[0])
+        return explain_class(self.encoder, picture, label, self.classes, self.class_CD)
+
+    def _background(self, image_ND: Floats) -> Floats | None:
+        return None if self._background_KD is None else image_ND @ self._background_KD.T
+
+    def _vectors(
+        self, images: Any, on_error: Literal["raise", "skip"]
+    ) -> Iterator[tuple[list[str], Floats]]:
+        if isinstance(images, StoredVectors):
+            pin = images.encoder_pin
+            if pin.fingerprint != self.encoder.fingerprint:
+                raise DataError(
+                    f"the collection's vectors are of model {pin.name} ({pin.fingerprint[:12]}), "
+                    f"the classifier's of {self.encoder.name} ({self.encoder.fingerprint[:12]}); "
+                    "make the classifier with the collection's encoder"
+                )
+            for items, image_ND in images.stored_vectors():
+                yield [item.uri for item in items], image_ND
+            return
+        skip: Callable[[Input, DataError], None] | None = _warn if on_error == "skip" else None
+        for found, image_ND in encoded(self.encoder, inputs(images), on_error=skip):
+            yield [one.name for one in found], image_ND
+
+    def _predictions(self, image_ND: Floats, top_k: int) -> Iterator[Prediction]:
+        found = self.decide(image_ND)
+        order_NK = np.argsort(-found.probability_NC, axis=1, kind="stable")[:, :top_k]
+        for place, label in enumerate(found.labels):
+            probability_C = found.probability_NC[place].tolist()
+            yield Prediction(
+                label,
+                float(found.probability_N[place]),
+                dict(zip(self.classes, found.scores_NC[place].tolist(), strict=True)),
+                dict(zip(self.classes, probability_C, strict=True)),
+                tuple((self.classes[one], probability_C[one]) for one in order_NK[place].tolist()),
+                () if found.chosen is None else tuple(found.chosen[place]),
+            )
+
+
+def check_question(
+    classes: Classes, templates: str | Sequence[str], choice: Choice
+) -> tuple[list[ClassTexts], list[str]]:
+    """The classes and the templates, checked, before minutes of loading a model.
 
     Raises:
-        ConfigError: there are fewer than two, or a template has no place for them.
+        ConfigError: there are too few classes, one is given twice, or a template has no place for
+            them.
     """
-    names = list(dict.fromkeys(name.strip() for name in classes if name.strip()))
-    if len(names) < 2:
-        raise ConfigError(
-            f"zero-shot classification needs two different classes or more, got {list(classes)}"
-        )
-    for template in templates or [""]:
-        if template.count("{}") != 1:
-            raise ConfigError(f"template {template!r}: expected one {{}} for the class name")
-    return names
+    found = read_classes(classes, at_least=1 if choice.multi_label or choice.background else 2)
+    names_unknown = choice.unknown_below is not None or choice.background
+    if names_unknown and any(one.name == UNKNOWN for one in found):
+        raise ConfigError(f"a class is called {UNKNOWN!r}, as images of no class are; rename it")
+    return found, find_templates(templates)
 
 
-def class_vectors(text_ND: npt.NDArray[np.float32], num_templates: int) -> npt.NDArray[np.float32]:
-    """One unit vector per class from those of its prompts: (C * T, D), class by class -> (C, D)."""
-    vectors = text_ND.reshape(-1, num_templates, text_ND.shape[1]).mean(axis=1)
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
+def _warn(one: Input, error: DataError) -> None:
+    _logger.warning("%s", error if one.name in str(error) else f"{one.name}: {error}")

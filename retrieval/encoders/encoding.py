@@ -165,7 +165,7 @@ def _load_as_before(folder: Path, pin: EncoderPin, *, precision: str) -> ImageTe
     _logger.warning(
         "%s: its vectors were made by clipsys 0.1.0 without QuickGELU, the activation that %s was "
         "trained with, and its texts are encoded likewise; `clipsys index %s --migrate --model %s` "
-        "encodes the images anew, as the weights were meant",
+        "encodes the images again, as the weights were meant",
         *(folder, pin.name, folder, pin.model),
     )
     return encoder

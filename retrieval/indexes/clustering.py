@@ -26,7 +26,7 @@ def spherical_kmeans(
 ) -> Floats:
     """Unit-norm centroids (L, D) of unit vectors, by inner product. Deterministic.
 
-    A list that loses all its vectors starts anew at the vector that is farthest from its centroid.
+    A list that loses all its vectors starts again at the vector that is farthest from its centroid.
     """
     generator = np.random.default_rng(seed)
     chosen = generator.choice(len(sample_ND), num_lists, replace=False)

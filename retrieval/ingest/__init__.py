@@ -10,5 +10,6 @@ pending          what is read and not yet committed
 pruning          removing what no source gives any more
 healing          one item a file, whatever paths led to it
 relocation       sources that were renamed or are gone for good
+annotating       metadata that is written to items afterwards
 adding           all of it, as one run of the writer
 """

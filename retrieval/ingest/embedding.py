@@ -25,7 +25,8 @@ from clipsys.retrieval.ingest.moving import MovedFiles
 from clipsys.retrieval.ingest.pending import Pending
 from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.ingest.sources import Entry
-from clipsys.retrieval.ingest.texts import Texts, merge
+from clipsys.retrieval.ingest.texts import Texts, annotations_of, merge
+from clipsys.retrieval.storage.annotations import annotated_keys
 from clipsys.retrieval.storage.items import Batch, Failure, Item, ItemUpdate, NewItem
 from clipsys.retrieval.storage.segments import Floats
 from clipsys.retrieval.storage.sources import Claim, origins_of
@@ -85,7 +86,8 @@ class Embedder:
         self._num_workers = options.num_workers or min(16, os.cpu_count() or 1)
         self._retry_failures = options.retry_failures
         self._loader = Loader(store, encoder)
-        self._moved = MovedFiles(store)
+        self._annotated = annotated_keys(store)
+        self._moved = MovedFiles(store, self._annotated.keys)
         self._fills: list[Entry] = []
         self._source_error: DataError | None = None
 
@@ -157,13 +159,22 @@ class Embedder:
             return True
         return False
 
-    def _merge(self, entry: Entry, known: Texts | None, *, fills: bool = False) -> Texts:
-        """The texts that a record's item has from now on; notes who gave what."""
+    def _merge(
+        self, entry: Entry, known: Texts | None, *, fills: bool = False, is_new_image: bool = False
+    ) -> Texts:
+        """The texts that a record's item has from now on; notes who gave what.
+
+        ``is_new_image``: what describes the image that was there before goes.
+        """
         given, source, uri = Texts.of_record(entry.record), entry.source, entry.record.uri
         origins = origins_of(self._store, uri) if source is not None else {}
         if source is not None and source not in origins:
             self._pending.batch.origins.append((source, uri))
-        texts, claims = merge(given, known or Texts(), source, origins, fills=fills)
+        known, keys = known or Texts(), self._annotated
+        if is_new_image:
+            stale = annotations_of(known, origins, keys.of_image)
+            known = known.without(Claim(keys=frozenset(stale)))
+        texts, claims = merge(given, known, source, origins, fills=fills, annotated=keys.keys)
         self._note_claims(uri, claims)
         return texts
 
@@ -204,7 +215,8 @@ class Embedder:
             if moved is not None:
                 self._move(job.entry, moved)
                 return
-        texts = self._merge(job.entry, Texts.of_item(known) if known else None)
+        before = Texts.of_item(known) if known else self._left_by_failure(record.uri)
+        texts = self._merge(job.entry, before, is_new_image=known is not None)
         item = NewItem(
             uri=record.uri,
             content_hash=loaded.content_hash,
@@ -221,6 +233,13 @@ class Embedder:
             self.report.reused += 1
             return
         self._pending.add(item, loaded.pixels_CHW)
+
+    def _left_by_failure(self, uri: str) -> Texts:
+        """The annotations of an item whose vector was lost; the ledger remembers them."""
+        failure = self._store.find_failure(uri) if self._annotated.keys else None
+        known = Texts(metadata=failure.metadata) if failure is not None else Texts()
+        origins = origins_of(self._store, uri) if failure is not None else {}
+        return Texts(metadata=annotations_of(known, origins, self._annotated.keys))
 
     def _update(self, entry: Entry, known: Item) -> None:
         record = entry.record
@@ -239,7 +258,9 @@ class Embedder:
         record, source = entry.record, entry.source
         kept = self._moved.kept_claims(item, source) if source is not None else {}
         given = Texts.of_record(record)
-        texts, claims = merge(given, Texts.of_item(item), source, kept)
+        texts, claims = merge(
+            given, Texts.of_item(item), source, kept, annotated=self._annotated.keys
+        )
         if source is not None:
             self._pending.batch.origins += [(name, record.uri) for name in (*kept, source)]
         self._note_claims(record.uri, {**kept, **claims})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Set as AbstractSet
 from pathlib import PurePath
 
 from clipsys.retrieval.ingest.texts import Texts, claims_of_all
@@ -20,8 +21,10 @@ from clipsys.retrieval.storage.store import Store
 class MovedFiles:
     """Finds the item of a moved file, each item once."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, annotated: AbstractSet[str] = frozenset()) -> None:
+        """``annotated``: metadata keys that no source gave."""
         self._store = store
+        self._annotated = annotated
         #: By content: items whose files are gone, by the names that these had, the oldest first.
         self._gone: dict[str, dict[str, deque[Item]]] = {}
 
@@ -57,7 +60,7 @@ class MovedFiles:
         is gone: that one has moved as well.
         """
         origins = origins_of(self._store, item.uri)
-        claims = claims_of_all(Texts.of_item(item), origins)
+        claims = claims_of_all(Texts.of_item(item), origins, self._annotated)
         return {
             name: claim for name, claim in claims.items() if not _gave_way(name, source, item.uri)
         }

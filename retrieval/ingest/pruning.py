@@ -15,6 +15,7 @@ from clipsys.corpora.sources import source_kind
 from clipsys.errors import PruningRefusedError
 from clipsys.retrieval.ingest.moving import is_gone
 from clipsys.retrieval.ingest.texts import Texts, without_source
+from clipsys.retrieval.storage.annotations import annotated_keys
 from clipsys.retrieval.storage.items import ItemUpdate
 from clipsys.retrieval.storage.row_writing import update_item
 from clipsys.retrieval.storage.schema import python_text, sql_text
@@ -100,11 +101,12 @@ def _withdraw(
     store: Store, connection: sqlite3.Connection, change: int, source: str, uris: Sequence[str]
 ) -> None:
     """Forgets that a source gave some uris, and what it said of those that others give."""
+    annotated = annotated_keys(store).keys
     for uri in uris:
         origins = origins_of(store, uri)
         item = store.find(uri) if len(origins) > 1 else None
         if item is not None:
-            texts = without_source(Texts.of_item(item), source, origins)
+            texts = without_source(Texts.of_item(item), source, origins, annotated)
             if texts != Texts.of_item(item):
                 facts = (item.id, item.size_bytes, item.mtime_ns)
                 update = ItemUpdate(*facts, texts.captions, texts.metadata)

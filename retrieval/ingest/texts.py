@@ -4,13 +4,16 @@
 
 An emptied cell, a removed column and a deleted ``.txt`` empty the item's text as well, while what
 another source gave stays: indexing a table of a folder's images and then the folder itself strips
-nothing. `clipsys.retrieval.storage.sources` says whose a text is.
+nothing. `clipsys.retrieval.storage.sources` says whose a text is. Annotations are of no source
+(`clipsys.retrieval.storage.annotations`): they stay as they are, except where a source gives their
+key for the item.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +66,7 @@ def merge(
     origins: Mapping[str, Claim | None],
     *,
     fills: bool = False,
+    annotated: AbstractSet[str] = frozenset(),
 ) -> tuple[Texts, dict[str, Claim]]:
     """What an item has after a source gave it again, and the claims that change by that.
 
@@ -72,12 +76,31 @@ def merge(
         source: its name; None: no source, what is given comes over what is known.
         origins: every source that gave the item, with its claim or None.
         fills: an earlier source of the same run comes first; only what it left open is filled.
+        annotated: keys that are annotations; a source has claimed one that it gives.
     """
+    kept = annotations_of(known, origins, annotated)
     if source is None:
-        return given.over(known), {}
+        return Texts(metadata=kept).over(given.over(known)), {}
+    bare = known.without(_keys(kept))
+    merged, gives, changed = _merge(given, bare, source, origins, fills=fills)
+    if gives.keys & annotated and origins.get(source) != gives:
+        changed[source] = gives  # else the key would count as an annotation
+    return merged.over(Texts(metadata=kept)), changed
+
+
+def _merge(
+    given: Texts,
+    known: Texts,
+    source: str,
+    origins: Mapping[str, Claim | None],
+    *,
+    fills: bool,
+) -> tuple[Texts, Claim, dict[str, Claim]]:
+    """`merge` for a source, of an item without annotations; besides, what it gives now."""
     others = {name: claim for name, claim in origins.items() if name != source}
     if not others:
-        return given, {}
+        gives = given.claim()
+        return given, gives, {} if origins.get(source) in (None, gives) else {source: gives}
     mine = _claim_of(source, known, origins)
     rest = known.without(mine)
     merged = rest.over(given) if fills else given.over(rest)
@@ -90,17 +113,43 @@ def merge(
     is_rowless = source in origins and origins[source] is None
     if not (is_rowless and None not in others.values()) and origins.get(source) != gives:
         changed[source] = gives
-    return merged, changed
+    return merged, gives, changed
 
 
-def without_source(known: Texts, source: str, origins: Mapping[str, Claim | None]) -> Texts:
+def annotations_of(
+    known: Texts, origins: Mapping[str, Claim | None], annotated: AbstractSet[str]
+) -> dict[str, Any]:
+    """The annotations of an item: what it has of the annotated keys that no source has claimed."""
+    claimed = {key for claim in origins.values() if claim is not None for key in claim.keys}
+    return {
+        key: value
+        for key, value in known.metadata.items()
+        if key in annotated and key not in claimed
+    }
+
+
+def _keys(metadata: Mapping[str, Any]) -> Claim:
+    return Claim(keys=frozenset(metadata))
+
+
+def without_source(
+    known: Texts,
+    source: str,
+    origins: Mapping[str, Claim | None],
+    annotated: AbstractSet[str] = frozenset(),
+) -> Texts:
     """What an item has left when one of several sources no longer gives it."""
-    return known.without(_claim_of(source, known, origins))
+    kept = annotations_of(known, origins, annotated)
+    bare = known.without(_keys(kept))
+    return bare.without(_claim_of(source, bare, origins)).over(Texts(metadata=kept))
 
 
-def claims_of_all(known: Texts, origins: Mapping[str, Claim | None]) -> dict[str, Claim]:
+def claims_of_all(
+    known: Texts, origins: Mapping[str, Claim | None], annotated: AbstractSet[str] = frozenset()
+) -> dict[str, Claim]:
     """The claim of each source, those without a row worked out."""
-    return {source: _claim_of(source, known, origins) for source in origins}
+    bare = known.without(_keys(annotations_of(known, origins, annotated)))
+    return {source: _claim_of(source, bare, origins) for source in origins}
 
 
 def _claim_of(source: str, known: Texts, origins: Mapping[str, Claim | None]) -> Claim:

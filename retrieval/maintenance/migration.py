@@ -42,8 +42,8 @@ from clipsys.retrieval.writing.writer import clear_leftovers, clear_superseded
 #: The share of the images that may be gone or unreadable without confirmation.
 LOSS_LIMIT = 0.1
 _BUILDING = "building.json"
-#: Tables of notes on sources; see `clipsys.retrieval.storage.sources`.
-_NOTES = ("claims", "source_settings")
+#: Tables of notes on where texts are from; see `clipsys.retrieval.storage.sources`, `annotations`.
+_NOTES = ("claims", "source_settings", "annotations")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def migrate(
             closing(Store(folder / manifest.edition / DATABASE_NAME)) as old,
             closing(Store(building / DATABASE_NAME)) as new,
         ):
-            new.add_source_tables()
+            new.add_later_tables()
             clear_leftovers(building, new)
             _drop_what_is_gone(old, new)
             report = _encode(old, new, building, encoder, pin, options, advance)

@@ -6,6 +6,7 @@ ranking          the candidates for the top k, from an index or a scan
 rescoring        exact cosines of candidates, from the stored vectors
 calibration      how many unrelated items would score as high
 view             a reader's snapshot and index, following the writer
+stored           all stored vectors in blocks, with their items
 options          which hits come back, and in which order
 encoding         queries are read and become vectors
 searching        filter, rank, fuse, cut, fold, sort

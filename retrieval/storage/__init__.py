@@ -7,6 +7,7 @@ Each builds on those above it:
     items            items and failures as values
     words            captions and file names searched by their words
     metadata_index   the metadata of the items, value by value
+    open_databases   reading a database's bytes beside this process's connections
     schema           the database's tables
     upgrading        a database of the version before, brought up to date
     conditions       conditions on metadata, and how they are written
@@ -18,6 +19,7 @@ Each builds on those above it:
     row_writing      the statements of which commits are made
     store            items, failures and segments in the database
     sources          which source gave what
+    annotations      metadata that no source gave
     snapshot         live items and their vectors, as of one commit
     manifest         which model, which index generation
     creation         a collection's folder, whole or not at all

@@ -20,6 +20,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clipsys.retrieval.storage import open_databases
+
 #: Seconds a statement waits for another connection's lock (commits take milliseconds).
 BUSY_TIMEOUT_S = 30.0
 
@@ -34,13 +36,15 @@ class Connection:
         sqlite: the connection.
         source: the database in the collection.
         stamp: its files as they were, where a change makes the connection stale.
-        copy: the folder of a private copy, deleted when this is closed.
+            copy: the folder of a private copy, deleted when this is closed.
+        identity: of the file, among those that this process has open.
     """
 
     sqlite: sqlite3.Connection
     source: Path
     stamp: tuple[object, ...] | None = None
     copy: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    identity: open_databases.Identity | None = None
 
     def is_stale(self) -> bool:
         """Whether the files behind an immutable database or a copy have changed."""
@@ -49,6 +53,8 @@ class Connection:
     def close(self) -> None:
         """Closes it and deletes the copy."""
         self.sqlite.close()
+        open_databases.leave(self.identity)
+        self.identity = None
         if self.copy is not None:
             self.copy.cleanup()
 
@@ -65,13 +71,13 @@ def connect(path: Path) -> Connection:
         sqlite3.Error: it is missing, no database, or cannot be read.
     """
     if is_writable(path) or not path.exists():
-        return Connection(_open(path, "mode=rw"), path)
+        return _open(path, "mode=rw")
     stamp = _stamp(path)
     log = _log_of(path)
     if not (log.exists() and log.stat().st_size):
-        return Connection(_open(path, "mode=ro&immutable=1"), path, stamp)
+        return _open(path, "mode=ro&immutable=1", stamp=stamp)
     try:
-        return Connection(_open(path, "mode=ro"), path)
+        return _open(path, "mode=ro")
     except sqlite3.OperationalError:
         return connect_to_copy(path, "its last writer was killed, and its log has to be read")
 
@@ -93,7 +99,9 @@ def connect_to_copy(path: Path, reason: str) -> Connection:
         shutil.copyfile(path, target)
         if _log_of(path).exists():
             shutil.copyfile(_log_of(path), _log_of(target))
-        return Connection(_open(target, "mode=rw"), path, stamp, folder)
+        opened = _open(target, "mode=rw", stamp=stamp)
+        opened.source, opened.copy = path, folder
+        return opened
     except OSError as error:
         folder.cleanup()
         raise sqlite3.OperationalError(f"it cannot be copied to {target}: {error}") from error
@@ -102,20 +110,26 @@ def connect_to_copy(path: Path, reason: str) -> Connection:
         raise
 
 
-def _open(path: Path, how: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{path.resolve().as_uri()}?{how}",
-        uri=True,
-        timeout=BUSY_TIMEOUT_S,
-        isolation_level=None,  # transactions are begun and ended explicitly
-        check_same_thread=False,
-    )
+def _open(path: Path, how: str, *, stamp: tuple[object, ...] | None = None) -> Connection:
+    identity = open_databases.enter(path)
+    try:
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?{how}",
+            uri=True,
+            timeout=BUSY_TIMEOUT_S,
+            isolation_level=None,  # transactions are begun and ended explicitly
+            check_same_thread=False,
+        )
+    except BaseException:
+        open_databases.leave(identity)
+        raise
+    opened = Connection(connection, path, stamp, identity=identity)
     try:
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opens it really
     except BaseException:
-        connection.close()
+        opened.close()
         raise
-    return connection
+    return opened
 
 
 def _log_of(path: Path) -> Path:

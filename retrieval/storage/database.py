@@ -23,8 +23,8 @@ from clipsys.retrieval.storage.connecting import (
     is_writable,
 )
 from clipsys.retrieval.storage.schema import (
+    LATER_TABLES,
     SCHEMA,
-    SOURCE_TABLES,
     UPGRADED_VERSION,
     VERSION,
     check_length,
@@ -175,7 +175,7 @@ def create_database(path: Path) -> None:
             connection.executescript(SCHEMA)
             metadata_index.create_index(connection)
             words.ensure_table(connection)
-            for statement in SOURCE_TABLES:
+            for statement in LATER_TABLES:
                 connection.execute(statement)
         finally:
             connection.close()

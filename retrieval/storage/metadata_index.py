@@ -21,6 +21,8 @@ items cannot forget it; a value or a key that no live item has any more is gone 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 #: A longer value is looked up in its item. Twice as many bytes as titles and lists of tags have.
 MAX_VALUE_BYTES = 256
@@ -185,6 +187,74 @@ def drop_index(connection: sqlite3.Connection) -> None:
         connection.execute(f"DROP VIEW IF EXISTS {name}")
     for name in ("metadata_postings", "metadata_values", "metadata_keys"):
         connection.execute(f"DROP TABLE IF EXISTS {name}")
+
+
+#: Those that an item's change of metadata fires.
+_ON_CHANGE = ("metadata_forget", "metadata_update")
+
+
+@contextmanager
+def resting_triggers(connection: sqlite3.Connection) -> Iterator[None]:
+    """Inside, changed metadata is not entered; inside a transaction, so nobody else sees that.
+
+    Whatever is changed has to be entered by `replace_entries`.
+    """
+    for name in _ON_CHANGE:
+        connection.execute(f"DROP TRIGGER {name}")
+    yield
+    for name in _ON_CHANGE:
+        connection.execute(_STATEMENTS[name])
+
+
+def replace_entries(
+    connection: sqlite3.Connection, changed: Sequence[tuple[int, str, str]]
+) -> None:
+    """Enters what changed in the metadata of many live items, inside a transaction.
+
+    ``changed``: an item's id, and the keys that changed with their values before and after, as
+    JSON objects.
+    """
+    connection.execute(
+        "CREATE TEMP TABLE changed (id INTEGER PRIMARY KEY, before TEXT, after TEXT)"
+    )
+    connection.executemany("INSERT INTO changed VALUES (?, ?, ?)", changed)
+    for table, column in (("gone", "before"), ("come", "after")):
+        entries = _entries(
+            f"changed AS item, json_each(item.{column}) AS field", "item.id AS item, ", whole=False
+        )
+        connection.execute(f"CREATE TEMP TABLE {table} AS {entries}")
+    for statement in _REPLACING:
+        connection.execute(statement)
+    for table in ("changed", "gone", "come"):
+        connection.execute(f"DROP TABLE temp.{table}")
+
+
+_KEYS = "CROSS JOIN metadata_keys AS known ON known.key = entry.key"
+_STORED = (
+    f"{_KEYS} CROSS JOIN metadata_values AS stored ON stored.key = known.id "
+    "AND stored.type = entry.type AND stored.value = entry.value"
+)
+_REPLACING = (
+    "DELETE FROM metadata_postings WHERE (value, item) IN "
+    f"(SELECT stored.id, entry.item FROM gone AS entry {_STORED})",
+    "INSERT OR IGNORE INTO metadata_keys (key) SELECT DISTINCT key FROM come",
+    "INSERT OR IGNORE INTO metadata_values (key, type, value, number, id) "
+    "SELECT known.id, entry.type, entry.value, entry.number, row_number() OVER () "
+    f"+ (SELECT value FROM state WHERE name = '{COUNTER}') "
+    f"FROM (SELECT DISTINCT key, type, value, number FROM come) AS entry {_KEYS} "
+    "WHERE NOT EXISTS (SELECT 1 FROM metadata_values AS stored WHERE stored.key = known.id "
+    "AND stored.type = entry.type AND stored.value = entry.value)",
+    # No more values can have been added than there are entries.
+    f"UPDATE state SET value = value + (SELECT count(*) FROM come) WHERE name = '{COUNTER}'",
+    f"INSERT OR IGNORE INTO metadata_postings SELECT stored.id, entry.item FROM come AS entry "
+    f"{_STORED} ORDER BY 1, 2",
+    "DELETE FROM metadata_values WHERE (key, type, value) IN "
+    f"(SELECT DISTINCT known.id, entry.type, entry.value FROM gone AS entry {_KEYS}) "
+    "AND NOT EXISTS "
+    "(SELECT 1 FROM metadata_postings AS posting WHERE posting.value = metadata_values.id)",
+    "DELETE FROM metadata_keys WHERE key IN (SELECT DISTINCT key FROM gone) AND NOT EXISTS "
+    "(SELECT 1 FROM metadata_values AS other WHERE other.key = metadata_keys.id)",
+)
 
 
 def rebuild_index(connection: sqlite3.Connection) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from clipsys.errors import CollectionError
 from clipsys.retrieval.storage.items import Failure, Item
+from clipsys.retrieval.storage.open_databases import read_header
 
 #: Raised whenever a table changes. Version 2 is upgraded (`upgrading`), others are refused.
 VERSION = 3
@@ -18,12 +19,14 @@ UPGRADED_VERSION = 2
 LIVE_INDEX = "CREATE INDEX items_live ON items (id) WHERE state = 'live'"
 
 #: Tables that came later without a new version: earlier ones go on without them, and the first
-#: writer of this one adds them. ``claims``: see `sources`.
-SOURCE_TABLES = (
+#: writer of this one adds them. ``claims``: see `sources`; ``annotations``: see `annotations`.
+LATER_TABLES = (
     "CREATE TABLE IF NOT EXISTS claims (source INTEGER NOT NULL, uri TEXT NOT NULL, "
     "captions INTEGER NOT NULL, keys TEXT NOT NULL, PRIMARY KEY (source, uri)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS source_settings "
     "(source INTEGER PRIMARY KEY, settings TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS annotations "
+    "(key TEXT PRIMARY KEY, of_image INTEGER NOT NULL) WITHOUT ROWID",
 )
 
 SCHEMA = f"""
@@ -137,13 +140,11 @@ def check_length(path: Path) -> None:
         CollectionError: it is shorter than its header says.
     """
     try:
-        with path.open("rb") as file:
-            header = file.read(100)
+        header, size_bytes = read_header(path)
         # While there is a log, pages may still be only there.
         log = path.with_name(f"{path.name}-wal")
         if len(header) < 100 or (log.exists() and log.stat().st_size):
             return
-        size_bytes = path.stat().st_size
     except OSError:
         return  # opening it says what is wrong
     page_bytes, num_pages = struct.unpack_from(">H10xI", header, 16)

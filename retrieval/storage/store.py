@@ -43,9 +43,9 @@ from clipsys.retrieval.storage.row_writing import (
     update_item,
 )
 from clipsys.retrieval.storage.schema import (
+    LATER_TABLES,
     SELECT_FAILURE,
     SELECT_ITEM,
-    SOURCE_TABLES,
     failure_of,
     item_of,
     sql_text,
@@ -337,11 +337,11 @@ class Store:
                 record_claim(connection, source, uri, captions, keys)
         return ids
 
-    def add_source_tables(self) -> None:
+    def add_later_tables(self) -> None:
         """Adds the tables that the database of an earlier version lacks."""
-        if not self.read("SELECT 1 FROM sqlite_master WHERE name = 'claims'"):
+        if not self.read("SELECT 1 FROM sqlite_master WHERE name = 'annotations'"):
             with self._database.transaction("BEGIN IMMEDIATE") as connection:
-                for statement in SOURCE_TABLES:
+                for statement in LATER_TABLES:
                     connection.execute(statement)
 
     def note_segment_times(self, times_ns: Mapping[int, int]) -> None:

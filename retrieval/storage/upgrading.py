@@ -16,9 +16,10 @@ from pathlib import Path
 from clipsys.errors import CollectionError
 from clipsys.retrieval.storage import metadata_index
 from clipsys.retrieval.storage.connecting import is_writable
+from clipsys.retrieval.storage.open_databases import connected
 from clipsys.retrieval.storage.schema import (
+    LATER_TABLES,
     LIVE_INDEX,
-    SOURCE_TABLES,
     UPGRADED_VERSION,
     VERSION,
     check_length,
@@ -41,6 +42,11 @@ def upgrade_database(path: Path) -> bool:
     check_length(path)
     if path.exists() and not is_writable(path):
         return False  # `Database` reads it through a copy
+    with connected(path):
+        return _upgrade_in_place(path)
+
+
+def _upgrade_in_place(path: Path) -> bool:
     try:
         connection = sqlite3.connect(
             f"{path.resolve().as_uri()}?mode=rw",
@@ -77,7 +83,7 @@ def upgrade(connection: sqlite3.Connection, path: Path) -> bool:
         connection.execute("ALTER TABLE segments ADD COLUMN mtime_ns INTEGER")
         connection.execute(LIVE_INDEX)
         metadata_index.rebuild_index(connection)
-        for statement in SOURCE_TABLES:
+        for statement in LATER_TABLES:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")

@@ -67,7 +67,7 @@ def writing(
                 f"{pin.name}; open it again"
             )
         data = folder / manifest.edition
-        store.add_source_tables()
+        store.add_later_tables()
         clear_leftovers(data, store)
         view.note_segment_times()
         delete_stale(data / INDEXES, manifest.index)

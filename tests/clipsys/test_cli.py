@@ -116,7 +116,7 @@ def test_classify_answers_for_the_good_images_and_names_the_bad_ones(
     assert f"error: {tmp_path}/bad\\x1b[31m.jpg: not an image" in err
     status, out, _ = run("classify", *images, *options, capsys=capsys)
     assert status == 1
-    assert [line.split("  ")[0] for line in out.splitlines()] == [images[0], images[2]]
+    assert [line.split("\t")[0] for line in out.splitlines()] == [images[0], images[2]]
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,14 @@ def _migrate(photos: Collection, _: Path) -> None:
     photos.migrate(ColourEncoder(seed=9), options=options, show_progress=False)
 
 
+def _annotate(photos: Collection, _: Path) -> None:
+    photos.annotate({number: {"kind": "red", "p": number / 10} for number in range(1, 10)})
+
+
+def _forget(photos: Collection, _: Path) -> None:
+    photos.forget_annotation("stars")
+
+
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A collection of nine in three segments, one deleted and one image vanished; the pictures."""
@@ -169,14 +177,15 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pat
     with Collection.create(tmp_path / "template", ColourEncoder()) as photos:
         photos.add(pictures / "first", batch_size=3, show_progress=False)
         photos.remove([2])
+        photos.annotate({3: {"stars": 1}, 4: {"stars": 2}})
     (pictures / "first" / "0001.png").unlink()
     (pictures / "first" / "0006.png").rename(pictures / "0006.png")
     monkeypatch.setattr(pending, "COMMIT_INTERVAL_S", 1e9)
     return tmp_path / "template", pictures
 
 
-def state_of(folder: Path) -> tuple[str, list[tuple[int, str]]]:
-    """The model and the items; everything is verified and searched on the way."""
+def state_of(folder: Path) -> tuple[str, list[tuple[object, ...]]]:
+    """The model, and items with metadata; everything is verified and searched on the way."""
     for seed in (0, 9):
         try:
             opened = Collection.open(folder, ColourEncoder(seed=seed))
@@ -185,8 +194,9 @@ def state_of(folder: Path) -> tuple[str, list[tuple[int, str]]]:
             continue
         with opened:
             assert opened.verify() == []
-            items = [(item.id, item.uri) for item in opened.items()]
-            assert sorted(hit.id for hit in opened.search("red", k=99)) == [i for i, _ in items]
+            items = [(item.id, item.uri, item.metadata) for item in opened.items()]
+            found = sorted(hit.id for hit in opened.search("red", k=99))
+            assert found == [item_id for item_id, *_ in items]
             return opened.info().model_name, items
     raise AssertionError("the collection is of no known model")
 
@@ -194,7 +204,9 @@ def state_of(folder: Path) -> tuple[str, list[tuple[int, str]]]:
 Operation = Callable[[Collection, Path], None]
 
 
-@pytest.mark.parametrize("operation", [_add, _prune, _remove, _compact, _rebuild, _migrate])
+@pytest.mark.parametrize(
+    "operation", [_add, _prune, _remove, _compact, _rebuild, _migrate, _annotate, _forget]
+)
 def test_fault_anywhere_leaves_the_old_or_the_new_state(
     tmp_path: Path, prepared: tuple[Path, Path], operation: Operation
 ) -> None:

@@ -52,7 +52,7 @@ def write_recipe(folder: Path, shards: str, **sections: Any) -> Path:
 
 
 def train(*arguments: object, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """``clipsys train`` as a user starts it; each rank imports everything anew, for seconds."""
+    """``clipsys train`` as a user starts it; each rank imports everything again, for seconds."""
     command = [sys.executable, "-m", "clipsys", "train", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
 

@@ -64,7 +64,7 @@ def _train(rank: int, world_size: int, clip: Any, recipe: Recipe) -> None:
         config=recipe.engine, optimizer=recipe.optimizer,
         local_batch_size=_BATCH // world_size, device=torch.device("cpu"),
     )  # fmt: skip
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: while DeepSpeed is made
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: while DeepSpeed is made
     # the weights are there two or three times, for a moment
     rows = _BATCH // world_size
     inputs = Inputs((torch.randn(rows, 3, 32, 32),), (torch.randint(1, 999, (rows, 16)),))

@@ -11,7 +11,8 @@ import pytest
 from clipsys.errors import DataError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import build_model
-from clipsys.training.validation import EvaluationConfig, Validation
+from clipsys.training.validation.config import EvaluationConfig
+from clipsys.training.validation.measuring import Validation
 from tests.clipsys.shards.test_samples import write_tar
 from tests.conftest import TINY_MODEL, encode_png, noise_image
 

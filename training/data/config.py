@@ -70,7 +70,7 @@ class DataConfig(Settings):
     pixel_cache_gb: NonNegativeFloat = Field(
         2.0,
         description="decoded images are stored, in a temporary file that the ranks of a machine "
-        "share, if all of them need no more than this; 0 decodes anew in each epoch",
+        "share, if all of them need no more than this; 0 decodes again in each epoch",
     )
     captions: Literal["first", "random"] = Field(
         "random", description="which caption of a sample is used each time it is seen"

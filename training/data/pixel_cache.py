@@ -127,7 +127,7 @@ def _join(
                 os.close(descriptor)
                 descriptor = None
     gather_objects(None)  # from here on no rank needs the file's name
-    if descriptor is None:  # this rank decodes anew; others of its machine may share all the same
+    if descriptor is None:  # this rank decodes again; others of its machine may share all the same
         reason = reason or "the file of another rank cannot be opened"
         _logger.info("decoded images are not kept: %s (%s)", reason, tempfile.gettempdir())
         return None

@@ -190,7 +190,9 @@ class Decoder:
         if self.positives == "label":
             label = sample.metadata.get(self.label_key) if self.label_key else sample.label
             if label is None:
-                what = f"metadata key {self.label_key!r}" if self.label_key else "label (.cls)"
+                what = "label (.cls); data.label_key names a metadata key that is one"
+                if self.label_key:
+                    what = f"metadata key {self.label_key!r} (data.label_key)"
                 raise SampleError(
                     f"{identity}: objective.positives is label, but there is no {what}",
                     reason="no label",

@@ -78,7 +78,7 @@ def rank_files(checkpoint: Path, saved_world_size: int) -> list[Path]:
 
 
 def parts_to_divide(checkpoint: Path, saved: SavedBy) -> list[Path]:
-    """The ranks' files of optimizer state, where they must be divided anew; else none.
+    """The ranks' files of optimizer state, where they must be divided again; else none.
 
     Raises:
         ConfigError: they must, but the stage is 3, whose parts are cut parameter by parameter.
@@ -89,7 +89,7 @@ def parts_to_divide(checkpoint: Path, saved: SavedBy) -> list[Path]:
     if saved.zero_stage == 3:
         raise ConfigError(
             f"{checkpoint}: was saved by {saved.world_size} processes, and ZeRO stage 3 cannot "
-            "divide it anew; resume with as many, or start a new run from its model "
+            "divide it again; resume with as many, or start a new run from its model "
             "(model.pretrained)"
         )
     return rank_files(checkpoint, saved.world_size)

@@ -2,34 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import DataError
-from clipsys.evaluation.metrics.classification import accuracy
+from clipsys.evaluation.metrics.classification import (
+    Predictions,
+    figures_of,
+    flat_figures,
+    predictions,
+)
+from clipsys.evaluation.results import Result
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+#: (N, C) cosine similarities -> (N, C) probabilities.
+Probabilities = Callable[[Floats], Doubles]
+
+_logger = logging.getLogger(__name__)
+
+PROTOCOL = (
+    "the class with the nearest text vector is predicted; a class that ties with the right one "
+    "counts as better"
+)
 
 
-def zeroshot_figures(
-    image_ND: Floats, class_CD: Floats, classes: Sequence[str], labels: Sequence[str]
-) -> dict[str, float]:
-    """Accuracy of the nearest class vector.
+def zeroshot_result(
+    image_ND: Floats,
+    class_CD: Floats,
+    classes: Sequence[str],
+    labels: Sequence[str],
+    *,
+    uris: Sequence[str],
+    names: Sequence[str] | None = None,
+    units_N: npt.NDArray[np.int64] | None = None,
+    probabilities: Probabilities | None = None,
+    model: str,
+    data: str,
+    prompts: str = "",
+) -> Result:
+    """Classifies images by the names of their classes, with intervals and details.
+
+    Args:
+        image_ND: (N, D) unit norm.
+        class_CD: (C, D) unit norm, one vector a class.
+        classes: C labels.
+        labels: right label of each image.
+        uris: of the images.
+        names: C names that people read; None: the labels.
+        units_N: equal for images that are not independent; None: all are.
+        probabilities: makes probabilities of similarities; None: no calibration is measured.
+        model: name of the model.
+        data: name of the data set.
+        prompts: what class vectors were made from, for the protocol.
 
     Raises:
         DataError: a label is not among the classes.
     """
-    index = {name: number for number, name in enumerate(classes)}
-    unknown = sorted(set(labels) - set(index))
-    if unknown:
-        raise DataError(
-            f"label {unknown[0]!r} is not among the classes ({', '.join(list(classes)[:8])}, …)"
+    found = _classify(image_ND, class_CD, classes, labels, probabilities, names)
+    empty = [classes[place] for place in sorted({*range(len(classes))} - {*found.targets_N})]
+    if empty:
+        shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        _logger.warning(
+            "%s: %d of %d classes have no image (%s); means over classes leave them out",
+            *(data, len(empty), len(classes), shown),
         )
-    targets = np.array([index[label] for label in labels])
-    return accuracy(image_ND @ class_CD.T, targets) | {
+    figures, outcomes, details = figures_of(found, uris, units_N)
+    return Result(
+        task="zeroshot",
+        model=model,
+        data=data,
+        protocol=PROTOCOL + (f"; prompts: {prompts}" if prompts else ""),
+        figures=figures,
+        counts={"classes": len(classes), "images": len(labels)},
+        outcomes={"": outcomes},
+        details=details,
+    )
+
+
+def zeroshot_figures(
+    image_ND: Floats,
+    class_CD: Floats,
+    classes: Sequence[str],
+    labels: Sequence[str],
+    probabilities: Probabilities | None = None,
+) -> dict[str, float]:
+    """The values of `zeroshot_result` by name, without intervals.
+
+    Raises:
+        DataError: a label is not among the classes.
+    """
+    found = _classify(image_ND, class_CD, classes, labels, probabilities)
+    return flat_figures(found) | {
         "chance_accuracy@1": 1 / len(classes),
         "classes": len(classes),
         "images": len(labels),
     }
+
+
+def _classify(
+    image_ND: Floats,
+    class_CD: Floats,
+    classes: Sequence[str],
+    labels: Sequence[str],
+    probabilities: Probabilities | None,
+    names: Sequence[str] | None = None,
+) -> Predictions:
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = sorted(set(labels) - set(index))
+    if unknown:
+        shown = ", ".join(list(classes)[:8]) + (", …" if len(classes) > 8 else "")
+        raise DataError(
+            f"label {unknown[0]!r} is not among the classes ({shown}); name its class, or leave "
+            "its images out"
+        )
+    targets = np.array([index[label] for label in labels])
+    scores_NC = image_ND @ class_CD.T
+    found = predictions(scores_NC, targets, names or classes)
+    if probabilities is None:
+        return found
+    chosen = probabilities(scores_NC)[np.arange(len(targets)), found.predicted_N]
+    return Predictions(
+        found.classes, found.targets_N, found.predicted_N, found.ranks_N, np.asarray(chosen)
+    )

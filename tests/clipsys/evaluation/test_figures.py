@@ -8,43 +8,8 @@ import pytest
 from clipsys.errors import DataError
 from clipsys.evaluation.measuring import measure
 from clipsys.evaluation.tasks.probes import knn_figures, probe_figures
-from clipsys.evaluation.tasks.retrieval import retrieval_figures, retrieval_targets
 from clipsys.evaluation.tasks.zeroshot import zeroshot_figures
 from tests.conftest import noise_image, write_training_shards
-
-_ITEMS = [
-    (("red", "a red one"), {"family": "r"}),
-    (("blue",), {"family": "b"}),
-    (("scarlet", "ruby"), {"family": "r"}),
-]
-
-
-def test_every_caption_or_the_first_is_a_query() -> None:
-    assert retrieval_targets(_ITEMS).texts == ["red", "a red one", "blue", "scarlet", "ruby"]
-    first = retrieval_targets(_ITEMS, captions="first")
-    assert (first.texts, first.text_groups.tolist()) == (["red", "blue", "scarlet"], [0, 1, 2])
-
-
-def test_match_makes_items_of_one_value_hits_of_each_other() -> None:
-    targets = retrieval_targets(_ITEMS, match="family")
-    assert targets.image_groups.tolist() == [0, 1, 0]
-    assert targets.text_groups.tolist() == [0, 0, 1, 0, 0]
-    with pytest.raises(DataError, match="item 0 has no metadata key 'colour'; it has family"):
-        retrieval_targets(_ITEMS, match="colour")
-
-
-def test_captions_are_needed() -> None:
-    with pytest.raises(DataError, match="no item has a caption"):
-        retrieval_targets([((), {})])
-
-
-def test_a_perfect_encoder_has_recall_one_both_ways() -> None:
-    targets = retrieval_targets(_ITEMS)
-    image_ND = np.eye(3, dtype=np.float32)
-    figures = retrieval_figures(image_ND, image_ND[targets.text_groups], targets)
-    assert figures["text_to_image/recall@1"] == figures["image_to_text/recall@1"] == 1.0
-    assert (figures["text_to_image/candidates"], figures["image_to_text/candidates"]) == (3, 5)
-    assert figures["text_to_image/chance_recall@1"] == pytest.approx(1 / 3)
 
 
 def test_an_unknown_label_is_named() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,15 +56,32 @@ def test_large_scales_do_not_overflow(
     encoder: clipsys.Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(encoder), "logit_scale", 1e9)
-    classifier = clipsys.ZeroShotClassifier(encoder, ["cat", "dog"])
     for bias in (None, -3.0):
         monkeypatch.setattr(type(encoder), "logit_bias", bias)
+        classifier = clipsys.ZeroShotClassifier(encoder, ["cat", "dog"])
         (prediction,) = classifier.predict([noise_image(0)])
         assert all(0 <= one <= 1 for one in prediction.probabilities.values())
 
 
-def test_repeated_and_empty_classes_are_dropped(encoder: clipsys.Encoder) -> None:
-    assert clipsys.ZeroShotClassifier(encoder, ["cat ", "cat", "", "dog"]).classes == ["cat", "dog"]
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["cat ", "dog", "cat"], "classes 1 and 3 are both called 'cat'; name each class once"),
+        (["cat", " "], "class 2 has an empty name"),
+        (
+            {"cat": ["cat", "pet"], "dog": ["pet"]},
+            "'pet' is given for two classes, 'cat' and 'dog'",
+        ),
+        ({"cat": [], "dog": ["dog"]}, "class 'cat' has no texts"),
+        ({"cat": " ", "dog": ["dog"]}, "class 'cat' has an empty text"),
+        ("cat,dog", "classes is the text 'cat,dog'; expected a list"),
+    ],
+)
+def test_classes_that_are_not_told_apart_are_refused(
+    encoder: clipsys.Encoder, classes: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        clipsys.ZeroShotClassifier(encoder, classes)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def collection(tmp_path: Path, model: Path) -> Path:
 
 def is_light(collection: Path) -> bool:
     with Collection.open(collection) as opened:
-        return open_light(collection, opened._pin) is not None
+        return open_light(collection, opened.encoder_pin) is not None
 
 
 def test_cold_search_imports_no_torch_and_finds_the_same(collection: Path, model: Path) -> None:

@@ -89,7 +89,7 @@ def test_additions_are_searched_beside_the_index_then_sorted_into_it(grown: Coll
     assert grown.index.num_trained == 4_000
     check(grown)
     grown.remove([item.id for item in list(grown.items())[::4]])
-    assert (grown.index.generation, grown.index.num_trained) == (3, 3_750)  # trained anew
+    assert (grown.index.generation, grown.index.num_trained) == (3, 3_750)  # trained again
     check(grown)
 
 

@@ -1,4 +1,4 @@
-"""Which files are divided anew. That the state is the same: test_deepspeed_engine."""
+"""Which files are divided again. That the state is the same: test_deepspeed_engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_number_of_ranks_that_saved_decides_and_not_the_number_of_files(tmp_
 
 
 def test_what_zero_stage_3_cannot_divide_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="3 processes, and ZeRO stage 3 cannot divide it anew"):
+    with pytest.raises(ConfigError, match="3 processes, and ZeRO stage 3 cannot divide it again"):
         parts_to_divide(tmp_path, SavedBy(3, 3, "fp32"))
 
 

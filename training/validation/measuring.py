@@ -1,20 +1,16 @@
-"""Evaluation during training: every rank encodes its share, with equal numbers of forwards."""
+"""Measures a model in training: every rank encodes its share, with equal numbers of forwards."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
 
-from clipsys.config import PathText, Settings
-from clipsys.errors import DataError, SampleError
+from clipsys.errors import DataError
 from clipsys.evaluation.class_names import class_names
 from clipsys.evaluation.tasks.probes import knn_figures
 from clipsys.evaluation.tasks.retrieval import (
@@ -24,46 +20,23 @@ from clipsys.evaluation.tasks.retrieval import (
     retrieval_targets,
 )
 from clipsys.evaluation.tasks.zeroshot import zeroshot_figures
-from clipsys.images.decoding import decode_image
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
-from clipsys.shards.random_access import repeated_keys
-from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
-from clipsys.shards.remote import is_remote
-from clipsys.shards.samples import REPEATED, Sample, check_key, parse_sample, place_of
+from clipsys.shards.samples import Sample
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
-from clipsys.zeroshot.classifier import class_vectors
+from clipsys.training.validation.config import EvaluationConfig
+from clipsys.training.validation.held_out import (
+    folders_of,
+    require_key,
+    require_label,
+    stack_share,
+    usable_samples,
+)
+from clipsys.zeroshot.class_vectors import mean_vectors
 
 _logger = logging.getLogger(__name__)
-
-
-class EvaluationConfig(Settings):
-    """What is measured during training, on ``data.validation``."""
-
-    every_epochs: NonNegativeInt = Field(1, description="0: only at the end")
-    captions: Literal["first", "all"] = Field("all", description="which captions are queries")
-    match: str | None = Field(
-        None, description="metadata key: an image with the query's value is a hit"
-    )
-    zeroshot: PathText | list[PathText] | None = Field(
-        None, description="labelled shards (.cls) for zero-shot classification"
-    )
-    classnames: PathText | None = Field(
-        None,
-        description="where labels are numbers: file with one class name a line, the first for "
-        "class 0; default classnames.txt beside the shards",
-    )
-    templates: list[str] = Field(
-        ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
-    )
-    knn: str | None = Field(
-        None,
-        description="label that the nearest neighbours of each image predict: a metadata key, or "
-        "cls for the .cls member; images that match do not vote for each other",
-    )
-    batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")
 
 
 class Validation:
@@ -107,26 +80,28 @@ class Validation:
                     "label (or cls) to measure nearest neighbours on it"
                 )
         if validation is not None and (has_text or config.knn is not None):
-            samples = _usable(
-                "data.validation", validation, preprocessing, _require_key, caption_key
+            samples = usable_samples(
+                "data.validation", validation, preprocessing, require_key, caption_key
             )
             if has_text:
                 self._targets = _targets([sample for sample, _ in samples], config)
             if config.knn is not None:
                 self._neighbours = _neighbours([sample for sample, _ in samples], config)
-            self._pixels = _stack_share(samples)
+            self._pixels = stack_share(samples)
             self._num_images = len(samples)
         self._labels: list[str] = []
         if config.zeroshot is not None:
-            samples = _usable("evaluation.zeroshot", config.zeroshot, preprocessing, _require_label)
+            samples = usable_samples(
+                "evaluation.zeroshot", config.zeroshot, preprocessing, require_label
+            )
             self._labels = [str(sample.label) for sample, _ in samples]
             self._classes = class_names(
                 self._labels,
-                _folders(config.zeroshot),
+                folders_of(config.zeroshot),
                 file=config.classnames,
                 setting="evaluation.classnames",
             )
-            self._zeroshot_pixels = _stack_share(samples)
+            self._zeroshot_pixels = stack_share(samples)
 
     def __bool__(self) -> bool:
         return bool(self._targets or self._neighbours or self._labels)
@@ -173,7 +148,7 @@ class Validation:
                 templates = self._config.templates
                 names = [self._classes[label] for label in classes]
                 prompts = encode_text([t.format(name) for name in names for t in templates])
-                class_CD = class_vectors(prompts, len(templates))
+                class_CD = mean_vectors(prompts, [len(templates)] * len(classes))
                 accuracy = zeroshot_figures(image_ND, class_CD, classes, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
         return figures
@@ -232,103 +207,3 @@ def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbo
     if config.match is not None:
         same = [one.metadata.get(config.match, one.key) for one in samples]
     return _Neighbours([str(value) for value in values], same)
-
-
-def _usable(
-    setting: str,
-    spec: str | list[str],
-    preprocessing: Preprocessing,
-    require: Callable[[Sample, dict[str, Any]], None],
-    caption_key: str | None = None,
-) -> list[tuple[Sample, np.ndarray]]:
-    """Samples that can be used, with their pixels, the same ones on every rank.
-
-    Args:
-        setting: that names the shards, for messages.
-        spec: the shards.
-        preprocessing: preprocessing of the model.
-        require: raises `SampleError` if a sample lacks what the measurement needs.
-        caption_key: as `parse_sample` takes it.
-    """
-    usable: list[tuple[Sample, np.ndarray]] = []
-    reasons: Counter[str] = Counter()
-    first = ""
-    places = hashlib.sha256()
-    for item in _raws(spec):
-        try:
-            if isinstance(item, DataError):
-                raise item
-            sample = parse_sample(item, caption_key=caption_key)
-            require(sample, item)
-            # At full scale, as `clipsys evaluate` decodes it: the figures must agree.
-            image = decode_image(sample.image, uri=place_of(item))
-        except DataError as error:
-            reasons[getattr(error, "reason", "truncated shard")] += 1
-            first = first or str(error)
-            continue
-        places.update(place_of(item).encode("utf-8", "backslashreplace") + b"\n")
-        usable.append((sample, preprocessing.pixels(image)))
-    if reasons and rank() == 0:
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        _logger.warning(
-            "%s: %d samples cannot be used (%s); the first: %s",
-            *(setting, reasons.total(), listed, first),
-        )
-    if not usable:
-        why = (
-            f"no sample can be used; the first: {first}" if first else "the shards have no samples"
-        )
-        raise DataError(f"{setting}: {spec}: {why}")
-    if len(set(gather_objects(places.hexdigest()))) > 1:
-        raise DataError(
-            f"{setting}: {spec}: the ranks can read different samples; give all of them the same "
-            "shards"
-        )
-    return usable
-
-
-def _raws(spec: str | list[str]) -> Iterator[dict[str, Any] | DataError]:
-    """Raw samples, and what is wrong with a shard where it breaks off.
-
-    Raises:
-        DataError: a shard gives no sample at all.
-    """
-    for shard in expand_shards(spec):
-        repeated = frozenset() if is_remote(shard) else repeated_keys(shard)
-        failures: list[DataError] = []
-
-        def note(name: str, error: Exception, failures: list[DataError] = failures) -> None:
-            failures.append(DataError(shard_failure(name, error)))
-
-        num_samples = 0
-        for raw in iterate_raw([shard], on_error=note):
-            num_samples += 1
-            if raw["__key__"] in repeated:
-                raw[REPEATED] = True
-            yield raw
-        if failures and not num_samples:
-            raise failures[0]
-        yield from failures
-
-
-def _require_key(sample: Sample, raw: dict[str, Any]) -> None:
-    check_key(raw)  # an image without a caption is a candidate all the same
-
-
-def _require_label(sample: Sample, raw: dict[str, Any]) -> None:
-    if sample.label is None:
-        raise SampleError(
-            f"{place_of(raw)}: the sample has no label (.cls member)", reason="no label"
-        )
-
-
-def _folders(spec: str | list[str]) -> list[Path]:
-    shards = [Path(shard).absolute() for shard in expand_shards(spec) if not is_remote(shard)]
-    return list(dict.fromkeys(shard.parent for shard in shards))
-
-
-def _stack_share(samples: Sequence[tuple[Sample, np.ndarray]]) -> torch.Tensor:
-    share = [pixels for _, pixels in samples][rank() :: world_size()]
-    if not share:
-        share = [samples[0][1]]
-    return torch.from_numpy(np.stack(share))

@@ -1,0 +1,6 @@
+"""Evaluation during training: the tasks of `clipsys evaluate`, shared over the ranks.
+
+config          section ``evaluation`` of a recipe
+held_out        the samples that can be used, the same ones on every rank
+measuring       `Validation`: encodes each rank's share and measures
+"""

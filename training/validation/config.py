@@ -1,0 +1,36 @@
+"""Section ``evaluation`` of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from clipsys.config import PathText, Settings
+
+
+class EvaluationConfig(Settings):
+    """What is measured during training, on ``data.validation``."""
+
+    every_epochs: NonNegativeInt = Field(1, description="0: only at the end")
+    captions: Literal["first", "all"] = Field("all", description="which captions are queries")
+    match: str | None = Field(
+        None, description="metadata key: an image with the query's value is a hit"
+    )
+    zeroshot: PathText | list[PathText] | None = Field(
+        None, description="labelled shards (.cls) for zero-shot classification"
+    )
+    classnames: PathText | None = Field(
+        None,
+        description="where labels are numbers: file with one class name a line, the first for "
+        "class 0; default classnames.txt beside the shards",
+    )
+    templates: list[str] = Field(
+        ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
+    )
+    knn: str | None = Field(
+        None,
+        description="label that the nearest neighbours of each image predict: a metadata key, or "
+        "cls for the .cls member; images that match do not vote for each other",
+    )
+    batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")
