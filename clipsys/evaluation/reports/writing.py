@@ -23,10 +23,10 @@ from clipsys import __version__
 from clipsys.errors import DataError
 from clipsys.evaluation.comparison import Comparison
 from clipsys.evaluation.reports.contents import Part, Report
-from clipsys.evaluation.reports.html import page
-from clipsys.evaluation.reports.markdown import document
+from clipsys.evaluation.reports.markdown_page import document
 from clipsys.evaluation.reports.plots import Plot, comparison_plot, overview_plot, plots_of
 from clipsys.evaluation.reports.sheets import Sheet
+from clipsys.evaluation.reports.web_page import page
 from clipsys.evaluation.results import Result
 from clipsys.printing import json_text
 
