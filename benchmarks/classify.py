@@ -102,8 +102,6 @@ def measure(folder: Path, num_items: int) -> None:
         "classes": NUM_CLASSES,
         "dim": DIM,
     }
-    database = folder / "photos" / "items.sqlite"
-    report["database_mb_before"] = database.stat().st_size / 1e6
     for name, words in commands.items():
         started = time.perf_counter()
         done = subprocess.run(
@@ -114,7 +112,6 @@ def measure(folder: Path, num_items: int) -> None:
         )
         report[name] = time.perf_counter() - started
         print(f"{name} {report[name]:.1f}; {done.stdout.count(chr(10))} lines", flush=True)
-    report["database_mb_after"] = database.stat().st_size / 1e6
     out = Path(__file__).parent / "results" / "classify.json"
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from clipsys.corpora.records import Record
 from clipsys.demo.scenes import COLOURS, SHAPES, class_names
-from clipsys.evaluation.measuring import encode_records
+from clipsys.evaluation.data import open_data
+from clipsys.evaluation.encoding import encode_images
 from clipsys.evaluation.tasks.retrieval import Floats, retrieval_figures, retrieval_targets
 from clipsys.models.encoder import Encoder, load
 from clipsys.zeroshot.classifier import ZeroShotClassifier
@@ -30,7 +32,8 @@ def measure(out: Path, times: dict[str, float]) -> dict[str, Any]:
     encoder = load(out / "model")
     shards = out / "corpus" / "shards"
     report: dict[str, Any] = {"zeroshot": zeroshot(encoder, shards)}
-    image_ND, records = encode_records(encoder, f"{shards}/val-*.tar")
+    images = encode_images(encoder, open_data(f"{shards}/val-*.tar"), cache=None)
+    image_ND, records = images.vectors_ND, images.records
     targets = retrieval_targets(
         ((record.captions, record.metadata) for record in records), match="content"
     )
@@ -68,8 +71,8 @@ def zeroshot(encoder: Encoder, shards: Path) -> dict[str, dict[str, float]]:
         "colour + shape": {"chance": 1 / len(names)},
     }
     for split in ("seen", "held-out"):
-        image_ND, records = encode_records(encoder, f"{shards}/{split}-*.tar")
-        logits = encoder.logit_scale * classifier.scores(image_ND).astype(np.float64)
+        images = encode_images(encoder, open_data(f"{shards}/{split}-*.tar"), cache=None)
+        logits = encoder.logit_scale * classifier.scores(images.vectors_ND).astype(np.float64)
         weight = np.exp(logits - logits.max(axis=1, keepdims=True))
         table = weight.reshape(len(weight), len(COLOURS), len(SHAPES))
         guesses = {
@@ -79,7 +82,7 @@ def zeroshot(encoder: Encoder, shards: Path) -> dict[str, dict[str, float]]:
         }
         for name, guessed in guesses.items():
             key = "label" if name == "colour + shape" else name
-            shown = [record.metadata["objects"][0][key] for record in records]
+            shown = [record.metadata["objects"][0][key] for record in images.records]
             right = [guess == truth for guess, truth in zip(guessed, shown, strict=True)]
             figures[name][split] = float(np.mean(right))
             figures[name][f"{split} images"] = len(right)
@@ -101,7 +104,7 @@ def _training(run: Path) -> dict[str, float]:
     }
 
 
-def _examples(records: list[Record]) -> list[tuple[str, str]]:
+def _examples(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Captions of three images of the gallery, spread evenly, and those images' file names."""
     chosen = records[:: max(1, len(records) // 3)][:3]
     keys = [record.uri.rpartition("#")[2] for record in chosen]

@@ -4,6 +4,7 @@ results             `Figure` and `Result`: what every task returns
 embedded            `EmbeddedImages`: the images of a data set with their vectors
 data                data sets: published layouts and people's own files as records
 splits              train, validation and test: folders, or beginnings of files' names
+clip_benchmark      the shards that CLIP benchmark writes
 sampling            a part of a data set that is spread over the whole of it
 cache               vectors that were computed once, by encoder and content
 block_encoding      blocks of images through the encoder, by one process or several

@@ -77,6 +77,7 @@ class Corruption:
             pixels_HWC: uint8 RGB, after the model's resize and crop.
             seed: of the noise and of the direction of a rotation.
         """
+        assert pixels_HWC.dtype == np.uint8 and pixels_HWC.shape[2:] == (3,), pixels_HWC.shape
         if self.severity == 0:
             return pixels_HWC.copy()
         random = np.random.default_rng(seed)
@@ -210,7 +211,11 @@ def _scale(pixels_HWC: Pixels) -> float:
 
 
 def _disk(radius: int, softness: float) -> Doubles:
-    """A disk of sum 1, softened by a Gaussian of 3 x 3 pixels, or 5 x 5 above a radius of 8."""
+    """A disk, softened by a Gaussian of 3 x 3 pixels, or 5 x 5 above a radius of 8.
+
+    The Gaussian mirrors at the edge of the grid, as in the original. Disks that reach the edge
+    (radius 8 and 10) therefore have a sum of about 1.01, and brighten the image as much.
+    """
     from scipy.ndimage import correlate1d
 
     half = max(radius, 8)

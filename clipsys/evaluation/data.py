@@ -19,15 +19,19 @@ from clipsys.corpora.records import Record
 from clipsys.corpora.sources import iterate_source, source_kind
 from clipsys.corpora.tables import class_label_names
 from clipsys.errors import ConfigError, DataError
+from clipsys.evaluation.clip_benchmark import (
+    MULTILABEL,
+    RETRIEVAL,
+    dataset_type,
+    multilabel_records,
+    with_caption_lines,
+)
 from clipsys.evaluation.sampling import sampled_shards, spread
 from clipsys.evaluation.splits import find_sources
 from clipsys.files.expansion import expand_path
-from clipsys.files.regular import read_regular
 from clipsys.shards.reading import expand_shards
 from clipsys.shards.remote import is_remote
 
-#: What CLIP benchmark calls its retrieval sets in this file: their ``.txt`` has a caption a line.
-TYPE_NAME, RETRIEVAL = "dataset_type.txt", "retrieval"
 _SPLIT_KEY = "split"
 
 
@@ -97,18 +101,21 @@ def open_data(
     root = Path(expand_path(name)).absolute()
     beside = [root] if root.is_dir() else []
     places = tuple(dict.fromkeys([*(place for one in sources for place in _places(one)), *beside]))
-    is_retrieval = _dataset_type(places) == RETRIEVAL
+    kind = dataset_type(places)
     labels = _label_names(sources, columns, label_key)
 
     def read() -> Iterable[Record]:
-        if limit is not None and not by_key and (local := _local_shards(sources)) is not None:
-            read_records: Iterable[Record] = sampled_shards(local, limit, name)
+        if kind == MULTILABEL:
+            shards = [shard for source in sources for shard in expand_shards(source)]
+            read_records: Iterable[Record] = multilabel_records(shards)
+        elif limit is not None and not by_key and (local := _local_shards(sources)) is not None:
+            read_records = sampled_shards(local, limit, name)
         else:
             read_records = itertools.chain.from_iterable(
                 iterate_source(source, columns=columns) for source in sources
             )
-        if is_retrieval:
-            read_records = map(_with_caption_lines, read_records)
+        if kind == RETRIEVAL:
+            read_records = map(with_caption_lines, read_records)
         return _with_split(read_records, name, str(split)) if by_key else read_records
 
     opened = _finished(read, name, limit=limit, label_key=label_key)
@@ -161,23 +168,6 @@ def _labelled(records: Iterable[Record], name: str, key: str) -> Iterator[Record
             f"{name}: no image has the metadata key {key!r} (--label-key); the keys are "
             f"{', '.join(sorted(keys)) or 'none'}"
         )
-
-
-def _with_caption_lines(record: Record) -> Record:
-    """The record of a retrieval set of CLIP benchmark: each line of its text is a caption."""
-    lines = (line.strip() for text in record.captions for line in text.splitlines())
-    return replace(record, captions=tuple(line for line in lines if line))
-
-
-def _dataset_type(places: Iterable[Path]) -> str:
-    for place in places:
-        for folder in (place, place.parent):
-            if (folder / TYPE_NAME).is_file():
-                try:
-                    return read_regular(folder / TYPE_NAME).decode("utf-8", "replace").strip()
-                except OSError as error:
-                    raise DataError(f"{folder / TYPE_NAME}: cannot be read ({error})") from error
-    return ""
 
 
 def _label_names(

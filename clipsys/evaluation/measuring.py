@@ -1,10 +1,21 @@
-"""`clipsys evaluate`: figures of a model on a corpus."""
+"""From a model and a data set to results: what `clipsys evaluate` does.
+
+    model --load-------> Encoder --.
+                                    |-- encoding, through the cache --> EmbeddedImages
+    data --open_data---> DataSet --'                |
+                                                    |--> zeroshot ---.
+                                                    |--> retrieval   |--> Results
+                                                    |--> probe ------'
+                                                    '--> robustness: one of them, corrupted
+
+An image is encoded once, whatever the number of tasks.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,165 +23,310 @@ import numpy as np
 
 from clipsys.corpora.columns import Columns
 from clipsys.corpora.records import Record
-from clipsys.corpora.sources import iterate_source, source_kind
-from clipsys.errors import DataError
-from clipsys.evaluation.class_names import class_names, prompt_templates
-from clipsys.evaluation.tasks.probes import probe_figures
+from clipsys.corpora.sources import read_uri
+from clipsys.errors import ConfigError
+from clipsys.evaluation.cache import EmbeddingCache
+from clipsys.evaluation.class_prompts import class_question
+from clipsys.evaluation.corruptions import Corruption
+from clipsys.evaluation.data import DataSet, open_data
+from clipsys.evaluation.embedded import EmbeddedImages
+from clipsys.evaluation.encoding import encode_images, encode_texts
+from clipsys.evaluation.feature_maps import feature_maps
+from clipsys.evaluation.options import EvaluationOptions, Task
+from clipsys.evaluation.reports.mistakes import mistake_sheets, neighbour_sheet
+from clipsys.evaluation.reports.sheets import Sheet, Tile
+from clipsys.evaluation.results import Result
+from clipsys.evaluation.tasks.few_shot import few_shot_result
+from clipsys.evaluation.tasks.neighbours import (
+    nearest_neighbours,
+    neighbours_result,
+    spread_queries,
+)
+from clipsys.evaluation.tasks.probes import ProbeSettings, probe_result, train_and_test
 from clipsys.evaluation.tasks.retrieval import (
-    Captions,
-    Floats,
-    retrieval_figures,
+    RetrievalTargets,
+    retrieval_result,
     retrieval_targets,
 )
-from clipsys.evaluation.tasks.zeroshot import zeroshot_figures
-from clipsys.files.expansion import expand_path
+from clipsys.evaluation.tasks.robustness import label_noise_result, robustness_result
+from clipsys.evaluation.tasks.splitting import LabelledVectors, labelled_vectors
+from clipsys.evaluation.tasks.zeroshot import zeroshot_result
 from clipsys.images.decoding import decode_image
 from clipsys.models.encoder import Encoder, load
 from clipsys.progress import progress
-from clipsys.shards.reading import expand_shards
-from clipsys.zeroshot.classifier import ZeroShotClassifier
-from clipsys.zeroshot.templates import DEFAULT_TEMPLATES
-
-_logger = logging.getLogger(__name__)
-
-#: Share of the images that a linear probe is tested on.
-PROBE_TEST_SHARE = 0.3
+from clipsys.zeroshot.deciding import Temperature, probabilities
 
 
-def measure(
+class Evaluation:
+    """A model on a data set: what several tasks need is computed once."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        data: DataSet,
+        options: EvaluationOptions = EvaluationOptions(),
+        *,
+        train_data: DataSet | None = None,
+        cache: EmbeddingCache | None = None,
+    ) -> None:
+        """
+        Args:
+            encoder: the model.
+            data: labelled or captioned images.
+            options: how to measure.
+            train_data: what a probe is trained on; None: a part of ``data``.
+            cache: of embeddings; None: nothing is stored for later evaluations.
+        """
+        self.encoder = encoder
+        self.data = data
+        self._options = options
+        self._train_data = train_data
+        self._cache = cache
+
+    @cached_property
+    def images(self) -> EmbeddedImages:
+        """The images of the data set with their vectors."""
+        return self._encode(self.data)
+
+    def run(self, task: Task) -> list[Result]:
+        """Measures a task: one result, or one for each probe and curve.
+
+        Raises:
+            DataError: the data cannot be read, or lack captions or labels.
+            ConfigError: an option does not fit.
+        """
+        if task == "robustness":
+            return [self.robustness()]
+        if task == "probe":
+            return self.probes()
+        return [self.zeroshot() if task == "zeroshot" else self.retrieval()]
+
+    def zeroshot(self) -> Result:
+        """Zero-shot classification of the labelled images."""
+        return self._zeroshot_of(self.images)
+
+    def retrieval(self) -> Result:
+        """Retrieval of the captioned images, in both directions."""
+        return self._retrieval_of(self.images)
+
+    def probes(self) -> list[Result]:
+        """Each probe, and its few-shot and label-noise curves where they are set."""
+        options, results = self._options, []
+        names = {"model": self.encoder.name, "data": self.data.name}
+        train, test = self._labelled
+        for kind in options.probes:
+            settings = ProbeSettings(kind)
+            results.append(probe_result(train, test, settings, **names))
+            if options.shots:
+                results.append(
+                    few_shot_result(
+                        train, test, settings, shots=options.shots, seeds=options.seeds, **names
+                    )
+                )
+            if options.label_noise:
+                results.append(
+                    label_noise_result(train, test, settings, shares=options.label_noise, **names)
+                )
+        return results
+
+    def robustness(self) -> Result:
+        """A task on corrupted images, beside the same on clean ones."""
+        options = self._options
+        clean = self.images
+
+        def measure(corruption: Corruption | None) -> Result:
+            if options.on == "probe":
+                return self._probe_under(corruption)
+            images = (
+                clean if corruption is None else self._encode(_of(clean, self.data), corruption)
+            )
+            task = self._zeroshot_of if options.on == "zeroshot" else self._retrieval_of
+            return task(images)
+
+        return robustness_result(measure, options.corruptions, options.severities)
+
+    def neighbours(self, *, layer: str | None = None) -> tuple[Result, list[Sheet]]:
+        """Nearest neighbours of the images, with contact sheets.
+
+        Args:
+            layer: whose feature maps are drawn of some images, or ``auto``, the last one with 7 x 7
+                places; None: none.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        images = self.images
+        found = nearest_neighbours(images)
+        names = {"model": self.encoder.name, "data": self.data.name}
+        sheet = neighbour_sheet(images, found, model=self.encoder.name, read=self._read)
+        sheets = [sheet]
+        if layer is not None:
+            sheets.append(self._feature_maps(layer))
+        return neighbours_result(images, found, **names), sheets
+
+    def sheets(self, results: Sequence[Result]) -> list[Sheet]:
+        """Contact sheets of what some results got most wrong."""
+        return [sheet for one in results for sheet in mistake_sheets(one, self._read)]
+
+    def _feature_maps(self, layer: str) -> Sheet:
+        rows = []
+        for place in spread_queries(self.images, 4):
+            record = self.images.records[place]
+            picture = decode_image(record.read(), uri=record.uri)
+            maps = feature_maps(self.encoder, picture, None if layer == "auto" else layer)
+            rows.append([Tile((record.uri,), image=maps)])
+        note = "All channels as colours, and those that vary most; one image a row."
+        return Sheet(f"Feature maps, {self.encoder.name}", note, rows, self._read)
+
+    def _read(self, uri: str) -> bytes:
+        record = self._record_of.get(uri)
+        return read_uri(uri) if record is None else record.read()
+
+    @cached_property
+    def _record_of(self) -> dict[str, Record]:
+        return {record.uri: record for record in self.images.records}
+
+    @cached_property
+    def _labelled(self) -> tuple[LabelledVectors, LabelledVectors | None]:
+        """What probes are trained and tested on; None: a part of the first."""
+        images = self._vectors_of(self.images)
+        if self._train_data is None:
+            return images, None
+        train = self._encode(self._train_data)
+        labels = train.labels(self._train_data.name)
+        return labelled_vectors(train, labels, match=self._options.match), images
+
+    def _probe_under(self, corruption: Corruption | None) -> Result:
+        """A probe that was trained on clean images, on corrupted ones."""
+        train, test = self._labelled
+        train, test, _ = train_and_test(train, test, seed=0, name=self.data.name)
+        if corruption is not None:
+            kept = set(test.uris)
+            records = [one for one in self.images.records if one.uri in kept]
+            test = self._vectors_of(self._encode(_of(records, self.data), corruption))
+        settings = ProbeSettings(self._options.probes[0])
+        return probe_result(train, test, settings, model=self.encoder.name, data=self.data.name)
+
+    def _vectors_of(self, images: EmbeddedImages) -> LabelledVectors:
+        labels = images.labels(self.data.name)
+        return labelled_vectors(images, labels, match=self._options.match)
+
+    def _encode(self, data: DataSet, corruption: Corruption | None = None) -> EmbeddedImages:
+        return encode_images(
+            self.encoder,
+            data,
+            cache=self._cache,
+            corruption=corruption,
+            num_processes=self._options.num_processes,
+            decode=self._options.decode,
+        )
+
+    def _zeroshot_of(self, images: EmbeddedImages) -> Result:
+        options = self._options
+        question, labels = class_question(
+            images.labels(self.data.name),
+            self.data.places,
+            known=self.data.class_names,
+            classnames=options.classnames,
+            templates=options.templates,
+        )
+        if len(question.labels) < 2:
+            raise ConfigError(
+                f"{self.data.name}: all images are of one class, {question.names[0]!r}; "
+                "zero-shot classification needs two or more"
+            )
+        texts = encode_texts(self.encoder, question.prompts, cache=self._cache)
+        temperature = Temperature(self.encoder.logit_scale, self.encoder.logit_bias)
+        _, units_N = np.unique(np.array(images.contents), return_inverse=True)
+        number = len(question.templates)
+        return zeroshot_result(
+            images.vectors_ND,
+            question.vectors(texts),
+            question.labels,
+            labels,
+            uris=[record.uri for record in images.records],
+            names=question.names,
+            units_N=units_N,
+            probabilities=lambda scores_NC: probabilities(scores_NC, None, temperature)[0],
+            model=self.encoder.name,
+            data=self.data.name,
+            prompts=repr(question.templates[0]) if number == 1 else f"{number} templates",
+        )
+
+    def _retrieval_of(self, images: EmbeddedImages) -> Result:
+        targets = self._targets(images)
+        texts = encode_texts(self.encoder, targets.texts, cache=self._cache)
+        total = len(images) + len(targets.texts)
+        with progress("Ranking", total, unit="queries") as advance:
+            return retrieval_result(
+                images.vectors_ND,
+                texts,
+                targets,
+                uris=[record.uri for record in images.records],
+                model=self.encoder.name,
+                data=self.data.name,
+                advance=advance,
+            )
+
+    def _targets(self, images: EmbeddedImages) -> RetrievalTargets:
+        return retrieval_targets(
+            ((record.captions, record.metadata) for record in images.records),
+            contents=images.contents,
+            captions=self._options.captions,
+            match=self._options.match,
+            duplicates=self._options.duplicates,
+        )
+
+
+def evaluate(
     model: str | Path | Encoder,
-    task: str,
+    task: Task,
     data: str | Path,
     *,
-    captions: Captions = "all",
-    match: str | None = None,
-    templates: Sequence[str] | None = None,
     columns: Columns = Columns(),
-    classnames: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    label_key: str | None = None,
     records: Iterable[Record] | None = None,
-) -> dict[str, Any]:
-    """Measures a model.
+    train_data: str | Path | None = None,
+    train_split: str | None = None,
+    cache: bool = True,
+    **options: Any,
+) -> list[Result]:
+    """Measures a model on a data set.
 
     Args:
         model: what `clipsys.load` takes, or an encoder.
-        task: ``zeroshot`` or ``probe`` (labelled images) or ``retrieval`` (captioned images).
-        data: what `clipsys.corpora.sources.iterate_source` reads.
-        captions: retrieval: which captions are queries.
-        match: retrieval: metadata key; items with the same value are hits of each other.
-        templates: zero-shot: prompts with ``{}`` for the class; default
-            ``zeroshot_classification_templates.txt`` beside the data, or "a photo of a {}.".
-        columns: what the columns of a table mean.
-        records: the images, where ``data`` only names what they come from.
-        classnames: zero-shot, where labels are numbers: a file with one class name a line; default
-            ``classnames.txt`` beside the data.
+        task: ``zeroshot`` or ``probe`` (labelled images), ``retrieval`` (captioned images), or
+            ``robustness`` (one of these, named with ``on``, on corrupted images).
+        data: a folder, a table, shards, or Hugging Face's Parquet.
+        columns, split, limit, label_key, records: see `clipsys.evaluation.data.open_data`.
+        train_data, train_split: probe: what it is trained on; default a part of ``data``.
+        cache: whether embeddings are stored for later evaluations.
+        options: attributes of `EvaluationOptions`.
 
     Returns:
-        ``task``, ``model``, ``data`` and ``metrics``, as ``clipsys evaluate --json`` prints them.
+        One result; of ``probe`` one for each probe and curve.
 
     Raises:
         ModelError: the model cannot be loaded.
         DataError: the data cannot be read, or have no captions or labels.
+        ConfigError: an option does not fit.
     """
+    opened = open_data(
+        data, columns=columns, split=split, limit=limit, label_key=label_key, records=records
+    )
+    train = None
+    if train_data is not None or train_split is not None:
+        place = train_data if train_data is not None else data
+        train = open_data(place, columns=columns, split=train_split, label_key=label_key)
     encoder = model if isinstance(model, Encoder) else load(model)
-    image_ND, kept = encode_records(encoder, data, columns=columns, records=records)
-    if task == "retrieval":
-        targets = retrieval_targets(
-            ((record.captions, record.metadata) for record in kept),
-            captions=captions,
-            match=match,
-        )
-        metrics = retrieval_figures(image_ND, encoder.encode_text(targets.texts), targets)
-    else:
-        labels = _labels(kept, data)
-        if task == "zeroshot":
-            places = _places(data)
-            names = class_names(labels, places, file=classnames, setting="--classnames")
-            classes = sorted(names)
-            prompts = templates or prompt_templates(places) or DEFAULT_TEMPLATES
-            # Two classes may have one name, as two of ImageNet's do; then they have one vector.
-            single = {label: " ".join(name.split()) for label, name in names.items()}
-            classifier = ZeroShotClassifier(encoder, list(dict.fromkeys(single.values())), prompts)
-            rows = [classifier.classes.index(single[label]) for label in classes]
-            metrics = zeroshot_figures(image_ND, classifier.class_CD[rows], classes, labels)
-        else:
-            metrics = _probe(image_ND, labels)
-    return {"task": task, "model": encoder.name, "data": str(data), "metrics": metrics}
+    stored = EmbeddingCache() if cache else None
+    chosen = EvaluationOptions(**options)
+    return Evaluation(encoder, opened, chosen, train_data=train, cache=stored).run(task)
 
 
-def encode_records(
-    encoder: Encoder,
-    data: str | Path,
-    *,
-    columns: Columns = Columns(),
-    records: Iterable[Record] | None = None,
-    batch_size: int = 64,
-) -> tuple[Floats, list[Record]]:
-    """Encodes every usable image of a source: (N, D) unit vectors and their records, in order.
-
-    Raises:
-        DataError: the source cannot be read, or none of its images can be used.
-    """
-    kept: list[Record] = []
-    vectors: list[Floats] = []
-    pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    skipped: Counter[str] = Counter()
-    with progress("Encoding images") as advance:
-        for record in iterate_source(data, columns=columns) if records is None else records:
-            try:
-                image = decode_image(record.read(), uri=record.uri)
-            except DataError as error:
-                skipped[getattr(error, "reason", "unreadable")] += 1
-                continue
-            # Only what the figures need is kept: the image's bytes can go.
-            kept.append(record)
-            pixels.append(encoder.preprocess(image))
-            if len(pixels) == batch_size:
-                vectors.append(encoder.encode_pixels(np.stack(pixels)))
-                advance(len(pixels))
-                pixels = []
-        if pixels:
-            vectors.append(encoder.encode_pixels(np.stack(pixels)))
-            advance(len(pixels))
-    if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        _logger.warning("%d images cannot be used: %s", sum(skipped.values()), reasons)
-    if not kept:
-        raise DataError(f"{data}: none of the images can be used")
-    return np.concatenate(vectors), kept
-
-
-def _places(data: str | Path) -> list[Path]:
-    """The folders that the data lie in, local ones."""
-    text = expand_path(str(data))
-    if "://" in text:
-        return []
-    if Path(text).is_dir():
-        return [Path(text).absolute()]
-    if source_kind(text) == "shards":
-        shards = [Path(shard).absolute() for shard in expand_shards(text)]
-        return list(dict.fromkeys(shard.parent for shard in shards))
-    return [Path(text).absolute().parent]
-
-
-def _labels(records: Sequence[Record], data: str | Path) -> list[str]:
-    unlabelled = next((record.uri for record in records if record.label is None), None)
-    if unlabelled:
-        raise DataError(
-            f"{data}: {unlabelled} has no label; expected one folder per class, a label column or "
-            ".cls members"
-        )
-    return [str(record.label) for record in records]
-
-
-def _probe(image_ND: Floats, labels: Sequence[str]) -> dict[str, float]:
-    from sklearn.model_selection import train_test_split
-
-    names = np.asarray(labels)
-    if min(np.unique(names, return_counts=True)[1]) < 4:
-        raise DataError("a linear probe needs four images or more of each class")
-    train, test = train_test_split(
-        np.arange(len(names)), test_size=PROBE_TEST_SHARE, random_state=0, stratify=names
-    )
-    return probe_figures(
-        image_ND[train], names[train].tolist(), image_ND[test], names[test].tolist()
-    )
+def _of(images: EmbeddedImages | Sequence[Record], data: DataSet) -> DataSet:
+    """The data set that has these images alone."""
+    records = images.records if isinstance(images, EmbeddedImages) else images
+    return replace(data, _open=lambda: records)

@@ -103,9 +103,8 @@ def _meaning(name: str) -> str | None:
 def _find(spec: str) -> tuple[Splits, tuple[str, ...]]:
     """The splits of the data, and the sources of all of it where splits are not asked for."""
     text = expand_path(spec)
-    path = Path(text)
-    if path.is_dir():
-        return _in_folder(path, depth=0)
+    if text and Path(text).is_dir():  # an unset variable of a script is not the current folder
+        return _in_folder(Path(text), depth=0)
     if "://" not in text and any(character in text for character in "{*?["):
         shards = expand_shards(text)
         return _by_name(shards), (spec,)

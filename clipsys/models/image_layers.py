@@ -9,12 +9,18 @@ B images, C channels, H x W places, L tokens.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from clipsys.errors import ModelError
+
+#: Places along the shorter side that a map needs to tell parts of an image apart: as many as the
+#: last stage of a ResNet has for 224 pixels. A map of 2 x 2 shows nothing.
+_MIN_PLACES = 7
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,46 @@ class ImageLayers:
         if output.dim() != 4:
             return None
         return output.permute(0, 3, 1, 2) if self.channels_last else output
+
+    def last_with_places(self, maps: Mapping[str, torch.Tensor]) -> str:
+        """The last layer with a map of 7 x 7 places or more; else the one with the largest map.
+
+        Of the last block of a vision transformer nothing but the class token may be read, so it
+        counts only where there is no other.
+
+        Args:
+            maps: map (B, C, H, W) of each layer, in their order; not empty.
+        """
+        names = [name for name, one in maps.items() if min(one.shape[-2:]) >= _MIN_PLACES]
+        if self.tokens and len(names) > 1:
+            names.pop()
+        return names[-1] if names else max(maps, key=lambda name: min(maps[name].shape[-2:]))
+
+    @contextlib.contextmanager
+    def recorded(self, tower: Any) -> Iterator[dict[str, torch.Tensor]]:
+        """What each layer gives, by its name, filled while the tower runs."""
+        outputs: dict[str, torch.Tensor] = {}
+
+        def recorder(name: str) -> Any:
+            def record(_module: Any, _inputs: Any, output: Any) -> None:
+                if isinstance(output, torch.Tensor):
+                    outputs[name] = output
+
+            return record
+
+        handles = [
+            tower.get_submodule(name).register_forward_hook(recorder(name)) for name in self.modules
+        ]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def maps(self, outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of the outputs that have places, as (B, C, H, W)."""
+        found = {name: self.as_map(output) for name, output in outputs.items()}
+        return {name: one for name, one in found.items() if one is not None}
 
 
 def image_layers(tower: Any, name: str) -> ImageLayers:

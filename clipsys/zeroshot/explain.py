@@ -20,11 +20,11 @@ B images, C channels, D width of the embedding, H x W pixels, L tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +46,6 @@ Array = npt.NDArray[np.float32]
 #: A text, or the unit vector of one.
 Target = str | npt.NDArray[np.float32]
 
-#: Places along the shorter side that a map of Grad-CAM has at least, where a stage has so many: as
-#: many as the last stage of a ResNet has for 224 pixels. A map of 2 x 2 finds nothing.
-_MIN_PLACES = 7
 #: How much of the picture the colour of the highest value covers.
 _COVER = 0.65
 #: What is left of the brightness of parts that the model did not see.
@@ -218,7 +215,11 @@ class _Pass:
         self._layers = image_layers(self._tower, encoder.name)
         image_BCHW = encoder.normalised(torch.from_numpy(pixels_CHW)[None].to(encoder.device))
         recorder = AttentionRecorder()
-        with torch.inference_mode(False), torch.enable_grad(), self._outputs() as outputs:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._layers.recorded(self._tower) as outputs,
+        ):
             # A copy, since what was made in inference mode can have no gradient.
             image_BCHW = image_BCHW.clone().requires_grad_(True)
             with recorder:
@@ -226,28 +227,6 @@ class _Pass:
             self._score = self.features_D @ direction_D.to(self.features_D)
         self._outputs_of = outputs
         self._attention = recorder.probabilities
-
-    @contextlib.contextmanager
-    def _outputs(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What each layer gives, by its name, filled while the model runs."""
-        outputs: dict[str, torch.Tensor] = {}
-
-        def record(name: str) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                if isinstance(output, torch.Tensor):
-                    outputs[name] = output
-
-            return hook
-
-        handles = [
-            self._tower.get_submodule(name).register_forward_hook(record(name))
-            for name in self._layers.modules
-        ]
-        try:
-            yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def explained(self, method: Method) -> tuple[str, torch.Tensor]:
         """The method used, and its map over the places of a layer: (rows, columns)."""
@@ -285,20 +264,13 @@ class _Pass:
         return relevance_L[layers.num_prefix :].reshape(rows, columns)
 
     def _by_grad_cam(self) -> torch.Tensor:
-        maps = {
-            name: found
-            for name, output in self._outputs_of.items()
-            if (found := self._layers.as_map(output)) is not None
-        }
-        fine = [name for name, one in maps.items() if min(one.shape[-2:]) >= _MIN_PLACES]
-        if self._layers.tokens and len(fine) > 1:
-            fine = fine[:-1]  # of the last block, a class token reads no other token
+        maps = self._layers.maps(self._outputs_of)
         if not maps:
             raise ModelError(
                 f"model {self._name}: the layers of its image tower, a "
                 f"{class_name(self._tower)}, give no maps"
             )
-        name = fine[-1] if fine else max(maps, key=lambda one: maps[one].shape[-1])
+        name = self._layers.last_with_places(maps)
         (gradient,) = torch.autograd.grad(self._score, [self._outputs_of[name]])
         gradient_CHW = self._layers.as_map(gradient)
         assert gradient_CHW is not None

@@ -6,7 +6,7 @@ hits             the table and the lines that a search prints
 sources          ``clipsys sources``
 classify         ``clipsys classify``, on sources and on collections
 image_stream     images of sources as vectors, decoded ahead of the encoder
-decisions        classes as they are given, and vectors to labels
+class_options    the classes that options and files give
 predictions      what is printed of labels
 explanations     pictures of what speaks for a label
 evaluate         ``clipsys evaluate``, on sources and on collections

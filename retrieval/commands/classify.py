@@ -60,7 +60,13 @@ def classify(
             f"{options.DEFAULT_MODEL}, with --collection the collection's."
         ),
     ] = None,
-    template: options.Template = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt with {} for the class, or a set: simple, clip, siglip, plain; may be "
+            "repeated."
+        ),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Give the N most probable classes.")
     ] = None,
@@ -237,11 +243,11 @@ def _classify_stored(
     from clipsys.retrieval.commands.predictions import Summary
 
     keys = (write, f"{write}_probability") if write is not None else ()
-    summary = Summary()
     with Collection.open(path, few_searches=True, model=model) as photos:
         photos.check_annotations(*keys)  # before the model is loaded
         total = len(photos) if not where else None
         classifier = wanted.classifier(cast("Encoder", photos.encoder))
+        summary = Summary(classifier.classes)
         with progress_if(printer.shows_progress, f"classifying {path.name}", total) as advance:
 
             def decided() -> Iterator[tuple[Sequence[int], Decisions]]:

@@ -104,7 +104,8 @@ class Printer:
 class Summary:
     """How many images there are of each label, and how sure the model is of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._places = {name: place for place, name in enumerate(classes)}
         self._counts: dict[str, int] = defaultdict(int)
         self._sums: dict[str, float] = defaultdict(float)
         self.num_items = 0
@@ -118,11 +119,11 @@ class Summary:
             for name, count, total in zip(names, np.bincount(places), sums, strict=True):
                 self._count(str(name), int(count), float(total))
             return
-        for label, chosen, probability in zip(
-            decisions.labels, decisions.chosen, decisions.probability_N, strict=True
-        ):
-            for name in chosen or [label]:
-                self._count(name, 1, float(probability))
+        for row, chosen in enumerate(decisions.chosen):
+            for name in chosen:
+                self._count(name, 1, float(decisions.probability_NC[row, self._places[name]]))
+            if not chosen:
+                self._count(decisions.labels[row], 1, float(decisions.probability_N[row]))
 
     def _count(self, name: str, number: int, total: float) -> None:
         self._counts[name] += number

@@ -7,5 +7,5 @@ few_shot            probes trained on a few images of each class
 robustness          a task on corrupted images, a probe with wrong training labels
 splitting           labelled vectors; training and test data without a leak
 knn, trained_probes the classifiers
-scoring             figures and intervals of a classification
+scoring             figures and intervals of a probe
 """

@@ -12,15 +12,16 @@ from dataclasses import replace
 import numpy as np
 
 from clipsys.errors import DataError
+from clipsys.evaluation.metrics.classification import predictions
+from clipsys.evaluation.resampling import mean_intervals
 from clipsys.evaluation.results import CurveDetails, Figure, Integers, Outcomes, Result
 from clipsys.evaluation.tasks.probes import (
     ProbeSettings,
     count_images,
+    fit_probe,
     majority_chance,
-    predict,
     train_and_test,
 )
-from clipsys.evaluation.tasks.scoring import draw_units, mean_interval
 from clipsys.evaluation.tasks.splitting import LabelledVectors, class_targets, listed
 
 _logger = logging.getLogger(__name__)
@@ -50,7 +51,6 @@ def few_shot_result(
     classes, train_N, test_M = class_targets(train, test, name)
     groups_N, units_M = train.groups(), test.groups()
     usable = _usable_shots(shots, train_N, groups_N, classes, name)
-    resamples = draw_units(units_M)
     chance = majority_chance(train_N, test_M)
     figures: dict[str, Figure] = {}
     outcomes: dict[str, Outcomes] = {}
@@ -60,12 +60,11 @@ def few_shot_result(
         for seed in range(seeds):
             own = replace(settings, seed=settings.seed + seed)
             chosen = draw_shots(train_N, groups_N, count, seed=own.seed)
-            prediction = predict(
-                train.take(chosen), train_N[chosen], test.vectors_ND, len(classes), own
-            )
-            right_SM[seed] = prediction.score_MC.argmax(axis=1) == test_M
+            fitted = fit_probe(train.take(chosen), train_N[chosen], len(classes), own)
+            found = predictions(fitted.score(test.vectors_ND), test_M, classes)
+            right_SM[seed] = found.ranks_N == 0
         value_M = right_SM.mean(axis=0)
-        interval = mean_interval(value_M, units_M, resamples)
+        interval = mean_intervals({"": value_M}, units_M)[""]
         figure = Figure(float(value_M.mean()), len(test), interval, chance)
         prefix = f"{count}_shot" + "s" * (count > 1)
         figures[f"{prefix}/accuracy@1"] = figure

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from clipsys.evaluation.metrics.classification import predictions
 from clipsys.evaluation.results import Doubles, Integers, Result
 from clipsys.evaluation.tasks.knn import KNN_NEIGHBOURS, KNN_TEMPERATURE, neighbour_votes
 from clipsys.evaluation.tasks.scoring import Scored, score_classes
@@ -32,6 +33,7 @@ from clipsys.evaluation.tasks.splitting import (
 from clipsys.evaluation.tasks.trained_probes import (
     DEFAULT_C,
     VALIDATION_SHARE,
+    Scorer,
     TrainingPart,
     logistic_regression,
     perceptron,
@@ -64,16 +66,16 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a probe says of the test images.
+class FittedProbe:
+    """A trained classifier.
 
     Attributes:
-        score_MC: (M, C) probabilities, or shares of votes.
+        score: vectors (M, D) -> (M, C) probabilities, or shares of votes.
         described: how it was made, for the protocol.
         counts: settings that were chosen: ``C``, ``epochs``.
     """
 
-    score_MC: Doubles
+    score: Scorer
     described: str
     counts: dict[str, float]
 
@@ -101,40 +103,75 @@ def probe_result(
     if test is None and settings.kind == "knn":
         return _leave_one_out(train, settings, model=model, data=data)
     train, test, described = train_and_test(train, test, seed=settings.seed, name=name)
-    classes, train_N, test_M = class_targets(train, test, name)
-    scored, how, counts = score_probe(train, train_N, test, test_M, classes, settings)
-    return Result(
-        task="probe",
-        model=model,
-        data=data,
-        protocol=f"{how}; {described}",
-        figures=scored.figures,
-        counts=count_images(len(classes), len(train), len(test)) | counts,
-        outcomes={"": scored.outcomes},
-        details=scored.details,
-    )
+    return Probe(train, settings, model=model, data=data, described=described)(test)
+
+
+class Probe:
+    """A probe trained once, to be tested several times, on corrupted images for instance."""
+
+    def __init__(
+        self,
+        train: LabelledVectors,
+        settings: ProbeSettings = ProbeSettings(),
+        *,
+        model: str = "",
+        data: str = "",
+        described: str = "tested on separate data",
+    ) -> None:
+        """
+        Args:
+            train: images that the test data do not show, as `train_and_test` gives them.
+            described: where the test data come from, for the protocol.
+
+        Raises:
+            DataError: there is one class only.
+        """
+        self._train, self._settings = train, settings
+        self._model, self._data, self._described = model, data, described
+        classes, self._targets_N, _ = class_targets(train, train, data or "the data")
+        self._fitted = fit_probe(train, self._targets_N, len(classes), settings)
+
+    def __call__(self, test: LabelledVectors) -> Result:
+        """The figures on test data.
+
+        Raises:
+            DataError: a test class has no training image.
+        """
+        train = self._train
+        classes, _, test_M = class_targets(train, test, self._data or "the data")
+        scored = score_probe(
+            self._fitted, self._targets_N, test, test_M, classes, self._settings.kind
+        )
+        return Result(
+            task="probe",
+            model=self._model,
+            data=self._data,
+            protocol=f"{self._fitted.described}; {self._described}",
+            figures=scored.figures,
+            counts=count_images(len(classes), len(train), len(test)) | self._fitted.counts,
+            outcomes={"": scored.outcomes},
+            details=scored.details,
+        )
 
 
 def score_probe(
-    train: LabelledVectors,
+    fitted: FittedProbe,
     train_N: Integers,
     test: LabelledVectors,
     test_M: Integers,
     classes: Sequence[str],
-    settings: ProbeSettings,
-) -> tuple[Scored, str, dict[str, float]]:
-    """Trains and tests a probe: figures, how it was made, and the settings that were chosen."""
-    prediction = predict(train, train_N, test.vectors_ND, len(classes), settings)
-    scored = score_classes(
-        prediction.score_MC,
+    kind: Kind,
+) -> Scored:
+    """Figures of a trained probe on test data."""
+    return score_classes(
+        fitted.score(test.vectors_ND),
         test_M,
         classes,
         test.uris,
         test.groups(),
         chance=majority_chance(train_N, test_M),
-        calibrated=settings.kind != "knn",
+        calibrated=kind != "knn",
     )
-    return scored, prediction.described, prediction.counts
 
 
 def train_and_test(
@@ -157,41 +194,40 @@ def train_and_test(
     return kept, test, f"tested on separate data, {said}"
 
 
-def predict(
-    train: LabelledVectors,
-    train_N: Integers,
-    test_MD: Floats,
-    num_classes: int,
-    settings: ProbeSettings,
-) -> Prediction:
-    """Trains on all of ``train`` and scores the test images.
+def fit_probe(
+    train: LabelledVectors, train_N: Integers, num_classes: int, settings: ProbeSettings
+) -> FittedProbe:
+    """Trains on all of ``train``.
 
     Args:
         train_N: classes to train on, which label noise may have changed.
     """
     if settings.kind == "knn":
         k = settings.neighbours
-        votes_MC = neighbour_votes(test_MD, train.vectors_ND, train_N, num_classes, k=k)
-        return Prediction(votes_MC, _knn_sentence(k), {"neighbours": k})
+
+        def votes(query_MD: Floats) -> Doubles:
+            return neighbour_votes(query_MD, train.vectors_ND, train_N, num_classes, k=k)
+
+        return FittedProbe(votes, _knn_sentence(k), {"neighbours": k})
     fit, validation = split_positions(train, VALIDATION_SHARE, seed=settings.seed)
     part = TrainingPart(train.vectors_ND, train_N, fit, validation)
     if settings.kind == "mlp":
-        score_MC, epochs = perceptron(
-            part, test_MD, num_classes, hidden=settings.hidden, seed=settings.seed
+        score, epochs = perceptron(part, num_classes, hidden=settings.hidden, seed=settings.seed)
+        how = f"perceptron with one hidden layer of {settings.hidden} on unit features, " + (
+            f"stopped by the loss on {VALIDATION_SHARE:.0%} of the training data (seed "
+            f"{settings.seed})"
+            if len(validation)
+            else f"trained for {epochs} epochs, as no training image can be held out to stop it by"
         )
-        how = (
-            f"perceptron with one hidden layer of {settings.hidden} on unit features, stopped by "
-            f"the loss on {VALIDATION_SHARE:.0%} of the training data (seed {settings.seed})"
-        )
-        return Prediction(score_MC, how, {"epochs": epochs})
-    score_MC, c = logistic_regression(part, test_MD, num_classes)
+        return FittedProbe(score, how, {"epochs": epochs})
+    score, c = logistic_regression(part, num_classes)
     how = "logistic regression on unit features, " + (
         f"C by the search of the CLIP paper on {VALIDATION_SHARE:.0%} of the training data (seed "
         f"{settings.seed}), then trained on all of them"
         if len(validation)
         else f"C = {DEFAULT_C:g}, as no training image can be held out to choose it on"
     )
-    return Prediction(score_MC, how, {"C": c})
+    return FittedProbe(score, how, {"C": c})
 
 
 def majority_chance(train_N: Integers, test_M: Integers) -> float:
@@ -203,6 +239,8 @@ def knn_figures(
     image_ND: Floats, labels: Sequence[str], same: Sequence[object] | None = None
 ) -> dict[str, float]:
     """Each image is classified by its nearest neighbours among all others.
+
+    A class with as many votes as the right one counts as predicted instead of it.
 
     Args:
         image_ND: unit norm.
@@ -220,7 +258,9 @@ def knn_figures(
         image_ND, image_ND, target_N, len(classes), groups_N=groups_N, groups_M=groups_N
     )
     return {
-        "accuracy@1": float((votes_NC.argmax(axis=1) == target_N).mean()),
+        "accuracy@1": float(
+            (predictions(votes_NC, target_N, classes.tolist()).ranks_N == 0).mean()
+        ),
         "chance_accuracy@1": majority_chance(target_N, target_N),
         "classes": len(classes),
         "images": len(labels),

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from clipsys.errors import ConfigError, DataError
 from clipsys.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption, corruptions_of
+from clipsys.evaluation.resampling import mean_intervals, statistic_intervals
 from clipsys.evaluation.results import (
     CurveDetails,
     Doubles,
@@ -29,10 +31,10 @@ from clipsys.evaluation.results import (
 from clipsys.evaluation.tasks.probes import (
     ProbeSettings,
     count_images,
+    fit_probe,
     score_probe,
     train_and_test,
 )
-from clipsys.evaluation.tasks.scoring import draw_units, mean_interval, ratio_interval
 from clipsys.evaluation.tasks.splitting import LabelledVectors, class_targets
 
 #: Shares of wrong training labels.
@@ -123,12 +125,13 @@ def label_noise_result(
 
     def measured(share: float) -> Result:
         noisy_N = wrong_labels(train_N, len(classes), share, seed=settings.seed)
-        scored, how, _ = score_probe(train, noisy_N, test, test_M, classes, settings)
+        fitted = fit_probe(train, noisy_N, len(classes), settings)
+        scored = score_probe(fitted, train_N, test, test_M, classes, settings.kind)
         return Result(
             task="probe",
             model=model,
             data=data,
-            protocol=f"{how}; {described}",
+            protocol=f"{fitted.described}; {described}",
             figures=scored.figures,
             counts=count_images(len(classes), len(train), len(test)),
             outcomes={"": scored.outcomes},
@@ -171,20 +174,19 @@ def _curves(
     outcomes: dict[str, Outcomes] = {}
     every = [point for line in lines.values() for point in line.values()]
     means = {"mean": every} | {line: list(points.values()) for line, points in lines.items()}
-    resamples = None if first.outcomes is None else draw_units(first.outcomes.units_N)
     _keep(outcomes, f"clean/{name}", first.outcomes)
     for line, points in means.items():
         value = float(np.mean([point.figure.value for point in points]))
         interval = None
         averaged = _averaged(points, first)
-        if averaged is not None and resamples is not None:
-            interval = mean_interval(averaged.values[name], averaged.units_N, resamples)
+        if averaged is not None:
+            interval = mean_intervals(averaged.values, averaged.units_N)[name]
         figures[f"{line}/{name}"] = Figure(
             value, first.figure.samples, interval, first.figure.chance
         )
         _keep(outcomes, f"{line}/{name}", averaged)
         if line == "mean":
-            figures |= _drops(name, first, value, averaged, resamples)
+            figures |= _drops(name, first, value, averaged)
     for line, curve in lines.items():
         figures |= {f"{line}/{place:g}/{name}": point.figure for place, point in curve.items()}
     return Result(
@@ -211,17 +213,22 @@ def _drops(
     first: _Point,
     mean: float,
     averaged: Outcomes | None,
-    resamples: Integers | None,
 ) -> dict[str, Figure]:
     clean, samples = first.figure.value, first.figure.samples
     drop, relative = clean - mean, (clean - mean) / clean if clean else 0.0
     own_interval: tuple[float, float] | None = None
     share_interval: tuple[float, float] | None = None
-    if first.outcomes is not None and averaged is not None and resamples is not None:
+    if first.outcomes is not None and averaged is not None:
         clean_N, units_N = first.outcomes.values[name], first.outcomes.units_N
         lost_N = clean_N - averaged.values[name]
-        own_interval = mean_interval(lost_N, units_N, resamples)
-        share_interval = ratio_interval(lost_N, clean_N, units_N, resamples)
+        own_interval = mean_intervals({name: lost_N}, units_N)[name]
+        lost_U, clean_U = np.bincount(units_N, lost_N), np.bincount(units_N, clean_N)
+
+        def share(weights_U: npt.NDArray[np.int32]) -> dict[str, float]:
+            whole = float(weights_U @ clean_U)
+            return {name: float(weights_U @ lost_U) / whole if whole else 0.0}
+
+        share_interval = statistic_intervals(share, len(lost_U))[name]
     return {
         f"drop/{name}": Figure(drop, samples, own_interval),
         f"relative_drop/{name}": Figure(relative, samples, share_interval),

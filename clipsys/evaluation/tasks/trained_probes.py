@@ -20,6 +20,9 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
+#: Vectors (M, D) -> probabilities (M, C).
+Scorer = Callable[[Floats], Doubles]
+
 _logger = logging.getLogger(__name__)
 
 #: Share of the training data that settings are chosen on.
@@ -78,48 +81,45 @@ def strength(step: int) -> float:
     return float(10.0 ** (step / 8))
 
 
-def logistic_regression(
-    part: TrainingPart, test_MD: Floats, num_classes: int
-) -> tuple[Doubles, float]:
-    """Probabilities (M, C) of the test images, and the C that was chosen.
+def logistic_regression(part: TrainingPart, num_classes: int) -> tuple[Scorer, float]:
+    """A trained logistic regression, and the C that was chosen.
 
     C is chosen by accuracy on the validation part (of equal ones, by cross-entropy), and the
     classifier is trained again on all.
     """
     stopped = 0
 
-    def trained(rows: Integers, c: float, query_MD: Floats) -> Doubles:
+    def trained(rows: Integers, c: float) -> Scorer:
         nonlocal stopped
-        probability_MC, finished = _fit_logistic(
-            part.vectors_ND[rows], part.targets_N[rows], c, query_MD, num_classes
+        scorer, finished = _fit_logistic(
+            part.vectors_ND[rows], part.targets_N[rows], c, num_classes
         )
         stopped += not finished
-        return probability_MC
+        return scorer
 
     def score(c: float) -> tuple[float, float]:
-        probability_MC = trained(part.fit, c, part.vectors_ND[part.validation])
+        probability_MC = trained(part.fit, c)(part.vectors_ND[part.validation])
         target_M = part.targets_N[part.validation]
         right_M = probability_MC[np.arange(len(target_M)), target_M]
         accuracy = float((probability_MC.argmax(axis=1) == target_M).mean())
         return accuracy, float(np.log(np.maximum(right_M, 1e-12)).mean())
 
     chosen = sweep(score) if len(part.validation) else DEFAULT_C
-    probability_MC = trained(np.arange(len(part.targets_N)), chosen, test_MD)
+    scorer = trained(np.arange(len(part.targets_N)), chosen)
     if stopped:
         _logger.info(
             "logistic regression: %d fits stopped at %d iterations", stopped, MAX_ITERATIONS
         )
-    return probability_MC, chosen
+    return scorer, chosen
 
 
 def _fit_logistic(
     vectors_ND: Floats,
     targets_N: Integers,
     c: float,
-    query_MD: Floats,
     num_classes: int,
-) -> tuple[Doubles, bool]:
-    """Probabilities of the queries, and whether L-BFGS finished.
+) -> tuple[Scorer, bool]:
+    """The trained classifier, and whether L-BFGS finished.
 
     Every fit starts at zero: a start at the solution of another C would already meet scikit-learn's
     tolerance, and be taken for the solution.
@@ -134,22 +134,25 @@ def _fit_logistic(
         # Reported by the caller, once for all fits.
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(vectors_ND, targets_N)
-    probability_MC = np.zeros((len(query_MD), num_classes))
-    probability_MC[:, probe.classes_] = probe.predict_proba(query_MD)
-    return probability_MC, int(np.max(probe.n_iter_)) < MAX_ITERATIONS
+
+    def scorer(query_MD: Floats) -> Doubles:
+        probability_MC = np.zeros((len(query_MD), num_classes))
+        probability_MC[:, probe.classes_] = probe.predict_proba(query_MD)
+        return probability_MC
+
+    return scorer, int(np.max(probe.n_iter_)) < MAX_ITERATIONS
 
 
 def perceptron(
     part: TrainingPart,
-    test_MD: Floats,
     num_classes: int,
     *,
     hidden: int = 512,
     epochs: int = 100,
     patience: int = 10,
     seed: int = 0,
-) -> tuple[Doubles, int]:
-    """Probabilities (M, C) by a perceptron of one hidden layer, and the epoch of its weights.
+) -> tuple[Scorer, int]:
+    """A trained perceptron of one hidden layer, and the epoch of its weights.
 
     The weights of the epoch of the least validation loss are used, and training ends when
     ``patience`` epochs brought nothing better; without validation images, a quarter of ``epochs``
@@ -192,6 +195,11 @@ def perceptron(
         elif epoch - best_epoch >= patience:
             break
     network.load_state_dict(best)
-    with torch.no_grad():
-        query_MD = torch.from_numpy(np.ascontiguousarray(test_MD, np.float32)) * scale
-        return network(query_MD).double().softmax(dim=1).numpy(), best_epoch
+
+    def scorer(query_MD: Floats) -> Doubles:
+        with torch.no_grad():
+            queries = torch.from_numpy(np.ascontiguousarray(query_MD, np.float32)) * scale
+            probability_MC: Doubles = network(queries).double().softmax(dim=1).numpy()
+        return probability_MC
+
+    return scorer, best_epoch

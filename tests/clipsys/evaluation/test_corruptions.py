@@ -198,6 +198,12 @@ def test_lengths_scale_with_the_side_of_the_image() -> None:
         assert distance(wide.reshape(224, 2, 224, 2, 3).mean(axis=(1, 3)), small) < 0.6
 
 
+def test_channels_that_stand_first_are_refused_by_every_corruption() -> None:
+    for name in CORRUPTIONS:
+        with pytest.raises(AssertionError, match=r"\(3, 8, 8\)"):
+            Corruption(name, 1)(np.zeros((3, 8, 8), np.uint8), 0)
+
+
 def test_what_is_not_defined_is_named() -> None:
     with pytest.raises(ConfigError, match="'fog' is not a corruption; choose from gaussian_noise"):
         Corruption("fog", 1)

@@ -49,15 +49,6 @@ def test_images_that_cannot_be_used_are_counted_not_fatal(
     assert "1 images cannot be used: 1 not an image" in caplog.text
 
 
-def test_two_classes_of_one_name_have_one_vector(model_folder: Path, tmp_path: Path) -> None:
-    for number in range(3):  # as crane, the bird, and crane, the machine, of ImageNet
-        (tmp_path / str(number)).mkdir()
-        noise_image(number).save(tmp_path / str(number) / "a.png")
-    (tmp_path / "classnames.txt").write_text("crane\ncrane\nred  car\n")
-    metrics = measure(model_folder, "zeroshot", tmp_path)["metrics"]
-    assert (metrics["classes"], metrics["images"]) == (3, 3)
-
-
 def test_unlabelled_images_cannot_be_classified(model_folder: Path, tmp_path: Path) -> None:
     noise_image(0).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="has no label; expected one folder per class"):

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clipsys.models.encoder import load
 from clipsys.retrieval import Collection
 from clipsys.retrieval.commands.class_options import read_classes
+from clipsys.retrieval.commands.predictions import Summary
+from clipsys.zeroshot.deciding import Decisions
 from tests.conftest import noise_image, write_training_shards
 from tests.retrieval.commands.test_index import run as run_command
 
@@ -219,3 +222,20 @@ def test_a_file_of_classes_that_is_not_understood_is_named(
     status, out, err = run("classify", "a.png", f"--labels-file={tmp_path / 'c.json'}")
     assert (status, out, len(err.splitlines())) == (1, "", 1)
     assert "c.json" in err
+
+
+def test_summary_counts_each_of_several_labels_with_its_own_probability(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    probability_NC = np.array([[0.9, 0.6], [0.7, 0.1], [0.2, 0.1]], np.float32)
+    summary = Summary(["cat", "dog"])
+    labels, chosen = ["cat", "cat", "unknown"], [["cat", "dog"], ["cat"], []]
+    summary.add(
+        Decisions(labels, probability_NC.max(axis=1), chosen, probability_NC, probability_NC)
+    )
+    summary.print()
+    assert [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["cat", "2", "66.7%", "0.800"],
+        ["dog", "1", "33.3%", "0.600"],
+        ["unknown", "1", "33.3%", "0.200"],
+    ]

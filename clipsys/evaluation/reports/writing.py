@@ -1,0 +1,135 @@
+"""A report: one self-contained HTML page, the same as Markdown with its plots, and the figures.
+
+    FOLDER/report.html      everything in one file; needs no network and no script
+    FOLDER/report.md        beside plots/*.png and sheets/*.jpg
+    FOLDER/results.json     what `clipsys evaluate --json` prints
+
+The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from clipsys import __version__
+from clipsys.errors import DataError
+from clipsys.evaluation.comparison import Comparison
+from clipsys.evaluation.reports.contents import Part, Report
+from clipsys.evaluation.reports.html import page
+from clipsys.evaluation.reports.markdown import document
+from clipsys.evaluation.reports.plots import Plot, comparison_plot, overview_plot, plots_of
+from clipsys.evaluation.reports.sheets import Sheet
+from clipsys.evaluation.results import Result
+from clipsys.printing import json_text
+
+#: By this file a folder is known as a report, which a later one may replace.
+RESULTS_NAME = "results.json"
+PAGE_NAME = "report.html"
+
+
+def write_report(
+    folder: str | Path,
+    results: Sequence[Result],
+    *,
+    comparisons: Sequence[Comparison] = (),
+    sheets: Sequence[Sheet] = (),
+) -> Path:
+    """Writes a report, and returns the path of its page.
+
+    Args:
+        folder: made if it is missing; an earlier report there is replaced.
+        results: in the order in which they are shown.
+        comparisons: of two models.
+        sheets: contact sheets; their images are read now.
+
+    Raises:
+        DataError: the folder holds something else, or cannot be written.
+    """
+    target = Path(folder).expanduser().absolute()
+    _check_replaceable(target)
+    report = _make(results, comparisons, sheets)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        partial.mkdir(parents=True)
+        _fill(partial, report, [*results, *comparisons])
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except OSError as error:
+        raise DataError(f"{target}: the report cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return target / PAGE_NAME
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir() or (any(target.iterdir()) and not (target / RESULTS_NAME).is_file()):
+        raise DataError(
+            f"{target}: exists and is no report; name another folder with --report, or remove it"
+        )
+
+
+def _make(
+    results: Sequence[Result], comparisons: Sequence[Comparison], sheets: Sequence[Sheet]
+) -> Report:
+    parts = [Part(one, plots_of(one)) for one in results]
+    parts += [Part(one, [comparison_plot(one)]) for one in comparisons]
+    pictures: dict[str, bytes] = {}
+    for sheet in sheets:
+        pictures |= sheet.thumbnails()
+    return Report(parts, overview_plot(results), sheets, pictures, _facts())
+
+
+def _facts() -> dict[str, str]:
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    versions = [f"clipsys {__version__}"]
+    for name in ("torch", "open_clip_torch", "scikit-learn"):
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {"made": made, "command": command, "versions": ", ".join(versions)}
+
+
+def _fill(folder: Path, report: Report, found: Sequence[Result | Comparison]) -> None:
+    (folder / "plots").mkdir()
+    (folder / "sheets").mkdir()
+    plots = [plot for part in report.parts for plot in part.plots]
+    names = _plot_names([*([report.overview] if report.overview else []), *plots])
+    for plot, name in names:
+        (folder / "plots" / name).write_bytes(plot.png)
+    files = {uri: f"sheets/{_file_of(uri)}" for uri in report.pictures}
+    for uri, content in report.pictures.items():
+        (folder / files[uri]).write_bytes(content)
+    own: dict[int, str] = {}
+    for sheet in report.sheets:
+        for tile in (tile for row in sheet.rows for tile in row if tile.image is not None):
+            assert tile.image is not None
+            own[id(tile)] = f"sheets/picture-{len(own) + 1}.png"
+            tile.image.save(folder / own[id(tile)])
+    plot_files = {id(plot): f"plots/{name}" for plot, name in names}
+    (folder / "report.md").write_text(document(report, plot_files, files, own), encoding="utf-8")
+    (folder / PAGE_NAME).write_text(page(report), encoding="utf-8")
+    (folder / RESULTS_NAME).write_text(
+        json_text([one.document() for one in found]) + "\n", encoding="utf-8"
+    )
+
+
+def _plot_names(plots: Sequence[Plot]) -> list[tuple[Plot, str]]:
+    return [(plot, f"{number:02}-{plot.name}.png") for number, plot in enumerate(plots, 1)]
+
+
+def _file_of(uri: str) -> str:
+    return f"{hashlib.sha256(uri.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.jpg"
