@@ -13,7 +13,7 @@ An image is encoded once, whatever the number of tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ from clipsys.evaluation.tasks.neighbours import (
     neighbours_result,
     spread_queries,
 )
-from clipsys.evaluation.tasks.probes import ProbeSettings, probe_result, train_and_test
+from clipsys.evaluation.tasks.probes import Probe, ProbeSettings, probe_result, train_and_test
 from clipsys.evaluation.tasks.retrieval import (
     RetrievalTargets,
     retrieval_result,
@@ -133,10 +133,12 @@ class Evaluation:
         """A task on corrupted images, beside the same on clean ones."""
         options = self._options
         clean = self.images
+        if options.on == "probe":
+            return robustness_result(
+                self._corrupted_probe(), options.corruptions, options.severities
+            )
 
         def measure(corruption: Corruption | None) -> Result:
-            if options.on == "probe":
-                return self._probe_under(corruption)
             images = (
                 clean if corruption is None else self._encode(_of(clean, self.data), corruption)
             )
@@ -196,16 +198,25 @@ class Evaluation:
         labels = train.labels(self._train_data.name)
         return labelled_vectors(train, labels, match=self._options.match), images
 
-    def _probe_under(self, corruption: Corruption | None) -> Result:
-        """A probe that was trained on clean images, on corrupted ones."""
-        train, test = self._labelled
-        train, test, _ = train_and_test(train, test, seed=0, name=self.data.name)
-        if corruption is not None:
-            kept = set(test.uris)
-            records = [one for one in self.images.records if one.uri in kept]
-            test = self._vectors_of(self._encode(_of(records, self.data), corruption))
-        settings = ProbeSettings(self._options.probes[0])
-        return probe_result(train, test, settings, model=self.encoder.name, data=self.data.name)
+    def _corrupted_probe(self) -> Callable[[Corruption | None], Result]:
+        """A probe trained once, on clean images, and tested on corrupted ones."""
+        train, test, described = train_and_test(*self._labelled, seed=0, name=self.data.name)
+        kept = set(test.uris)
+        records = [one for one in self.images.records if one.uri in kept]
+        probe = Probe(
+            train,
+            ProbeSettings(self._options.probes[0]),
+            model=self.encoder.name,
+            data=self.data.name,
+            described=described,
+        )
+
+        def measure(corruption: Corruption | None) -> Result:
+            if corruption is None:
+                return probe(test)
+            return probe(self._vectors_of(self._encode(_of(records, self.data), corruption)))
+
+        return measure
 
     def _vectors_of(self, images: EmbeddedImages) -> LabelledVectors:
         labels = images.labels(self.data.name)

@@ -156,6 +156,7 @@ class Result:
         model: what people call the model.
         data: as it was named.
         protocol: how it was measured, in one sentence: what a hit is, how ties count.
+        variant: which of several forms of the task: ``logistic``, ``mlp, few shots``; may be empty.
         figures: name (``accuracy@1``, ``text_to_image/recall@10``) -> figure.
         counts: numbers that are no measurements: ``classes``, ``images``, ``candidates``, ``C``.
         outcomes: prefix of the figures (``text_to_image``; ``""`` for a classification) -> the
@@ -173,6 +174,12 @@ class Result:
     details: ClassificationDetails | RetrievalDetails | CurveDetails | None = field(
         default=None, repr=False
     )
+    variant: str = ""
+
+    @property
+    def title(self) -> str:
+        """The task with its variant."""
+        return f"{self.task} ({self.variant})" if self.variant else self.task
 
     def metrics(self) -> dict[str, float]:
         """All values by name, flat: of figures, their chance levels (``chance_X``), and counts."""
@@ -187,6 +194,7 @@ class Result:
         """The result as ``clipsys evaluate --json`` prints it."""
         return {
             "task": self.task,
+            **({"variant": self.variant} if self.variant else {}),
             "model": self.model,
             "data": self.data,
             "protocol": self.protocol,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from clipsys.commands import options
+from clipsys.processes.interruption import ending_in_order
 
 _Number = TypeVar("_Number", int, float)
 
@@ -221,7 +222,8 @@ def evaluate(
 
     given = Given(data, columns, split, limit, label_key, train_data, train_split)
     found = Measurements(chosen, given, precision=precision, cache=cache, layer=layer)
-    found.measure(models, [one.value for one in tasks], with_sheets=report is not None)
+    with ending_in_order(lambda: "what is encoded is stored; run the same command again"):
+        found.measure(models, [one.value for one in tasks], with_sheets=report is not None)
     if report is not None:  # before what is printed: `| head` may end this
         found.write_report(report)
     found.show(as_json=as_json)

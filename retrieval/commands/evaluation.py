@@ -84,6 +84,8 @@ class Measurements:
         self._cache = EmbeddingCache() if cache else None
         self._layer = layer
         self.results: list[Result] = []
+        #: Those of compared models, which a report shows besides.
+        self._compared: list[Result] = []
         self.comparisons: list[Comparison] = []
         self.sheets: list[Sheet] = []
 
@@ -114,7 +116,7 @@ class Measurements:
         if compared:
             first, second = compared
             self.comparisons += [compare(*pair) for pair in zip(first, second, strict=True)]
-            self.results += [*first, *second] if with_sheets else []
+            self._compared += [*first, *second]
 
     def show(self, *, as_json: bool) -> None:
         """Prints what was measured: tables; or JSON, a list where there are several results."""
@@ -136,7 +138,12 @@ class Measurements:
         """
         from clipsys.evaluation.reports.writing import write_report
 
-        page = write_report(folder, self.results, comparisons=self.comparisons, sheets=self.sheets)
+        page = write_report(
+            folder,
+            [*self.results, *self._compared],
+            comparisons=self.comparisons,
+            sheets=self.sheets,
+        )
         _logger.info("%s", page)
 
     def _evaluation(self, model: str, before: Sequence[str]) -> Evaluation:

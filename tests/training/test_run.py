@@ -69,10 +69,11 @@ def test_a_run_leaves_everything_that_was_promised(finished: Path) -> None:
 def test_the_exported_model_measures_as_it_did_in_training(
     finished: Path, shards: str, tmp_path: Path
 ) -> None:
-    from clipsys.evaluation.measuring import measure
+    from clipsys.evaluation.measuring import evaluate
 
     export_model(finished, tmp_path / "m")
-    metrics = measure(tmp_path / "m", "retrieval", shards)["metrics"]
+    (result,) = evaluate(tmp_path / "m", "retrieval", shards, cache=False)
+    metrics = result.metrics()
     last = [entry for entry in read_metrics(finished) if "val/text_to_image/recall@10" in entry][-1]
     for name in ("text_to_image/recall@10", "image_to_text/recall@5", "text_to_image/median_rank"):
         assert metrics[name] == pytest.approx(last[f"val/{name}"], abs=0.02)

@@ -46,7 +46,12 @@ def heading(about: Result | Comparison) -> str:
     """The title of a part."""
     if isinstance(about, Comparison):
         return f"{about.task}: {about.second} against {about.first}"
-    return f"{about.task}: {about.model} on {about.data}"
+    return f"{about.title}: {about.model} on {about.data}"
+
+
+def sentence(text: str) -> str:
+    """A protocol as a sentence."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def facts_of(about: Result | Comparison) -> str:

@@ -16,6 +16,7 @@ from clipsys.evaluation.reports.contents import (
     changes_of,
     facts_of,
     heading,
+    sentence,
     table_of,
 )
 from clipsys.evaluation.reports.plots import Plot
@@ -104,7 +105,7 @@ def _part(name: str, part: Part) -> str:
     return _joined(
         [
             f'<section id="{name}"><h2>{_text(heading(part.about))}</h2>',
-            f'<p class="protocol">{_text(part.about.protocol)}.</p>',
+            f'<p class="protocol">{_text(sentence(part.about.protocol))}</p>',
             f'<p class="counts">{_text(facts_of(part.about))}</p>',
             _table(table_of(part.about)),
             *(_plot(plot) for plot in part.plots),

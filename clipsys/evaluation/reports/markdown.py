@@ -10,6 +10,7 @@ from clipsys.evaluation.reports.contents import (
     changes_of,
     facts_of,
     heading,
+    sentence,
     table_of,
 )
 from clipsys.evaluation.reports.sheets import Sheet
@@ -41,7 +42,7 @@ def document(
     if report.overview is not None:
         lines.append(_picture(report.overview.title, plot_files[id(report.overview)]))
     for part in report.parts:
-        lines += [f"## {_text(heading(part.about))}", f"{_text(part.about.protocol)}."]
+        lines += [f"## {_text(heading(part.about))}", f"{_text(sentence(part.about.protocol))}"]
         facts = facts_of(part.about)
         lines += [_text(facts)] if facts else []
         lines.append(_table(table_of(part.about)))

@@ -79,7 +79,7 @@ def _classification(result: Result, details: ClassificationDetails, read: Read) 
         for place in worst.tolist()
     ]
     note = "Wrong, and the model was surest of them."
-    title = f"Worst mistakes, {result.task} of {result.model}"
+    title = f"Worst mistakes, {result.title} of {result.model}"
     return [Sheet(title, note, _in_rows(tiles), read)]
 
 

@@ -52,7 +52,7 @@ class Plot:
 
 def plots_of(result: Result) -> list[Plot]:
     """The plots that a result has."""
-    details, about = result.details, f"{result.task} of {result.model}"
+    details, about = result.details, f"{result.title} of {result.model}"
     if isinstance(details, ClassificationDetails):
         made = [
             _plot("classes", f"Accuracy of each class, {about}", _class_bars, details),
@@ -263,7 +263,10 @@ def _curves(figure: Any, details: CurveDetails) -> None:
     if chance is not None:
         axes.axhline(chance, color="#333333", linestyle=":", linewidth=1, label="chance")
     ticks = sorted({position for points in details.lines.values() for position, _ in points})
+    if details.axis == "shots":
+        axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel(details.axis)
     axes.set_ylabel(details.figure)

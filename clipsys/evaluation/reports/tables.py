@@ -29,7 +29,7 @@ def interval_text(interval: tuple[float, float] | None) -> str:
 
 def title_of(result: Result) -> str:
     """What was measured of which model on which data."""
-    return printable(f"{result.task} of {result.model} on {result.data}")
+    return printable(f"{result.title} of {result.model} on {result.data}")
 
 
 def result_lines(result: Result) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -92,7 +93,8 @@ def _make(
 
 
 def _facts() -> dict[str, str]:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    command = shlex.join(["clipsys" if name == "__main__.py" else name, *sys.argv[1:]])
     versions = [f"clipsys {__version__}"]
     for name in ("torch", "open_clip_torch", "scikit-learn"):
         try:

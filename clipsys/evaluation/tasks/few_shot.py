@@ -74,6 +74,7 @@ def few_shot_result(
         line.append((float(count), figure))
     return Result(
         task="probe",
+        variant=f"{settings.kind}, few shots",
         model=model,
         data=data,
         protocol=f"{settings.kind} on a few images of each class, mean over {seeds} seeds from "

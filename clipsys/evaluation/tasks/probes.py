@@ -144,6 +144,7 @@ class Probe:
         )
         return Result(
             task="probe",
+            variant=self._settings.kind,
             model=self._model,
             data=self._data,
             protocol=f"{self._fitted.described}; {self._described}",
@@ -313,6 +314,7 @@ def _leave_one_out(
     )
     return Result(
         task="probe",
+        variant=settings.kind,
         model=model,
         data=data,
         protocol=f"{_knn_sentence(settings.neighbours)}; every image by all others but those that "

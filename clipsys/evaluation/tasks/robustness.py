@@ -129,6 +129,7 @@ def label_noise_result(
         scored = score_probe(fitted, train_N, test, test_M, classes, settings.kind)
         return Result(
             task="probe",
+            variant=f"{settings.kind}, label noise",
             model=model,
             data=data,
             protocol=f"{fitted.described}; {described}",
@@ -191,6 +192,7 @@ def _curves(
         figures |= {f"{line}/{place:g}/{name}": point.figure for place, point in curve.items()}
     return Result(
         task="robustness",
+        variant=clean.variant if clean.task == "probe" and clean.variant else clean.task,
         model=clean.model,
         data=clean.data,
         protocol=protocol,

@@ -11,7 +11,7 @@ import pytest
 import clipsys
 from clipsys.errors import DataError
 from clipsys.evaluation.class_names import prompt_templates
-from clipsys.evaluation.measuring import measure
+from clipsys.evaluation.measuring import evaluate
 from clipsys.shards.reading import Sample
 from clipsys.shards.writing import write_shards
 from tests.conftest import encode_png, noise_image
@@ -35,10 +35,15 @@ def test_names_and_templates_beside_the_shards_are_used(
 ) -> None:
     encoder = clipsys.load(model_folder)
     with caplog.at_level(logging.INFO, "clipsys"):
-        found = measure(encoder, "zeroshot", benchmark / "test")
+        (found,) = evaluate(encoder, "zeroshot", benchmark / "test", cache=False)
+        (whole,) = evaluate(encoder, "zeroshot", benchmark, cache=False)
     assert "2 templates are used" in caplog.text
-    named = measure(encoder, "zeroshot", benchmark / "test", templates=["a {}.", "my {}"])
-    assert found["metrics"] == named["metrics"]
+    templates = ["a {}.", "my {}"]
+    (named,) = evaluate(encoder, "zeroshot", benchmark / "test", templates=templates, cache=False)
+    assert found.metrics() == named.metrics() == whole.metrics()
+    # No prompt tells classes of one name apart.
+    assert "labels 0 and 2 are both called 'missile', and count as one class" in caplog.text
+    assert found.counts["classes"] == 2
 
 
 def test_templates_are_read_line_by_line(benchmark: Path) -> None:
