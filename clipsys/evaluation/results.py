@@ -9,6 +9,7 @@ Legend of shapes: N samples, C classes, B bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,14 +199,19 @@ class Result:
             "model": self.model,
             "data": self.data,
             "protocol": self.protocol,
-            "metrics": self.metrics(),
+            "metrics": {name: finite(value) for name, value in self.metrics().items()},
             "intervals": {
-                name: list(figure.interval)
+                name: [finite(bound) for bound in figure.interval]
                 for name, figure in self.figures.items()
                 if figure.interval is not None
             },
             "samples": {name: figure.samples for name, figure in self.figures.items()},
         }
+
+
+def finite(value: float) -> float | None:
+    """A value for JSON, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def chance_name(name: str) -> str:
