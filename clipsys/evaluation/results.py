@@ -157,6 +157,7 @@ class Result:
         model: what people call the model.
         data: as it was named.
         protocol: how it was measured, in one sentence: what a hit is, how ties count.
+        encoder: what made the vectors: fingerprint, precision, device, how images were decoded.
         variant: which of several forms of the task: ``logistic``, ``mlp, few shots``; may be empty.
         figures: name (``accuracy@1``, ``text_to_image/recall@10``) -> figure.
         counts: numbers that are no measurements: ``classes``, ``images``, ``candidates``, ``C``.
@@ -176,6 +177,7 @@ class Result:
         default=None, repr=False
     )
     variant: str = ""
+    encoder: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -199,6 +201,7 @@ class Result:
             "model": self.model,
             "data": self.data,
             "protocol": self.protocol,
+            **({"encoder": dict(self.encoder)} if self.encoder else {}),
             "metrics": {name: finite(value) for name, value in self.metrics().items()},
             "intervals": {
                 name: [finite(bound) for bound in figure.interval]
