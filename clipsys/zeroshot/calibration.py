@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clipsys.zeroshot.deciding import Floats, Temperature
+from clipsys.zeroshot.deciding import Floats, Temperature, probabilities
 
 Integers = npt.NDArray[np.int64]
 
+#: Bins of equal width in which probability and accuracy are compared.
+_BINS = 15
 #: Images below which a fitted temperature says little.
 FEW_IMAGES = 100
 #: Bounds of the scale: from equal probabilities to certainty.
@@ -29,6 +31,7 @@ class Calibration:
         temperature: 1 / the fitted scale.
         bias: the fitted bias of a sigmoid model; None of a softmax model.
         loss_before, loss_after: negative log-likelihood of an image's label.
+        error_before, error_after: expected calibration error of the best class's probability.
         images: how many it was fitted on.
     """
 
@@ -36,6 +39,8 @@ class Calibration:
     bias: float | None
     loss_before: float
     loss_after: float
+    error_before: float
+    error_after: float
     images: int
 
 
@@ -79,3 +84,13 @@ def loss(scores_NC: Floats, targets_N: Integers, temperature: Temperature) -> fl
     signs_NC = np.full(logits_NC.shape, -1.0)
     signs_NC[rows, targets_N] = 1.0
     return float(np.logaddexp(0.0, -signs_NC * logits_NC).sum(axis=1).mean())
+
+
+def calibration_error(scores_NC: Floats, targets_N: Integers, temperature: Temperature) -> float:
+    """Expected calibration error: mean |accuracy - probability| of bins, weighted by images."""
+    probability_NC, _ = probabilities(scores_NC, None, temperature)
+    best_N = probability_NC.argmax(axis=1)
+    confidence_N = probability_NC[np.arange(len(best_N)), best_N]
+    bin_N = np.minimum((confidence_N * _BINS).astype(np.int64), _BINS - 1)
+    gaps = np.bincount(bin_N, (best_N == targets_N) - confidence_N, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(best_N))

@@ -86,11 +86,19 @@ def _read(path: Path, shape: tuple[int, int]) -> Floats | None:
     except (OSError, ValueError, EOFError) as error:
         _logger.debug("%s: stored class vectors are not used (%s)", path, error)
         return None
-    if vectors.shape != shape or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
+    if vectors.shape != shape or vectors.dtype != np.float32 or not _are_unit(vectors):
+        _logger.debug("%s: stored class vectors are not used (damaged)", path)
         return None
     with contextlib.suppress(OSError):
         path.touch()  # the time says when it was last used
     return np.asarray(vectors)
+
+
+def _are_unit(vectors_CD: Floats) -> bool:
+    # A flipped bit of a stored number rarely leaves the norm at 1; NaN never does.
+    with np.errstate(all="ignore"):
+        norms_C = np.linalg.norm(vectors_CD.astype(np.float64), axis=1)
+        return bool((np.abs(norms_C - 1) < 1e-4).all())
 
 
 def _write(path: Path, vectors_CD: Floats) -> None:

@@ -51,41 +51,48 @@ def read_classes(classes: Classes, *, at_least: int = 2) -> list[ClassTexts]:
     if isinstance(classes, Mapping):
         found = [_read(name, texts) for name, texts in classes.items()]
     else:
-        found = [ClassTexts(name.strip(), (name.strip(),)) for name in classes]
+        names = [_single_blanks(name) for name in classes]
+        found = [ClassTexts(name, (name,)) for name in names]
     if len(found) < at_least:
         raise ConfigError(
             f"zero-shot classification needs two different classes or more, got {list(classes)}; "
             "one alone can be decided on with a background or with multi_label"
         )
     owners: dict[str, tuple[int, str]] = {}
-    names: dict[str, int] = {}
+    places: dict[str, int] = {}
     for number, one in enumerate(found, 1):
         if not one.name:
             raise ConfigError(f"class {number} has an empty name; leave it out")
-        if one.name in names:
+        if one.name in places:
             raise ConfigError(
-                f"classes {names[one.name]} and {number} are both called {one.name!r}; name each "
+                f"classes {places[one.name]} and {number} are both called {one.name!r}; name each "
                 "class once"
             )
-        names[one.name] = number
+        places[one.name] = number
         for text in {one.description} if one.description else {*one.synonyms}:
             other, name = owners.setdefault(text, (number, one.name))
             if other != number:
                 raise ConfigError(
-                    f"{text!r} is given for two classes, {name!r} and {one.name!r}; keep it for one"
+                    f"{text!r} is given for two classes, {name!r} (class {other}) and {one.name!r} "
+                    f"(class {number}); keep it for one"
                 )
     return found
 
 
 def _read(name: str, texts: Texts) -> ClassTexts:
-    name = name.strip()
+    name = _single_blanks(name)
     if isinstance(texts, str):
-        given: tuple[str, ...] = (texts.strip(),)
+        given: tuple[str, ...] = (_single_blanks(texts),)
     else:
-        given = tuple(dict.fromkeys(text.strip() for text in texts))
+        given = tuple(dict.fromkeys(map(_single_blanks, texts)))
     if not given or not all(given):
         raise ConfigError(
             f"class {name!r} has {'an empty text' if given else 'no texts'}; expected a list of "
             "synonyms, or one description"
         )
     return ClassTexts(name, given, given[0]) if isinstance(texts, str) else ClassTexts(name, given)
+
+
+def _single_blanks(text: str) -> str:
+    """A text without blanks around it, and with one where there are several."""
+    return " ".join(text.split())

@@ -26,7 +26,7 @@ from clipsys.zeroshot.deciding import (
     decide,
     probabilities,
 )
-from clipsys.zeroshot.images import Input, StoredVectors, encoded, inputs
+from clipsys.zeroshot.images import Input, StoredVectors, count_of, encoded, inputs
 from clipsys.zeroshot.templates import DEFAULT_TEMPLATES, find_templates
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class ZeroShotClassifier:
         """
         texts = [background] if isinstance(background, str) else list(background)
         choice = Choice(multi_label, threshold, unknown_below, tuple(texts))
-        found, self.templates = check_question(classes, templates, choice)
+        is_sigmoid = encoder.logit_bias is not None
+        found, self.templates = check_question(classes, templates, choice, is_sigmoid=is_sigmoid)
         self.encoder = encoder
         self.classes = [one.name for one in found]
         prompts = [one.prompts(self.templates) for one in found]
@@ -204,9 +205,11 @@ class ZeroShotClassifier:
             ImageDecodeError: one of them cannot be decoded.
             DataError: one is no image, or the collection's vectors are of another model.
         """
-        total = len(images) if hasattr(images, "__len__") else None
-        if isinstance(images, (str, bytes)):
-            total = None
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
+        if top_k < 1:
+            raise ConfigError(f"top_k is {top_k}; expected 1 or more")
+        total = count_of(images)
         shown = show_progress if show_progress is not None else total is None or total > _MANY
         with progress_if(shown, "Classifying", total) as advance:
             for names, image_ND in self._vectors(images, on_error):
@@ -223,8 +226,14 @@ class ZeroShotClassifier:
             labels: the class of each image.
 
         Raises:
+            ConfigError: ``multi_label`` of a softmax model.
             DataError: a label is not a class, or there are more or fewer labels than images.
         """
+        if self._choice.multi_label and self.temperature.bias is None:
+            raise ConfigError(
+                "multi_label=True of a softmax model compares each class with the background; a "
+                "temperature can be fitted for one label an image only: calibrate without it"
+            )
         unknown = sorted({*labels} - {*self.classes})
         if unknown:
             raise DataError(
@@ -259,6 +268,8 @@ class ZeroShotClassifier:
             self.temperature.bias,
             calibration.loss(scores_NC, targets_N, before),
             calibration.loss(scores_NC, targets_N, self.temperature),
+            calibration.calibration_error(scores_NC, targets_N, before),
+            calibration.calibration_error(scores_NC, targets_N, self.temperature),
             len(labels),
         )
 
@@ -322,7 +333,11 @@ class ZeroShotClassifier:
 
 
 def check_question(
-    classes: Classes, templates: str | Sequence[str], choice: Choice
+    classes: Classes,
+    templates: str | Sequence[str],
+    choice: Choice,
+    *,
+    is_sigmoid: bool = False,
 ) -> tuple[list[ClassTexts], list[str]]:
     """The classes and the templates, checked, before minutes of loading a model.
 
@@ -330,11 +345,24 @@ def check_question(
         ConfigError: there are too few classes, one is given twice, or a template has no place for
             them.
     """
-    found = read_classes(classes, at_least=1 if choice.multi_label or choice.background else 2)
+    _check_probability("threshold", choice.threshold)
+    if choice.unknown_below is not None:
+        _check_probability("unknown_below", choice.unknown_below)
+    if not all(text.strip() for text in choice.background):
+        raise ConfigError("background has an empty text; leave it out")
+    # One class alone has probability 1 of a softmax, so a threshold says nothing there.
+    by_itself = is_sigmoid and choice.unknown_below is not None
+    one_is_enough = choice.multi_label or bool(choice.background) or by_itself
+    found = read_classes(classes, at_least=1 if one_is_enough else 2)
     names_unknown = choice.unknown_below is not None or choice.background
     if names_unknown and any(one.name == UNKNOWN for one in found):
         raise ConfigError(f"a class is called {UNKNOWN!r}, as images of no class are; rename it")
     return found, find_templates(templates)
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} is {value}; expected a probability from 0 to 1")
 
 
 def _warn(one: Input, error: DataError) -> None:

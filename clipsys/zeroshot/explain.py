@@ -9,10 +9,11 @@ Two published methods, each for its kind of tower::
     convolutional tower    Grad-CAM (Selvaraju et al. 2017): the channels of the last stage with a
                            map of 7 x 7 places or more, weighted with the mean of their gradients
 
-Both were chosen by a measurement on images of two shapes, of which one is asked for: the map's
-highest point lies on it in 0.79 of the cases (transformer) and in 0.73 (ResNet), where chance is
-0.10. Against the other labels the maps are better than of the similarity alone (0.76 and 0.61), and
-with random weights they change. What a map shows is where the model looks, not whether it is right.
+Both were chosen by a measurement on images of two shapes, of which one is asked for: against the
+other labels the map's highest point lies on it in 0.79 of the cases (class token), 0.87 (average),
+0.82 (attention pooling) and 0.73 (ResNet), where chance is 0.10. Of the similarity alone it is
+0.76, 0.76, 0.76 and 0.61. With shuffled weights the rank correlation with these maps is below 0.2.
+What a map shows is where the model looks, not whether it is right.
 
 B images, C channels, D width of the embedding, H x W pixels, L tokens.
 """
@@ -256,11 +257,13 @@ class _Pass:
         relevance_LL = torch.eye(tokens, device=last.device)
         for one, gradient in zip(blocks, gradients, strict=False):
             relevance_LL = relevance_LL + _relevant(one, gradient) @ relevance_LL
-        start_L = _read_tokens(last, gradients[-1], layers)
+        # Without the identity: of an average it would be the same for each patch.
+        relevance_L = _read_tokens(last, gradients[-1], layers) @ (
+            relevance_LL - torch.eye(tokens, device=last.device)
+        )
         for one, gradient in zip(pools, gradients[num_blocks:], strict=False):
             if one.shape[-1] == tokens:
-                start_L = _relevant(one, gradient).sum(dim=0)
-        relevance_L = start_L @ relevance_LL
+                relevance_L = _relevant(one, gradient).sum(dim=0) @ relevance_LL
         return relevance_L[layers.num_prefix :].reshape(rows, columns)
 
     def _by_grad_cam(self) -> torch.Tensor:

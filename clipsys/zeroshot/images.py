@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipsys.corpora.sources import iterate_source, source_kind
-from clipsys.errors import DataError
+from clipsys.errors import DataError, ImageDecodeError
 from clipsys.images.decoding import EXTENSIONS
 from clipsys.processes.interruption import bounded_threads
 
@@ -86,11 +86,16 @@ def inputs(images: Any) -> Iterator[Input]:
 
 def count_of(images: Any) -> int | None:
     """How many images there are, where that is known without reading any."""
-    if isinstance(images, (str, bytes, Path, Image.Image)):
-        return None
-    if isinstance(images, Sequence) and all(isinstance(one, Image.Image) for one in images[:1]):
+    if isinstance(images, np.ndarray) or _is_tensor(images):
+        return len(images) if images.ndim == 4 else 1
+    if isinstance(images, (bytes, bytearray, Image.Image)):
+        return 1
+    if isinstance(images, StoredVectors):
         return len(images)
-    return None
+    if isinstance(images, (str, Path)) or not isinstance(images, Sequence):
+        return None
+    counts = [1 if _is_image_file(one) else count_of(one) for one in images]
+    return None if None in counts else sum(filter(None, counts))
 
 
 def encoded(
@@ -128,7 +133,16 @@ def _decoded(
     def load(one: Input) -> Pixels:
         image = one.load()
         if isinstance(image, Image.Image):
-            return encoder.preprocess(image)
+            try:
+                return encoder.preprocess(image)
+            except (OSError, ValueError, SyntaxError, ArithmeticError) as error:
+                # Pillow reads an opened file only now.
+                what = " ".join(str(error).split())
+                raise ImageDecodeError(
+                    f"{one.name}: the image does not decode ({what})",
+                    uri=one.name,
+                    reason="corrupt",
+                ) from error
         return encoder.read_pixels(image, uri=one.name)
 
     ahead: deque[tuple[Input, Future[Pixels]]] = deque()
@@ -159,7 +173,9 @@ def _inputs(images: Any, numbers: Iterator[int]) -> Iterator[Input]:
         yield Input(f"image {next(numbers)}", lambda: images)
     elif isinstance(images, np.ndarray) or _is_tensor(images):
         yield from _of_array(images, numbers)
-    elif isinstance(images, Iterable):
+    elif hasattr(images, "read"):
+        yield from _inputs(images.read(), numbers)
+    elif isinstance(images, Iterable) and not isinstance(images, Mapping):
         for one in images:
             yield from _inputs(one, numbers)
     else:
@@ -171,14 +187,20 @@ def _inputs(images: Any, numbers: Iterator[int]) -> Iterator[Input]:
 
 def _of_place(place: str | Path, numbers: Iterator[int]) -> Iterator[Input]:
     path = Path(place).expanduser()
-    is_file = path.suffix.lower() in EXTENSIONS and not path.is_dir()
-    if is_file or (path.is_file() and _kind_or_none(place) is None):
+    if _is_image_file(place) or (path.is_file() and _kind_or_none(place) is None):
         next(numbers)
         yield Input(str(place), lambda: path)
         return
     for record in iterate_source(place):
         next(numbers)
         yield Input(record.uri, record.read, record)
+
+
+def _is_image_file(place: Any) -> bool:
+    if not isinstance(place, (str, Path)):
+        return False
+    path = Path(place).expanduser()
+    return path.suffix.lower() in EXTENSIONS and not path.is_dir()
 
 
 def _kind_or_none(place: str | Path) -> str | None:
@@ -208,7 +230,8 @@ def _image_of(values: npt.NDArray[Any], name: str) -> Image.Image:
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+    has_channels = values.ndim == 3 and values.shape[2] in (3, 4)
+    if 0 in shape or not (values.ndim == 2 or has_channels):
         raise DataError(
             f"{name}: an array of shape {shape} is no image; expected (H, W), (H, W, 3) or "
             "(3, H, W)"

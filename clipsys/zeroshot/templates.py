@@ -14,8 +14,9 @@ from clipsys.errors import ConfigError
 
 #: Photographs of any quality, light, distance and number; other media; toys; groups.
 _PHOTO_QUALITIES = (
-    "blurry", "sharp", "grainy", "dark", "bright", "overexposed", "black and white", "faded",
-    "low quality", "high quality", "compressed", "colourful", "badly lit", "beautiful", "candid",
+    "an out-of-focus", "a sharp", "a grainy", "a dimly lit", "a brightly lit", "an overexposed",
+    "a monochrome", "a faded", "a poor-quality", "a high-quality", "a heavily compressed",
+    "a colourful", "a badly lit", "a beautiful", "a candid",
 )  # fmt: skip
 _VIEWS = (
     "seen from above", "seen from the side", "seen from far away", "seen from close by",
@@ -24,21 +25,22 @@ _VIEWS = (
     "outdoors",
 )  # fmt: skip
 _KINDS = (
-    "a drawing", "a pencil sketch", "a line drawing", "a painting", "a watercolour", "an etching",
-    "a cartoon", "a comic panel", "an icon", "a logo", "a sticker", "a pictogram", "a mosaic",
-    "a tattoo", "graffiti", "an embroidery", "a sculpture", "a paper cut-out", "a wooden carving",
-    "a plastic model", "a plush toy", "a computer rendering", "a screenshot from a video game",
-    "a stamp", "a poster",
+    "a crayon drawing", "a pencil sketch", "a line drawing", "an oil painting", "a watercolour",
+    "an etching", "a cartoon", "a comic panel", "an icon", "a logo", "a sticker", "a pictogram",
+    "a mosaic", "an inked tattoo", "a spray-painted mural", "an embroidery", "a carved statue",
+    "a paper cut-out", "a wooden carving", "a plastic model", "a plush toy",
+    "a computer rendering", "a screenshot from a video game", "a stamp", "a poster",
 )  # fmt: skip
 _OTHERS = (
-    "a photo of a {}.", "a photo of the {}.", "a photo of one {}.", "a photo of many {}.",
-    "a photo of my {}.", "a photo of a small {}.", "a photo of a large {}.",
-    "a photo of an old {}.", "a photo of a new {}.", "a photo of a clean {}.",
-    "a photo of a dirty {}.", "a photo of a strange {}.", "a photo of a typical {}.",
-    "a close-up of a {}.", "a cropped photo of a {}.", "a wide shot of a {}.",
-    "a snapshot of a {}.", "a portrait of a {}.", "a stock photo of a {}.", "a picture of a {}.",
-    "an image of a {}.", "there is a {} in this photo.", "this is a {}.", "a {}, photographed.",
-    "a {} on display.", "a real {}.",
+    "a photo of a {}.", "this photo shows the {}.", "a single {} in a photo.",
+    "several of the same {} in a photo.", "a photo that I took of my {}.",
+    "a photo of a little {}.", "a photo of a big {}.", "a photo of an old {}.",
+    "a photo of a new {}.", "a photo of a spotless {}.", "a photo of a muddy {}.",
+    "a photo of a strange {}.", "a photo of a typical {}.", "a close-up of a {}.",
+    "a photo that shows part of a {}.", "a wide shot of a {}.", "a snapshot of a {}.",
+    "a portrait of a {}.", "a stock photo of a {}.", "a picture of a {}.", "an image of a {}.",
+    "there is a {} in this photo.", "this is a {}.", "a {}, photographed.", "a {} on display.",
+    "a real {}.",
 )  # fmt: skip
 
 #: Named sets of templates.
@@ -55,7 +57,7 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "clip": tuple(
         itertools.chain(
             _OTHERS,
-            (f"a {one} photo of a {{}}." for one in _PHOTO_QUALITIES),
+            (f"{one} photo of a {{}}." for one in _PHOTO_QUALITIES),
             (f"a photo of a {{}}, {one}." for one in _VIEWS),
             (f"{one} of a {{}}." for one in _KINDS),
         )

@@ -77,6 +77,9 @@ def test_the_exported_model_measures_as_it_did_in_training(
     last = [entry for entry in read_metrics(finished) if "val/text_to_image/recall@10" in entry][-1]
     for name in ("text_to_image/recall@10", "image_to_text/recall@5", "text_to_image/median_rank"):
         assert metrics[name] == pytest.approx(last[f"val/{name}"], abs=0.02)
+    assert {name for name in last if name.startswith("val/text_to_image/")} == {
+        f"val/{name}" for name in metrics if name.startswith("text_to_image/")
+    }
 
 
 def test_a_checkpoint_of_an_earlier_step_can_be_exported(finished: Path, tmp_path: Path) -> None:

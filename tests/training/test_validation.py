@@ -74,5 +74,5 @@ def test_numbered_classes_need_names(tmp_path: Path) -> None:
         _validation(None, zeroshot=str(tmp_path))
     (tmp_path / "classnames.txt").write_text("cat\ndog\n", encoding="utf-8")
     validation = _validation(None, zeroshot=str(tmp_path))
-    assert validation._classes == {"0": "cat", "1": "dog"}
+    assert validation._question.names == ["cat", "dog"]
     assert len(validation._labels) == 4  # x has no label

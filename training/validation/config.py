@@ -25,8 +25,15 @@ class EvaluationConfig(Settings):
         description="where labels are numbers: file with one class name a line, the first for "
         "class 0; default classnames.txt beside the shards",
     )
-    templates: list[str] = Field(
-        ["a photo of a {}."], min_length=1, description="prompts, with {} for the class"
+    duplicates: Literal["equal", "own"] = Field(
+        "equal",
+        description="whether equal images and images with an equal caption are hits too, or only "
+        "the image that a caption was written for",
+    )
+    templates: str | list[str] | None = Field(
+        None,
+        description="prompts with {} for the class, or the name of a set (simple, clip, siglip, "
+        "plain); default zeroshot_classification_templates.txt beside the shards, else simple",
     )
     knn: str | None = Field(
         None,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from clipsys.errors import DataError
-from clipsys.evaluation.class_names import class_names
+from clipsys.evaluation.class_prompts import class_question
 from clipsys.evaluation.tasks.probes import knn_figures
 from clipsys.evaluation.tasks.retrieval import (
     Floats,
@@ -19,6 +19,7 @@ from clipsys.evaluation.tasks.retrieval import (
     retrieval_figures,
     retrieval_targets,
 )
+from clipsys.evaluation.tasks.splitting import group_numbers
 from clipsys.evaluation.tasks.zeroshot import zeroshot_figures
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
@@ -34,7 +35,6 @@ from clipsys.training.validation.held_out import (
     stack_share,
     usable_samples,
 )
-from clipsys.zeroshot.class_vectors import mean_vectors
 
 _logger = logging.getLogger(__name__)
 
@@ -95,10 +95,11 @@ class Validation:
                 "evaluation.zeroshot", config.zeroshot, preprocessing, require_label
             )
             self._labels = [str(sample.label) for sample, _ in samples]
-            self._classes = class_names(
+            self._question, self._labels = class_question(
                 self._labels,
                 folders_of(config.zeroshot),
-                file=config.classnames,
+                classnames=config.classnames,
+                templates=config.templates,
                 setting="evaluation.classnames",
             )
             self._zeroshot_pixels = stack_share(samples)
@@ -144,12 +145,8 @@ class Validation:
                 figures |= {f"knn/{name}": value for name, value in nearest.items()}
             if self._labels:
                 image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
-                classes = sorted(self._classes)
-                templates = self._config.templates
-                names = [self._classes[label] for label in classes]
-                prompts = encode_text([t.format(name) for name in names for t in templates])
-                class_CD = mean_vectors(prompts, [len(templates)] * len(classes))
-                accuracy = zeroshot_figures(image_ND, class_CD, classes, self._labels)
+                class_CD = self._question.vectors(encode_text(self._question.prompts))
+                accuracy = zeroshot_figures(image_ND, class_CD, self._question.labels, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
         return figures
 
@@ -180,7 +177,7 @@ class _Neighbours(NamedTuple):
     """The label of each image, and what tells which images show the same thing."""
 
     labels: list[str]
-    same: list[object] | None
+    same: list[object]
 
 
 def _targets(samples: Sequence[Sample], config: EvaluationConfig) -> RetrievalTargets:
@@ -188,8 +185,10 @@ def _targets(samples: Sequence[Sample], config: EvaluationConfig) -> RetrievalTa
     try:
         return retrieval_targets(
             ((sample.captions, sample.metadata) for sample in samples),
+            contents=_contents(samples),
             captions=config.captions,
             match=config.match,
+            duplicates=config.duplicates,
         )
     except DataError as error:
         raise DataError(f"data.validation: {error}") from error
@@ -203,7 +202,15 @@ def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbo
         if key != "cls":
             place = f"metadata key {key!r}; it has {', '.join(sorted(sample.metadata)) or 'none'}"
         raise DataError(f"evaluation.knn: sample {sample.key!r} has no {place}")
-    same = None
+    marks: list[tuple[Hashable, ...]] = [(("content", one),) for one in _contents(samples)]
     if config.match is not None:
-        same = [one.metadata.get(config.match, one.key) for one in samples]
-    return _Neighbours([str(value) for value in values], same)
+        marks = [
+            (*own, ("match", repr(one.metadata.get(config.match, one.key))))
+            for own, one in zip(marks, samples, strict=True)
+        ]
+    return _Neighbours([str(value) for value in values], group_numbers(marks).tolist())
+
+
+def _contents(samples: Sequence[Sample]) -> list[str]:
+    """Hashes of the images: equal ones are the same picture."""
+    return [hashlib.sha256(sample.image).hexdigest() for sample in samples]

@@ -88,7 +88,12 @@ def facts_of(about: Result | Comparison) -> str:
             f"Difference: second less first. p: {' or '.join(tests)}. Only: samples that one model "
             "alone got right."
         )
-    return ", ".join(f"{name} {value:,.6g}" for name, value in about.counts.items())
+    counts = [f"{name} {value:,.6g}" for name, value in about.counts.items()]
+    made = [
+        f"{name} {value[:12] if name == 'fingerprint' else value}"
+        for name, value in about.encoder.items()
+    ]
+    return ", ".join([*counts, *made])
 
 
 def tables_of(about: Result | Comparison) -> list[Table]:

@@ -3,13 +3,16 @@
     FOLDER/report.html      everything in one file; needs no network and no script
     FOLDER/report.md        beside plots/*.png and sheets/*.jpg
     FOLDER/results.json     what `clipsys evaluate --json` prints
+    FOLDER/made-by          by which a later report knows that it may replace the folder
 
-The folder appears whole or not at all, and an earlier report stays until the new one is complete.
+The folder appears whole or not at all, and an earlier report stays until the new one is there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import platform
+import re
 import shlex
 import shutil
 import sys
@@ -24,20 +27,20 @@ from clipsys.errors import DataError
 from clipsys.evaluation.comparison import Comparison
 from clipsys.evaluation.reports.canvas import Plot
 from clipsys.evaluation.reports.contents import Part, Report
-from clipsys.evaluation.reports.html import page
-from clipsys.evaluation.reports.markdown import document
+from clipsys.evaluation.reports.markdown_page import document
 from clipsys.evaluation.reports.plots import comparison_plot, overview_plots, plots_of
 from clipsys.evaluation.reports.sheets import Sheet
+from clipsys.evaluation.reports.web_page import page
 from clipsys.evaluation.results import Result
+from clipsys.files.expansion import expand_path
 from clipsys.printing import json_text
+from clipsys.probe import machine
 
-RESULTS_NAME = "results.json"
-PAGE_NAME = "report.html"
-DOCUMENT_NAME = "report.md"
-_FOLDERS = ("plots", "sheets")
-#: A folder that has these files, and nothing besides them and the folders, is a report, which a
-#: later one may replace.
-_FILES = (PAGE_NAME, DOCUMENT_NAME, RESULTS_NAME)
+RESULTS_NAME, PAGE_NAME, TEXT_NAME = "results.json", "report.html", "report.md"
+PLOTS, SHEETS = "plots", "sheets"
+#: By this file a folder is known as a report, which a later one may replace.
+MARK_NAME, _MARK = "made-by", "clipsys evaluate, format 1\n"
+_OWN = {RESULTS_NAME, PAGE_NAME, TEXT_NAME, PLOTS, SHEETS, MARK_NAME}
 
 
 def write_report(
@@ -65,13 +68,14 @@ def write_report(
         target.parent.mkdir(parents=True, exist_ok=True)
         name = f".{target.name}."
         workspace = Path(tempfile.mkdtemp(prefix=name, suffix=".partial", dir=target.parent))
-        (workspace / "new").mkdir()
-        _fill(workspace / "new", report, [*comparisons, *results])
-        _put_in_place(workspace / "new", target, old=workspace / "old")
+        made, old = workspace / "new", workspace / "old"
+        made.mkdir()
+        _fill(made, report, [*results, *comparisons])
+        _put_in_place(made, target, old)
     except OSError as error:
         raise DataError(f"{target}: the report cannot be written ({_reason(error)})") from error
     finally:
-        if workspace is not None:
+        if workspace is not None and (target.exists() or not (workspace / "old").exists()):
             shutil.rmtree(workspace, ignore_errors=True)
     return target / PAGE_NAME
 
@@ -82,22 +86,29 @@ def check_replaceable(folder: str | Path) -> Path:
     Raises:
         DataError: it holds something else, or cannot be looked into.
     """
-    target = Path(folder).expanduser().resolve()
+    target = Path(expand_path(str(folder))).resolve()
     try:
         if not target.exists():
             return target
-        found = {one.name for one in target.iterdir()} if target.is_dir() else None
+        names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+        mark = target / MARK_NAME
+        marked = mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == _MARK
     except OSError as error:
         raise DataError(f"{target}: no report can be written there ({_reason(error)})") from error
-    if found is None or (found and not set(_FILES) <= found <= {*_FILES, *_FOLDERS}):
+    if names and not marked:
         raise DataError(
-            f"{target}: exists and is not a report alone; name another folder with --report, or "
-            "remove it"
+            f"{target}: exists and is no report; name another folder with --report, or remove it"
+        )
+    others = sorted(names - _OWN)
+    if others:
+        raise DataError(
+            f"{target}: is a report with other files in it ({', '.join(others[:3])}); move them "
+            "away, or name another folder with --report"
         )
     return target
 
 
-def _put_in_place(made: Path, target: Path, *, old: Path) -> None:
+def _put_in_place(made: Path, target: Path, old: Path) -> None:
     """Moves a complete report to its place; an earlier one returns if that fails."""
     if target.exists():
         target.rename(old)
@@ -134,27 +145,34 @@ def _facts() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return {"made": made, "command": command, "versions": ", ".join(versions)}
+    command = re.sub(r"(://)[^/@\s]*@", r"\1", command)  # no password of an address
+    return {
+        "made": made,
+        "command": command,
+        "machine": machine.processor() or platform.machine(),
+        "versions": ", ".join(versions),
+    }
 
 
 def _fill(folder: Path, report: Report, found: Sequence[Result | Comparison]) -> None:
-    for name in _FOLDERS:
-        (folder / name).mkdir()
+    (folder / PLOTS).mkdir()
+    (folder / SHEETS).mkdir()
+    (folder / MARK_NAME).write_text(_MARK, encoding="utf-8")
     plots = [plot for part in report.parts for plot in part.plots]
     names = _plot_names([*report.overviews, *plots])
     for plot, name in names:
-        (folder / "plots" / name).write_bytes(plot.png)
-    files = {uri: f"sheets/{_file_of(uri)}" for uri in report.pictures}
+        (folder / PLOTS / name).write_bytes(plot.png)
+    files = {uri: f"{SHEETS}/{_file_of(uri)}" for uri in report.pictures}
     for uri, content in report.pictures.items():
         (folder / files[uri]).write_bytes(content)
     own: dict[int, str] = {}
     for sheet in report.sheets:
         for tile in (tile for row in sheet.rows for tile in row if tile.image is not None):
             assert tile.image is not None
-            own[id(tile)] = f"sheets/picture-{len(own) + 1}.png"
+            own[id(tile)] = f"{SHEETS}/picture-{len(own) + 1}.png"
             tile.image.save(folder / own[id(tile)])
-    plot_files = {id(plot): f"plots/{name}" for plot, name in names}
-    (folder / DOCUMENT_NAME).write_text(document(report, plot_files, files, own), encoding="utf-8")
+    plot_files = {id(plot): f"{PLOTS}/{name}" for plot, name in names}
+    (folder / TEXT_NAME).write_text(document(report, plot_files, files, own), encoding="utf-8")
     (folder / PAGE_NAME).write_text(page(report), encoding="utf-8")
     (folder / RESULTS_NAME).write_text(
         json_text([one.document() for one in found]) + "\n", encoding="utf-8"

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipsys.zeroshot.classifier import ZeroShotClassifier
-from clipsys.zeroshot.deciding import UNKNOWN
+from clipsys.errors import ConfigError
+from clipsys.zeroshot.classifier import ZeroShotClassifier, check_question
+from clipsys.zeroshot.deciding import UNKNOWN, Choice, Temperature, decide
 from tests.retrieval.colours import ColourEncoder, paint
 
 CLASSES = ("red", "blue", "white")
@@ -45,3 +46,51 @@ def test_synonyms_are_averaged_and_descriptions_stand_as_they_are() -> None:
     warm_D = encoder.encode_text(["a red square", "a yellow square"]).mean(axis=0)
     assert made.class_CD[0] == pytest.approx(warm_D / np.linalg.norm(warm_D), abs=1e-6)
     assert made.class_CD[1] == pytest.approx(encoder.encode_text(["a blue square"])[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 1.5}, "threshold is 1.5; expected a probability from 0 to 1"),
+        ({"unknown_below": float("nan")}, "unknown_below is nan; expected a probability"),
+        ({"background": ["a wall", " "]}, "background has an empty text"),
+        ({"classes": ["cat"]}, "needs two different classes or more"),
+        ({"classes": ["cat"], "unknown_below": 0.5}, "needs two different classes or more"),
+    ],
+)
+def test_senseless_options_are_refused(options: dict[str, Any], message: str) -> None:
+    given = dict(options)
+    classes = given.pop("classes", ["cat", "dog"])
+    with pytest.raises(ConfigError, match=message):
+        check_question(classes, "simple", Choice(**given))
+
+
+def test_one_class_is_enough_where_it_can_be_refused() -> None:
+    for choice in (Choice(multi_label=True), Choice(background=("a wall",))):
+        assert len(check_question(["cat"], "simple", choice)[0]) == 1
+    choice = Choice(unknown_below=0.5)
+    assert len(check_question(["cat"], "simple", choice, is_sigmoid=True)[0]) == 1
+
+
+def test_several_labels_are_those_that_reach_the_threshold() -> None:
+    draw = np.random.default_rng(0)
+    scores_NC, background_NK = draw.uniform(-1, 1, (50, 4)), draw.uniform(-1, 1, (50, 2))
+    names = ["a", "b", "c", "d"]
+    for bias in (None, -0.5):
+        found = decide(
+            scores_NC.astype(np.float32),
+            background_NK.astype(np.float32),
+            names,
+            Temperature(3.0, bias),
+            Choice(multi_label=True, threshold=0.6),
+        )
+        assert found.chosen is not None
+        for row_C, back_K, chosen, label in zip(
+            scores_NC, background_NK, found.chosen, found.labels, strict=True
+        ):  # the naive version
+            against = back_K.max() if bias is None else 0.5 / 3.0
+            share_C = 1 / (1 + np.exp(-3.0 * (row_C - against)))
+            hidden = bias is not None and back_K.max() > row_C.max()
+            expected = {n for n, share in zip(names, share_C, strict=True) if share >= 0.6}
+            assert set(chosen) == (set() if hidden else expected)
+            assert label == (names[int(row_C.argmax())] if chosen else "unknown")

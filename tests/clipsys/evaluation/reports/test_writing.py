@@ -118,7 +118,7 @@ def test_the_document_has_the_tables_of_the_page(report: Path) -> None:
 
 
 def test_figures_are_a_list_with_one_shape(report: Path) -> None:
-    comparison, *results = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    *results, comparison = json.loads((report / "results.json").read_text(encoding="utf-8"))
     assert comparison["task"] == "compare"
     assert set(comparison["metrics"]["accuracy@1"]) >= {"first", "second", "interval", "p_value"}
     assert [one["task"] for one in results] == ["zeroshot", "zeroshot", "retrieval", "robustness"]
@@ -218,14 +218,21 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"there", "link"}
 
 
-@pytest.mark.parametrize("names", [["photo.jpg"], ["results.json", "model.pt"], ["results.json"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["photo.jpg"],
+        ["results.json", "model.pt"],
+        ["report.html", "report.md", "results.json", "made-by"],
+    ],
+)
 def test_a_foreign_folder_is_refused(names: list[str], tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"mine")
-    with pytest.raises(DataError, match="is not a report alone; name another folder") as caught:
+    with pytest.raises(DataError, match="is no report; name another folder") as caught:
         check_replaceable(tmp_path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match="is not a report alone"):
+    with pytest.raises(DataError, match="exists and is no report"):
         write_report(tmp_path, [classification()])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
@@ -233,13 +240,13 @@ def test_a_foreign_folder_is_refused(names: list[str], tmp_path: Path) -> None:
 def test_a_report_to_which_something_was_added_is_refused(tmp_path: Path) -> None:
     write_report(tmp_path / "r", [classification()])
     (tmp_path / "r" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="is not a report alone"):
+    with pytest.raises(DataError, match=r"other files in it \(notes.txt\)"):
         write_report(tmp_path / "r", [classification()])
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("mine")
-    with pytest.raises(DataError, match="is not a report alone"):
+    with pytest.raises(DataError, match="exists and is no report"):
         write_report(tmp_path / "f", [classification()])
     with pytest.raises(DataError, match=r"cannot be written|no report can be written there"):
         write_report(tmp_path / "f" / "below", [classification()])

@@ -53,18 +53,32 @@ def _measured(images: EmbeddedImages, k: int = 8) -> Result:
     return neighbours_result(images, nearest_neighbours(images, k), model="m", data="d")
 
 
-@pytest.mark.parametrize(("copies", "block"), [(0, 1024), (6, 1024), (6, 7)])
+@pytest.mark.parametrize(("copies", "block"), [(0, 40), (6, 40), (6, 7)])
 def test_the_nearest_others_are_those_of_a_loop_over_all(
     copies: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbours, "_BLOCK", block)
+    monkeypatch.setattr(neighbours, "_BLOCK_BYTES", 4 * 40 * block)
     images = _random(40, copies=copies)
     found = nearest_neighbours(images, 5)
     # Copies of one picture are equally near up to rounding: contents are compared.
-    assert np.array(images.contents)[found.nearest_NK].tolist() == [
+    assert np.array(images.contents)[found.nearest_SK].tolist() == [
         [images.contents[n] for n in row] for row in _naive(images, 5)
     ]
-    assert (np.diff(found.cosine_NK) <= 0).all()
+    assert (np.diff(found.cosine_SK) <= 0).all()
+
+
+def test_of_many_images_some_are_asked_for_their_neighbours_among_all() -> None:
+    images = _random(40)
+    found = nearest_neighbours(images, 5, max_queries=6)
+    naive = _naive(images, 5)
+    queries = found.queries_S.tolist()
+    assert queries == sorted(set(queries))
+    assert len(queries) == 6
+    assert [found.of(one)[0].tolist() for one in queries] == [naive[one] for one in queries]
+    result = neighbours_result(images, found, model="m", data="d")
+    assert result.figures["cosine@1"].samples == 6
+    assert result.outcomes[""].keys == [f"{one}.png" for one in queries]
+    assert set(spread_queries(images, 4, among=found.queries_S)) <= set(queries)
 
 
 def test_shares_of_the_same_label_and_their_chance_are_those_of_a_loop_over_all() -> None:
@@ -85,14 +99,14 @@ def test_shares_of_the_same_label_and_their_chance_are_those_of_a_loop_over_all(
 
 def test_of_equally_near_images_the_first_ones_are_taken() -> None:
     images = _images([[1, 0], *[[0, 1]] * 6])
-    assert nearest_neighbours(images, 3).nearest_NK[0].tolist() == [1, 2, 3]
-    assert nearest_neighbours(images, 3).nearest_NK[6].tolist() == [1, 2, 3]
+    assert nearest_neighbours(images, 3).nearest_SK[0].tolist() == [1, 2, 3]
+    assert nearest_neighbours(images, 3).nearest_SK[6].tolist() == [1, 2, 3]
 
 
 def test_copies_of_a_picture_are_not_its_neighbours() -> None:
     images = _images([[1, 0], [1, 0], [0, 1]], ["a", "a", "b"], ["x", "x", "y"])
     found = nearest_neighbours(images)
-    assert found.nearest_NK.tolist() == [[2, -1], [2, -1], [0, 1]]
+    assert found.nearest_SK.tolist() == [[2, -1], [2, -1], [0, 1]]
     result = neighbours_result(images, found, model="m", data="d")
     assert result.figures["same_label@1"].value == 0
     assert result.figures["cosine@1"].samples == 3
@@ -104,7 +118,7 @@ def test_copies_of_a_picture_are_not_its_neighbours() -> None:
 def test_images_without_any_other_picture_give_no_figure(contents: list[str]) -> None:
     images = _images([[1, 0]] * len(contents), ["a"] * len(contents), contents)
     result = _measured(images)
-    assert (nearest_neighbours(images).nearest_NK == -1).all()
+    assert (nearest_neighbours(images).nearest_SK == -1).all()
     assert dict(result.figures) == {}
     assert result.counts["images"] == len(contents)
 
