@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ def facts_of(about: Result | Comparison) -> str:
 def tables_of(about: Result | Comparison) -> list[Table]:
     """The tables of a result or a comparison; the first one has its figures."""
     if isinstance(about, Comparison):
-        tables = [Table("", _differences(about)), Table("Samples that changed", _changes(about))]
+        tables = [Table("", _differences(about)), _changes(about)]
     elif has_grid(about):
         whole = figures_table(about, whole=True)
         tables = [
@@ -123,15 +124,20 @@ def _differences(about: Comparison) -> list[list[str]]:
     return rows
 
 
-def _changes(about: Comparison) -> list[list[str]]:
-    classes = any(one.expected for one in about.changes)
+def _changes(about: Comparison) -> Table:
+    """Samples that changed; the folder that all are in stands in the title."""
+    changes = spread_changes(about.changes)[:MAX_CHANGES]
+    classes = any(one.expected for one in changes)
+    shared = os.path.commonprefix([one.key for one in changes])  # noqa: RUF071  (cut at a slash)
+    folder, slash, _ = shared.rpartition("/")
     rows = [["sample", "right" if classes else "figure", "first", "second"]]
-    for one in spread_changes(about.changes)[:MAX_CHANGES]:
+    for one in changes:
         first, second = one.first_label, one.second_label
         if not one.expected:
             first, second = f"{one.first:.3g}", f"{one.second:.3g}"
-        rows.append([one.key, one.expected or one.figure, first, second])
-    return rows
+        key = one.key.removeprefix(f"{folder}{slash}")
+        rows.append([key, one.expected or one.figure, first, second])
+    return Table(f"Samples that changed, in {folder}" if folder else "Samples that changed", rows)
 
 
 def _confusions(details: ClassificationDetails) -> list[list[str]]:

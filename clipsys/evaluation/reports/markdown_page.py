@@ -15,8 +15,15 @@ from clipsys.evaluation.reports.contents import (
 from clipsys.evaluation.reports.sheets import Sheet
 from clipsys.printing import printable
 
-#: Characters that mean something in Markdown or HTML, and what makes a link of an address.
-_MEANING = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&@]|:(?=//)|(?<=\bwww)\.)", re.IGNORECASE)
+#: What means something in Markdown or HTML, or makes a link of an address. Names of figures and
+#: most paths have none of it, so that the text can be read as it is.
+_MEANING = re.compile(
+    r"([\\`*\[\]<>#|~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not within a word
+    r"|&(?=#?\w+;)|\{(?=[:#.%{])"
+    r"|:(?=//)|(?<=\bwww)\.|(?<=[\w.+-])@(?=[\w-]+\.))",
+    re.IGNORECASE,
+)
 
 
 def document(

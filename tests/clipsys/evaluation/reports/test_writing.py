@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from clipsys.errors import DataError
@@ -45,6 +46,9 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
         if tag not in _VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -110,11 +114,21 @@ def test_pictures_of_the_document_are_files_beside_it(report: Path) -> None:
 
 def test_the_document_has_the_tables_of_the_page(report: Path) -> None:
     text = (report / "report.md").read_text(encoding="utf-8")
-    assert "| accuracy\\@1 | 0.5000 | 0.2000 to 0.8000 | 8 | 0.5000 |" in text
+    assert "| accuracy@1 | 0.5000 | 0.2000 to 0.8000 | 8 | 0.5000 |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     for before, line in pairwise(rows):
         if re.fullmatch(r"\|( --- \|)+", line):
             assert len(re.findall(r"(?<!\\)\|", before)) == len(re.findall(r"(?<!\\)\|", line))
+
+
+def test_the_folder_of_changed_samples_is_named_once(tmp_path: Path) -> None:
+    uris = [f"/data/cats/{number}.png" for number in range(8)]
+    first = classification(images=8, uris=uris)
+    second = classification(images=8, uris=uris, model="B", wrong=False)
+    folder = write_report(tmp_path / "r", [], comparisons=[compare(first, second)]).parent
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "### Samples that changed, in /data/cats\n" in text
+    assert "| 1.png | dog | cat | dog |" in text
 
 
 def test_figures_are_a_list_with_one_shape(report: Path) -> None:
@@ -175,10 +189,17 @@ def test_hostile_text_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     markdown = (written.parent / "report.md").read_text(encoding="utf-8")
     for text in (shown, markdown):
         assert not {"\x1b", "\x07", "\r", "\t", "\u202e", "\u2066"} & set(text)
-    words = re.sub(r"<br>|!\[[^\]]*\]\((sheets|plots)/[\w-]+\.\w+\)", "", markdown)
-    assert re.search(r"(?<!\\)[<>`*\[\]~$&@]", words) is None
-    assert "http://" not in words
-    assert "www.evil" not in words
+    assert "http://" not in markdown
+    assert "www.evil" not in markdown
+    assert "someone@evil" not in markdown
+    rendered = Page(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown))
+    rendered_text = "".join(rendered.texts)
+    for name in (*HOSTILE[:3], *HOSTILE[10:]):
+        assert name in rendered_text
+    allowed = {"h1", "h2", "h3", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td"}
+    assert {tag for tag, _ in rendered.elements} == allowed | {"img", "br"}
+    sources = [attributes["src"] for tag, attributes in rendered.elements if tag == "img"]
+    assert all(re.fullmatch(r"(plots|sheets)/[\w-]+\.\w+", str(source)) for source in sources)
     json.loads((written.parent / "results.json").read_text(encoding="utf-8"))
 
 
