@@ -40,7 +40,7 @@ ARCHITECTURE = "ViT-B-32"
 TASKS = ("retrieval", "zeroshot")
 SIDES = ("clip_benchmark", "clipsys")
 #: Images of a set that only shows what starting costs.
-FEW = 8
+FEW = 16
 #: Prompts of the zero-shot classification: clip_benchmark has 18 for CIFAR-10.
 TEMPLATES = [
     f"{start} {middle}{{c}}."
@@ -83,7 +83,7 @@ def main() -> None:
                     print(json.dumps({k: v for k, v in run.items() if k != "few_figures"}))
                     runs.append(run)
     report = _report(arguments, runs, versions)
-    out = Path(__file__).parent / "results" / "evaluation.json"
+    out = Path(__file__).parent / "results" / f"{arguments.name}.json"
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
 
@@ -94,7 +94,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="model folder; default random weights")
     parser.add_argument("--captioned", help="a source of captioned images; default drawn ones")
     parser.add_argument("--labelled", help="a folder a class; default drawn images")
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--name", default="evaluation", help="of the file with the results")
+    parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     return parser.parse_args()

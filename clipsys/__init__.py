@@ -24,6 +24,7 @@ from clipsys.errors import (
 )
 
 if TYPE_CHECKING:
+    from clipsys.evaluation.measuring import evaluate
     from clipsys.models.encoder import Encoder, load
     from clipsys.zeroshot.classifier import Prediction, ZeroShotClassifier
 
@@ -42,10 +43,12 @@ __all__ = [
     "ServerError",
     "TrainingError",
     "ZeroShotClassifier",
+    "evaluate",
     "load",
 ]
 
 _LAZY = {
+    "evaluate": "clipsys.evaluation.measuring",
     "Encoder": "clipsys.models.encoder",
     "load": "clipsys.models.encoder",
     "Prediction": "clipsys.zeroshot.classifier",

@@ -95,11 +95,13 @@ class Evaluation:
             DataError: the data cannot be read, or lack captions or labels.
             ConfigError: an option does not fit.
         """
-        if task == "robustness":
-            return [self.robustness()]
         if task == "probe":
-            return self.probes()
-        return [self.zeroshot() if task == "zeroshot" else self.retrieval()]
+            found = self.probes()
+        elif task == "robustness":
+            found = [self.robustness()]
+        else:
+            found = [self.zeroshot() if task == "zeroshot" else self.retrieval()]
+        return [replace(one, encoder=self._described()) for one in found]
 
     def zeroshot(self) -> Result:
         """Zero-shot classification of the labelled images."""
@@ -164,7 +166,8 @@ class Evaluation:
         sheets = [sheet]
         if layer is not None:
             sheets.append(self._feature_maps(layer))
-        return neighbours_result(images, found, **names), sheets
+        result = neighbours_result(images, found, **names)
+        return replace(result, encoder=self._described()), sheets
 
     def sheets(self, results: Sequence[Result]) -> list[Sheet]:
         """Contact sheets of what some results got most wrong."""
@@ -221,6 +224,15 @@ class Evaluation:
     def _vectors_of(self, images: EmbeddedImages) -> LabelledVectors:
         labels = images.labels(self.data.name)
         return labelled_vectors(images, labels, match=self._options.match)
+
+    def _described(self) -> dict[str, str]:
+        """What made the vectors; known once images are encoded."""
+        return {
+            "fingerprint": self.encoder.fingerprint,
+            "precision": self.encoder.precision,
+            "device": self.encoder.device.type,
+            "decode": self._options.decode,
+        }
 
     def _encode(self, data: DataSet, corruption: Corruption | None = None) -> EmbeddedImages:
         return encode_images(

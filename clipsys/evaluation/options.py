@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from clipsys.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from clipsys.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corruptions_of
 from clipsys.evaluation.encoding import Decode
 from clipsys.evaluation.tasks.probes import Kind
 from clipsys.evaluation.tasks.retrieval import Captions, Duplicates
+from clipsys.zeroshot.templates import find_templates
 
 #: Tasks that measure a model by themselves; `robustness` measures one of them.
 BasicTask = Literal["zeroshot", "retrieval", "probe"]
@@ -37,6 +38,9 @@ class EvaluationOptions:
         corruptions, severities: robustness: those that are measured.
         decode: ``exact``, or ``fast`` (large JPEGs at a fraction of their size).
         num_processes: that encode images together; figures do not depend on it.
+
+    Raises:
+        ConfigError: a corruption, a severity or a set of templates does not exist.
     """
 
     captions: Captions = "all"
@@ -53,3 +57,8 @@ class EvaluationOptions:
     severities: Sequence[int] = SEVERITIES
     decode: Decode = "exact"
     num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        corruptions_of(self.corruptions, self.severities)
+        if self.templates is not None:
+            find_templates(self.templates)

@@ -123,13 +123,33 @@ def statistic_intervals(
     return {name: interval_of(np.array(values)) for name, values in estimates.items()}
 
 
-def weighted_median(values_N: Doubles, weights_N: npt.ArrayLike) -> float:
-    """The median of values that occur as often as their whole weights say."""
+def median_interval(
+    values_N: Doubles, units_N: Integers, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> tuple[float, float] | None:
+    """The 95 % interval of a median over samples; None where there is no sample.
+
+    Sorted once: in a resample only the weights of the values differ.
+    """
+    if len(values_N) == 0:
+        return None
     order = np.argsort(values_N, kind="stable")
-    reached = np.cumsum(np.asarray(weights_N)[order])
-    total = reached[-1]
-    low = values_N[order[np.searchsorted(reached, (total - 1) // 2, side="right")]]
-    high = values_N[order[np.searchsorted(reached, total // 2, side="right")]]
+    sorted_N, units_of_N = values_N[order], units_N[order]
+    medians = [
+        _weighted_median(sorted_N, weights[units_of_N])
+        for block in resampled_weights(
+            _count_units(units_N), num_resamples=num_resamples, seed=seed
+        )
+        for weights in block
+    ]
+    return interval_of(np.array(medians))
+
+
+def _weighted_median(sorted_N: Doubles, weights_N: Integers | npt.NDArray[np.int32]) -> float:
+    """The median of ascending values that occur as often as their whole weights say."""
+    reached = np.cumsum(weights_N)
+    total = int(reached[-1])
+    low = sorted_N[np.searchsorted(reached, (total - 1) // 2, side="right")]
+    high = sorted_N[np.searchsorted(reached, total // 2, side="right")]
     return float(low + high) / 2 if np.isfinite(high) else float(high)
 
 

@@ -9,6 +9,7 @@ Legend of shapes: N samples, C classes, B bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,7 @@ class Result:
         model: what people call the model.
         data: as it was named.
         protocol: how it was measured, in one sentence: what a hit is, how ties count.
+        encoder: what made the vectors: fingerprint, precision, device, how images were decoded.
         variant: which of several forms of the task: ``logistic``, ``mlp, few shots``; may be empty.
         figures: name (``accuracy@1``, ``text_to_image/recall@10``) -> figure.
         counts: numbers that are no measurements: ``classes``, ``images``, ``candidates``, ``C``.
@@ -175,6 +177,7 @@ class Result:
         default=None, repr=False
     )
     variant: str = ""
+    encoder: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -198,14 +201,20 @@ class Result:
             "model": self.model,
             "data": self.data,
             "protocol": self.protocol,
-            "metrics": self.metrics(),
+            **({"encoder": dict(self.encoder)} if self.encoder else {}),
+            "metrics": {name: finite(value) for name, value in self.metrics().items()},
             "intervals": {
-                name: list(figure.interval)
+                name: [finite(bound) for bound in figure.interval]
                 for name, figure in self.figures.items()
                 if figure.interval is not None
             },
             "samples": {name: figure.samples for name, figure in self.figures.items()},
         }
+
+
+def finite(value: float) -> float | None:
+    """A value for JSON, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def chance_name(name: str) -> str:

@@ -59,7 +59,12 @@ def facts_of(about: Result | Comparison) -> str:
     if isinstance(about, Comparison):
         tests = sorted({one.test.name for one in about.differences.values()})
         return f"Difference: second less first. p: {' or '.join(tests)}."
-    return ", ".join(f"{name} {value:,.6g}" for name, value in about.counts.items())
+    counts = [f"{name} {value:,.6g}" for name, value in about.counts.items()]
+    made = [
+        f"{name} {value[:12] if name == 'fingerprint' else value}"
+        for name, value in about.encoder.items()
+    ]
+    return ", ".join([*counts, *made])
 
 
 def table_of(about: Result | Comparison) -> list[list[str]]:

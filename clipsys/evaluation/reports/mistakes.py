@@ -39,10 +39,10 @@ def mistake_sheets(result: Result, read: Read) -> list[Sheet]:
 def neighbour_sheet(images: EmbeddedImages, found: Neighbours, *, model: str, read: Read) -> Sheet:
     """Some images with their nearest neighbours, a row each."""
     rows = []
-    for query in spread_queries(images):
+    for query in spread_queries(images, among=found.queries_S):
         own = images.records[query]
         tiles = [Tile((f"query: {own.label}" if own.label else "query",), own.uri)]
-        for place, cosine in zip(found.nearest_NK[query], found.cosine_NK[query], strict=True):
+        for place, cosine in zip(*found.of(query), strict=True):
             if place < 0:
                 continue
             other = images.records[place]

@@ -3,14 +3,17 @@
     FOLDER/report.html      everything in one file; needs no network and no script
     FOLDER/report.md        beside plots/*.png and sheets/*.jpg
     FOLDER/results.json     what `clipsys evaluate --json` prints
+    FOLDER/made-by          by which a later report knows that it may replace the folder
 
-The folder appears whole or not at all.
+The folder appears whole or not at all, and an earlier report stays until the new one is there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import re
 import shlex
 import shutil
 import sys
@@ -28,11 +31,15 @@ from clipsys.evaluation.reports.plots import Plot, comparison_plot, overview_plo
 from clipsys.evaluation.reports.sheets import Sheet
 from clipsys.evaluation.reports.web_page import page
 from clipsys.evaluation.results import Result
+from clipsys.files.expansion import expand_path
 from clipsys.printing import json_text
+from clipsys.probe import machine
 
+RESULTS_NAME, PAGE_NAME, TEXT_NAME = "results.json", "report.html", "report.md"
+PLOTS, SHEETS = "plots", "sheets"
 #: By this file a folder is known as a report, which a later one may replace.
-RESULTS_NAME = "results.json"
-PAGE_NAME = "report.html"
+MARK_NAME, _MARK = "made-by", "clipsys evaluate, format 1\n"
+_OWN = {RESULTS_NAME, PAGE_NAME, TEXT_NAME, PLOTS, SHEETS, MARK_NAME}
 
 
 def write_report(
@@ -53,7 +60,7 @@ def write_report(
     Raises:
         DataError: the folder holds something else, or cannot be written.
     """
-    target = Path(folder).expanduser().absolute()
+    target = Path(expand_path(str(folder))).resolve()
     _check_replaceable(target)
     report = _make(results, comparisons, sheets)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -63,21 +70,36 @@ def write_report(
         _fill(partial, report, [*results, *comparisons])
         if target.exists():
             target.rename(old)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     except OSError as error:
         raise DataError(f"{target}: the report cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return target / PAGE_NAME
 
 
 def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / RESULTS_NAME).is_file()):
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    if not names:
+        return
+    mark = target / MARK_NAME
+    if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != _MARK:
         raise DataError(
             f"{target}: exists and is no report; name another folder with --report, or remove it"
+        )
+    others = sorted(names - _OWN)
+    if others:
+        raise DataError(
+            f"{target}: is a report with other files in it ({', '.join(others[:3])}); move them "
+            "away, or name another folder with --report"
         )
 
 
@@ -102,27 +124,34 @@ def _facts() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return {"made": made, "command": command, "versions": ", ".join(versions)}
+    command = re.sub(r"(://)[^/@\s]*@", r"\1", command)  # no password of an address
+    return {
+        "made": made,
+        "command": command,
+        "machine": machine.processor() or platform.machine(),
+        "versions": ", ".join(versions),
+    }
 
 
 def _fill(folder: Path, report: Report, found: Sequence[Result | Comparison]) -> None:
-    (folder / "plots").mkdir()
-    (folder / "sheets").mkdir()
+    (folder / PLOTS).mkdir()
+    (folder / SHEETS).mkdir()
+    (folder / MARK_NAME).write_text(_MARK, encoding="utf-8")
     plots = [plot for part in report.parts for plot in part.plots]
     names = _plot_names([*([report.overview] if report.overview else []), *plots])
     for plot, name in names:
-        (folder / "plots" / name).write_bytes(plot.png)
-    files = {uri: f"sheets/{_file_of(uri)}" for uri in report.pictures}
+        (folder / PLOTS / name).write_bytes(plot.png)
+    files = {uri: f"{SHEETS}/{_file_of(uri)}" for uri in report.pictures}
     for uri, content in report.pictures.items():
         (folder / files[uri]).write_bytes(content)
     own: dict[int, str] = {}
     for sheet in report.sheets:
         for tile in (tile for row in sheet.rows for tile in row if tile.image is not None):
             assert tile.image is not None
-            own[id(tile)] = f"sheets/picture-{len(own) + 1}.png"
+            own[id(tile)] = f"{SHEETS}/picture-{len(own) + 1}.png"
             tile.image.save(folder / own[id(tile)])
-    plot_files = {id(plot): f"plots/{name}" for plot, name in names}
-    (folder / "report.md").write_text(document(report, plot_files, files, own), encoding="utf-8")
+    plot_files = {id(plot): f"{PLOTS}/{name}" for plot, name in names}
+    (folder / TEXT_NAME).write_text(document(report, plot_files, files, own), encoding="utf-8")
     (folder / PAGE_NAME).write_text(page(report), encoding="utf-8")
     (folder / RESULTS_NAME).write_text(
         json_text([one.document() for one in found]) + "\n", encoding="utf-8"

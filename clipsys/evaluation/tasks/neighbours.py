@@ -1,6 +1,6 @@
 """Nearest neighbours of images: whether what is near shows the same thing.
 
-Legend of shapes: N images, D width, K neighbours, S queries.
+Legend of shapes: N images, D width, K neighbours, S images whose neighbours are looked for.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from clipsys.evaluation import resampling
 from clipsys.evaluation.embedded import EmbeddedImages
@@ -15,38 +16,56 @@ from clipsys.evaluation.results import Doubles, Figure, Integers, Outcomes, Resu
 
 NUM_NEIGHBOURS = 8
 NUM_QUERIES = 12
-_BLOCK = 1024
+#: Images whose neighbours are looked for: the figures need no more, and a million would take days.
+_MAX_QUERIES = 10_000
+#: Similarities held at once.
+_BLOCK_BYTES = 256_000_000
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest other images of each image.
+    """The nearest other images of some images.
 
     Attributes:
-        nearest_NK: positions, nearest first; -1 where there is none.
-        cosine_NK: similarities.
+        queries_S: positions of the images, ascending.
+        nearest_SK: positions of their neighbours, nearest first; -1 where there is none.
+        cosine_SK: similarities.
     """
 
-    nearest_NK: Integers
-    cosine_NK: Doubles
+    queries_S: Integers
+    nearest_SK: Integers
+    cosine_SK: Doubles
+
+    def of(self, query: int) -> tuple[Integers, Doubles]:
+        """The neighbours of one image, and their similarities."""
+        row = int(np.searchsorted(self.queries_S, query))
+        return self.nearest_SK[row], self.cosine_SK[row]
 
 
-def nearest_neighbours(images: EmbeddedImages, k: int = NUM_NEIGHBOURS) -> Neighbours:
+def nearest_neighbours(
+    images: EmbeddedImages, k: int = NUM_NEIGHBOURS, *, max_queries: int = _MAX_QUERIES
+) -> Neighbours:
     """The k nearest images of each; copies of the same picture are left out.
 
     Args:
         images: N.
         k: fewer where there are fewer other images.
+        max_queries: images whose neighbours are looked for, drawn by a fixed seed.
     """
     _, copies = np.unique(np.array(images.contents), return_inverse=True)
     vectors = images.vectors_ND
+    queries = np.arange(len(images))
+    if len(images) > max_queries:
+        drawn = np.random.default_rng(0).choice(len(images), max_queries, replace=False)
+        queries = np.sort(drawn)
     k = min(k, max(len(images) - 1, 1))
-    nearest = np.full((len(images), k), -1)
-    cosines = np.full((len(images), k), -np.inf)
-    for start in range(0, len(images), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        scores = vectors[rows] @ vectors.T
-        scores[copies[rows, None] == copies[None, :]] = -np.inf
+    nearest = np.full((len(queries), k), -1)
+    cosines = np.full((len(queries), k), -np.inf)
+    block = max(1, _BLOCK_BYTES // (4 * max(len(images), 1)))
+    for start in range(0, len(queries), block):
+        rows = slice(start, start + block)
+        scores = vectors[queries[rows]] @ vectors.T
+        scores[copies[queries[rows], None] == copies[None, :]] = -np.inf
         found = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
         values = np.take_along_axis(scores, found, axis=1)
         order = np.lexsort((found, -values), axis=1)
@@ -54,7 +73,7 @@ def nearest_neighbours(images: EmbeddedImages, k: int = NUM_NEIGHBOURS) -> Neigh
         found = np.take_along_axis(found, order, axis=1)
         nearest[rows] = np.where(np.isfinite(values), found, -1)
         cosines[rows] = values
-    return Neighbours(nearest, cosines)
+    return Neighbours(queries, nearest, cosines)
 
 
 def neighbours_result(
@@ -68,22 +87,22 @@ def neighbours_result(
         model: name of the model.
         data: name of the data set.
     """
-    present = found.nearest_NK >= 0
+    present = found.nearest_SK >= 0
     has = present.any(axis=1)
-    _, units = np.unique(np.array(images.contents)[has], return_inverse=True)
-    values: dict[str, Doubles] = {"cosine@1": found.cosine_NK[has, 0]}
+    asked = found.queries_S[has]
+    contents = np.array(images.contents)
+    _, units = np.unique(contents[asked], return_inverse=True)
+    values: dict[str, Doubles] = {"cosine@1": found.cosine_SK[has, 0]}
     chances: dict[str, float] = {}
-    k = found.nearest_NK.shape[1]
+    k = found.nearest_SK.shape[1]
     labels = [record.label for record in images.records]
     if all(label is not None for label in labels):
-        names, label_N = np.unique(np.array(labels, dtype=str), return_inverse=True)
-        same_NK = (label_N[found.nearest_NK] == label_N[:, None]) & present
-        shares = same_NK.sum(axis=1) / np.maximum(present.sum(axis=1), 1)
-        values |= {"same_label@1": same_NK[has, 0].astype(np.float64)}
+        _, label_N = np.unique(np.array(labels, dtype=str), return_inverse=True)
+        same_SK = (label_N[found.nearest_SK] == label_N[found.queries_S][:, None]) & present
+        shares = same_SK.sum(axis=1) / np.maximum(present.sum(axis=1), 1)
+        values |= {"same_label@1": same_SK[has, 0].astype(np.float64)}
         values |= {f"same_label@{k}": shares[has]} if k > 1 else {}
-        counts = np.bincount(label_N, minlength=len(names))
-        chance = float((counts * (counts - 1)).sum() / max(len(labels) * (len(labels) - 1), 1))
-        chances = dict.fromkeys((f"same_label@{one}" for one in (1, k)), chance)
+        chances = dict.fromkeys((f"same_label@{one}" for one in (1, k)), _chance(label_N, contents))
     intervals = resampling.mean_intervals(values, units)
     return Result(
         task="neighbours",
@@ -95,20 +114,44 @@ def neighbours_result(
             for name, one in values.items()
             if len(one)
         },
-        counts={"images": len(images), "neighbours": k},
+        counts={"images": len(images), "queries": len(found.queries_S), "neighbours": k},
         outcomes={
-            "": Outcomes(
-                [images.records[place].uri for place in np.flatnonzero(has).tolist()],
-                units,
-                values,
-            )
+            "": Outcomes([images.records[place].uri for place in asked.tolist()], units, values)
         },
     )
 
 
-def spread_queries(images: EmbeddedImages, count: int = NUM_QUERIES, *, seed: int = 0) -> list[int]:
-    """Images to show: drawn by a seed, every label once before any twice."""
-    order = np.random.default_rng(seed).permutation(len(images)).tolist()
+def _chance(label_N: Integers, contents: npt.NDArray[np.str_]) -> float:
+    """The share of pairs of different pictures that have the same label."""
+    _, copy_N = np.unique(contents, return_inverse=True)
+    _, both_N = np.unique(np.stack([label_N, copy_N]), axis=1, return_inverse=True)
+
+    def pairs(numbers: npt.NDArray[np.int64]) -> int:
+        counts = np.bincount(numbers)
+        return int((counts * (counts - 1)).sum())
+
+    total = len(label_N)
+    different = total * (total - 1) - pairs(copy_N)
+    return (pairs(label_N) - pairs(np.ravel(both_N))) / different if different else 0.0
+
+
+def spread_queries(
+    images: EmbeddedImages,
+    count: int = NUM_QUERIES,
+    *,
+    among: Integers | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """Images to show: drawn by a seed, every label once before any twice.
+
+    Args:
+        images: N.
+        count: how many.
+        among: positions to draw from; None: all.
+        seed: of the draw.
+    """
+    positions = np.arange(len(images)) if among is None else among
+    order = np.random.default_rng(seed).permutation(positions).tolist()
     taken: dict[str | None, int] = {}
     ranked = []
     for place in order:

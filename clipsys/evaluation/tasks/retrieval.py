@@ -230,10 +230,7 @@ def _measure(
     intervals: dict[str, tuple[float, float] | None] = {}
     if with_intervals:
         intervals = resampling.mean_intervals(values, units)
-        intervals |= resampling.statistic_intervals(
-            lambda weights: {"median_rank": resampling.weighted_median(ranks, weights[units])},
-            int(units.max(initial=-1)) + 1,
-        )
+        intervals["median_rank"] = resampling.median_interval(ranks, units)
     correct = side.relation.counts()[asked]
     total = len(side.candidates)
     chances = {

@@ -31,7 +31,7 @@ def test_a_result_is_the_documented_document(encoder: clipsys.Encoder, shards: s
     (result,) = evaluate(encoder, "retrieval", shards, match="family", cache=False)
     document = result.document()
     assert set(document) == {
-        "task", "model", "data", "protocol", "metrics", "intervals", "samples",
+        "task", "model", "data", "protocol", "encoder", "metrics", "intervals", "samples",
     }  # fmt: skip
     assert document["metrics"]["text_to_image/queries"] == 48
     low, high = document["intervals"]["text_to_image/recall@10"]

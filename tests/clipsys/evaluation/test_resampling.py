@@ -48,9 +48,9 @@ def test_no_samples_have_no_interval() -> None:
 def test_a_weighted_median_equals_that_of_repeated_values(size: int) -> None:
     rng = np.random.default_rng(size)
     for _ in range(20):
-        values, weights = rng.integers(0, 5, size).astype(float), rng.integers(0, 4, size)
+        values, weights = np.sort(rng.integers(0, 5, size).astype(float)), rng.integers(0, 4, size)
         if weights.sum():
-            found = resampling.weighted_median(values, weights)
+            found = resampling._weighted_median(values, weights)
             assert found == np.median(np.repeat(values, weights))
 
 
@@ -90,3 +90,12 @@ def test_a_paired_interval_is_narrower_than_two_single_ones() -> None:
     second = first + 0.1 + rng.normal(0, 0.01, 200)
     low, high = resampling.paired_interval(first, second, np.arange(200)) or (0, 0)
     assert 0.09 < low < 0.1 < high < 0.11
+
+
+def test_the_interval_of_a_median_equals_a_direct_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.exponential(size=101)
+    direct = stats.bootstrap((values,), np.median, n_resamples=2000, method="percentile", rng=1)
+    found = resampling.median_interval(values, np.arange(101))
+    assert found == pytest.approx(tuple(direct.confidence_interval), abs=0.05)
+    assert resampling.median_interval(np.zeros(0), np.zeros(0, np.int64)) is None
