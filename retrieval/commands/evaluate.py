@@ -69,7 +69,7 @@ class Decode(str, Enum):
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="NAME/TAG, hf-hub:…, model folders, run folders."),
+        typer.Argument(metavar="MODEL", help="NAME/TAG, hf-hub:…, model folders, run folders."),
     ],
     task: Annotated[list[Task], typer.Option(help="What to measure; may be repeated.")],
     data: Annotated[
