@@ -23,6 +23,8 @@ from clipsys.evaluation.class_comparison import (
 )
 from clipsys.evaluation.results import ClassificationDetails, Outcomes, Result
 
+__all__ = ["Change", "Comparison", "Difference", "compare"]
+
 Doubles = npt.NDArray[np.float64]
 
 
