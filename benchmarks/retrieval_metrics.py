@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -59,7 +60,11 @@ def main() -> None:
         "memory_ratio": sides["matrix"]["peak_memory_mb"] / sides["blocks"]["peak_memory_mb"],
         "pairs_per_s": rate,
         "hours_of_1m_images_5m_texts": 5e12 / rate / 3600,
-        "machine": {"processor": _processor(), "python": platform.python_version()},
+        "machine": {
+            "processor": _processor(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+            "python": platform.python_version(),
+        },
     }
     out = Path(__file__).parent / "results" / "retrieval_metrics.json"
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

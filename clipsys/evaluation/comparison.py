@@ -6,6 +6,7 @@ difference: intervals and tests are made from the differences of each sample.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,36 +16,16 @@ import numpy.typing as npt
 
 from clipsys.errors import DataError
 from clipsys.evaluation import resampling
-from clipsys.evaluation.resampling import PairedTest
+from clipsys.evaluation.class_comparison import (
+    Difference,
+    differences_over_classes,
+    measured_differently,
+)
 from clipsys.evaluation.results import ClassificationDetails, Outcomes, Result
 
+__all__ = ["Change", "Comparison", "Difference", "compare"]
+
 Doubles = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A figure of two models.
-
-    Attributes:
-        first, second: value of each model.
-        interval: 95 % bootstrap interval of second - first, on the same resamples.
-        test: whether they differ by more than chance.
-        only_first, only_second: samples that one alone got right; 0 where outcomes are no hits.
-        samples: N.
-    """
-
-    first: float
-    second: float
-    interval: tuple[float, float] | None
-    test: PairedTest
-    only_first: int
-    only_second: int
-    samples: int
-
-    @property
-    def value(self) -> float:
-        """By how much the second one is higher."""
-        return self.second - self.first
 
 
 @dataclass(frozen=True)
@@ -128,16 +109,13 @@ def compare(first: Result, second: Result) -> Comparison:
         second: of the other one.
 
     Raises:
-        DataError: the tasks, the protocols or the samples differ, or the task has no outcomes of
-            single samples.
+        DataError: the tasks, the protocols, the classes, the samples or their right classes
+            differ, or the task has no outcomes of single samples.
     """
     for what in ("task", "protocol"):
         ours, theirs = getattr(first, what), getattr(second, what)
         if ours != theirs:
-            raise DataError(
-                f"{first.model} and {second.model} were measured differently: {what} {ours!r} and "
-                f"{theirs!r}; measure both in the same way"
-            )
+            raise measured_differently(first, second, what, ours, theirs)
     if not first.outcomes:
         raise DataError(
             f"{first.task} has no outcomes of single samples to pair; compare models on zeroshot, "
@@ -153,6 +131,8 @@ def compare(first: Result, second: Result) -> Comparison:
             differences[f"{lead}{name}"] = _difference(
                 values_N, theirs.values[name][order], ours.units_N
             )
+        if isinstance(first.details, ClassificationDetails):
+            differences |= differences_over_classes(first, second, order, ours.units_N)
         leading = next(iter(ours.values))
         changes += _changes(f"{lead}{leading}", leading, ours, theirs, order, (first, second))
     return Comparison(
@@ -166,15 +146,31 @@ def _paired(
     """The positions among ``theirs`` of each sample of ``ours``."""
     if ours.keys == theirs.keys:
         return np.arange(len(ours.keys))
-    place = {key: number for number, key in enumerate(theirs.keys)}
-    missing = [key for key in ours.keys if key not in place]
-    if missing or len(place) != len(ours.keys) or len(theirs.keys) != len(place):
-        example = f", {missing[0]!r} for example" if missing else ""
+    # A key may occur twice (a caption that is written twice for one image): in order, then.
+    places: dict[tuple[str, int], int] = {}
+    for number, name in enumerate(_numbered_keys(theirs.keys)):
+        places[name] = number
+    names = _numbered_keys(ours.keys)
+    missing = [key for key, number in names if (key, number) not in places]
+    extra = places.keys() - set(names)
+    if missing or extra:
+        example = missing[0] if missing else min(extra)[0]
         raise DataError(
-            f"{first.model} has {len(ours.keys):,} samples and {second.model} {len(theirs.keys):,}"
-            f"{example}; both have to be measured on the same ones"
+            f"{first.model} has {len(ours.keys):,} samples, and {second.model} lacks "
+            f"{len(missing):,} of them and has {len(extra):,} others ({example!r} for example); "
+            "both have to be measured on the same ones"
         )
-    return np.array([place[key] for key in ours.keys])
+    return np.array([places[name] for name in names])
+
+
+def _numbered_keys(keys: list[str]) -> list[tuple[str, int]]:
+    """Keys with the number of earlier equal ones."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for key in keys:
+        numbered.append((key, seen[key]))
+        seen[key] += 1
+    return numbered
 
 
 def _difference(first_N: Doubles, second_N: Doubles, units_N: npt.NDArray[np.int64]) -> Difference:

@@ -215,5 +215,36 @@ def permutation(
     return PairedTest("paired permutation", (as_large + 1) / (num_permutations + 1))
 
 
+def permutations(
+    differences: Callable[[npt.NDArray[np.bool_] | None], dict[str, float]],
+    num_units: int,
+    *,
+    num_permutations: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, PairedTest]:
+    """A permutation test of differences of figures that are no means, by exchanging models' units.
+
+    Approximate randomization (Noreen 1989, "Computer-Intensive Methods for Testing Hypotheses").
+
+    Args:
+        differences: by name, when the units that are True (U,) are exchanged between the models;
+            None: as they are.
+        num_units: U.
+        num_permutations: how many exchanges are drawn.
+        seed: of the draws.
+    """
+    observed = differences(None)
+    as_large = dict.fromkeys(observed, 0)
+    rng = np.random.default_rng(seed)
+    for _ in range(num_permutations):
+        found = differences(rng.integers(0, 2, num_units, np.int8) == 1)
+        for name, value in found.items():
+            as_large[name] += abs(value) >= abs(observed[name]) - 1e-12
+    return {
+        name: PairedTest("paired permutation", (count + 1) / (num_permutations + 1))
+        for name, count in as_large.items()
+    }
+
+
 def _count_units(units_N: Integers) -> int:
     return int(units_N.max()) + 1 if len(units_N) else 0

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +76,19 @@ def predictions(
 def flat_figures(found: Predictions) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and calibration error by name, without intervals."""
     figures = {f"accuracy@{k}": float((found.ranks_N < k).mean()) for k in _ks(found)}
-    return figures | _by_class(_Counts.of(found)) | _calibration(found)
+    return figures | figures_over_classes(found)
+
+
+def figures_over_classes(
+    found: Predictions, weights_N: npt.NDArray[np.integer[Any]] | None = None
+) -> dict[str, float]:
+    """The figures that are no means of single outcomes: over classes, and calibration.
+
+    Args:
+        found: predictions.
+        weights_N: how often each image counts; None: once.
+    """
+    return _by_class(_Counts.of(found, weights_N)) | _calibration(found, weights_N)
 
 
 def figures_of(
@@ -100,7 +111,9 @@ def figures_of(
     values = flat_figures(found)
     intervals = resampling.mean_intervals(outcomes.values, units, seed=seed)
     intervals |= resampling.statistic_intervals(
-        partial(_weighted, found, units), int(units.max()) + 1, seed=seed
+        lambda weights_U: figures_over_classes(found, weights_U[units]),
+        int(units.max()) + 1,
+        seed=seed,
     )
     chance = _chance(found)
     figures = {
@@ -145,7 +158,7 @@ class _Counts(NamedTuple):
     support_C: Doubles
 
     @staticmethod
-    def of(found: Predictions, weights_N: Integers | None = None) -> _Counts:
+    def of(found: Predictions, weights_N: npt.NDArray[np.integer[Any]] | None = None) -> _Counts:
         size = len(found.classes)
         right = found.ranks_N == 0
         right_weights = right.astype(np.float64) if weights_N is None else right * weights_N
@@ -182,16 +195,13 @@ def _by_class(counts: _Counts) -> dict[str, float]:
     return figures
 
 
-def _calibration(found: Predictions, weights_N: Integers | None = None) -> dict[str, float]:
+def _calibration(
+    found: Predictions, weights_N: npt.NDArray[np.integer[Any]] | None
+) -> dict[str, float]:
     if found.confidence_N is None:
         return {}
     right = found.ranks_N == 0
     return {"calibration_error": reliability(found.confidence_N, right, weights_N).error}
-
-
-def _weighted(found: Predictions, units_N: Integers, weights_U: Integers) -> dict[str, float]:
-    weights_N = weights_U[units_N]
-    return _by_class(_Counts.of(found, weights_N)) | _calibration(found, weights_N)
 
 
 def _details(found: Predictions, uris: Sequence[str]) -> ClassificationDetails:

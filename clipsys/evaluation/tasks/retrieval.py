@@ -16,8 +16,9 @@ import numpy.typing as npt
 from clipsys.errors import DataError
 from clipsys.evaluation import resampling
 from clipsys.evaluation.metrics import chance
-from clipsys.evaluation.metrics.ranks import DEFAULT_KS, NO_HIT, Ranking, rank, recall_at
+from clipsys.evaluation.metrics.ranks import DEFAULT_KS, NO_HIT, Ranking, recall_at
 from clipsys.evaluation.metrics.relation import Relation
+from clipsys.evaluation.metrics.two_way import rank_both
 from clipsys.evaluation.results import Figure, Miss, Outcomes, Result, RetrievalDetails
 
 Floats = npt.NDArray[np.float32]
@@ -171,9 +172,9 @@ def _result(
     counts: dict[str, float] = {}
     outcomes: dict[str, Outcomes] = {}
     curves, chances, misses = {}, {}, {}
-    for side in sides:
+    rankings = rank_both(text_MD, image_ND, targets.relation, advance=advance)
+    for side, ranking in zip(sides, rankings, strict=True):
         # An image without a caption is a candidate, and no query.
-        ranking = rank(side.queries, side.candidates, side.relation, advance=advance)
         asked = side.relation.counts() > 0
         measured = _measure(side, ranking, asked, with_intervals=with_intervals)
         figures |= measured.figures
@@ -187,7 +188,7 @@ def _result(
             chances[side.name] = chance.chance_recall(
                 side.relation.counts()[asked], len(side.candidates), ks
             )
-            misses[side.name] = _misses(side.name, ranking, asked, targets.texts, uris)
+            misses[side.name] = _misses(side, ranking, asked, targets.texts, uris)
     return Result(
         task="retrieval",
         model=model,
@@ -250,23 +251,24 @@ def _measure(
 
 
 def _misses(
-    name: str,
+    side: _Side,
     ranking: Ranking,
     asked: npt.NDArray[np.bool_],
     texts: Sequence[str],
     uris: Sequence[str],
 ) -> list[Miss]:
-    queries, candidates = (texts, uris) if name == "text_to_image" else (uris, texts)
+    queries, candidates = (texts, uris) if side.name == "text_to_image" else (uris, texts)
     missed = np.flatnonzero(asked & (ranking.first_Q > 0) & (ranking.first_Q < NO_HIT))
     worst = missed[np.argsort(-ranking.first_Q[missed], kind="stable")][:_MISSES]
+    top = [int((side.candidates @ side.queries[place]).argmax()) for place in worst.tolist()]
     return [
         Miss(
             queries[place],
             candidates[ranking.best_Q[place]],
-            candidates[ranking.top_Q[place]],
+            candidates[found],
             int(ranking.first_Q[place]) + 1,
         )
-        for place in worst.tolist()
+        for place, found in zip(worst.tolist(), top, strict=True)
     ]
 
 

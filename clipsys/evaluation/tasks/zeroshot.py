@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,16 @@ from clipsys.evaluation.metrics.classification import (
     flat_figures,
     predictions,
 )
+from clipsys.evaluation.metrics.distinct import distinct_rows
 from clipsys.evaluation.results import Result
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 #: (N, C) cosine similarities -> (N, C) probabilities.
 Probabilities = Callable[[Floats], Doubles]
+
+#: Scores of images by classes that are held at once.
+_BLOCK_SCORES = 16_000_000
 
 _logger = logging.getLogger(__name__)
 
@@ -119,12 +124,24 @@ def _classify(
             f"label {unknown[0]!r} is not among the classes ({shown}); name its class, or leave "
             "its images out"
         )
-    targets = np.array([index[label] for label in labels])
-    scores_NC = image_ND @ class_CD.T
-    found = predictions(scores_NC, targets, names or classes)
-    if probabilities is None:
-        return found
-    chosen = probabilities(scores_NC)[np.arange(len(targets)), found.predicted_N]
+    targets_N = np.array([index[label] for label in labels], np.int64)
+    # Two classes of one name have one vector, and have to tie to the last bit.
+    distinct = distinct_rows(class_CD)
+    step = max(1, _BLOCK_SCORES // max(len(classes), 1))
+    parts = []
+    for start in range(0, max(len(targets_N), 1), step):
+        rows = slice(start, start + step)
+        scores_NC = (image_ND[rows] @ distinct.rows_UD.T)[:, distinct.number_N]
+        part = predictions(scores_NC, targets_N[rows], names or classes)
+        if probabilities is not None:
+            chosen = probabilities(scores_NC)[np.arange(len(scores_NC)), part.predicted_N]
+            part = replace(part, confidence_N=np.asarray(chosen, np.float64))
+        parts.append(part)
+    confidences = [part.confidence_N for part in parts if part.confidence_N is not None]
     return Predictions(
-        found.classes, found.targets_N, found.predicted_N, found.ranks_N, np.asarray(chosen)
+        names or classes,
+        targets_N,
+        np.concatenate([part.predicted_N for part in parts]),
+        np.concatenate([part.ranks_N for part in parts]),
+        np.concatenate(confidences) if confidences else None,
     )

@@ -99,3 +99,19 @@ def test_the_interval_of_a_median_equals_a_direct_bootstrap() -> None:
     found = resampling.median_interval(values, np.arange(101))
     assert found == pytest.approx(tuple(direct.confidence_interval), abs=0.05)
     assert resampling.median_interval(np.zeros(0), np.zeros(0, np.int64)) is None
+
+
+def test_exchanging_units_of_a_mean_equals_all_sign_flips() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=9), rng.normal(0.6, size=9)
+
+    def difference(swapped: np.ndarray | None) -> dict[str, float]:
+        signs = 1 if swapped is None else np.where(swapped, -1, 1)
+        return {"a": float(((second - first) * signs).mean())}
+
+    found = resampling.permutations(difference, 9, num_permutations=4000)["a"]
+    signs = np.array(np.meshgrid(*[(-1, 1)] * 9)).reshape(9, -1)
+    sums = (second - first) @ signs
+    exact = (np.abs(sums) >= abs((second - first).sum()) - 1e-9).mean()
+    assert found.p_value == pytest.approx(exact, abs=0.025)
+    assert resampling.permutations(lambda _: {"a": 0.0}, 9)["a"].p_value == 1.0

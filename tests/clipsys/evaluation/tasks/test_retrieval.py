@@ -124,3 +124,22 @@ def test_the_result_has_intervals_curves_and_the_worst_queries() -> None:
     assert [miss.rank for miss in misses] == sorted((miss.rank for miss in misses), reverse=True)
     assert misses[0].query in targets.texts
     assert misses[0].expected in uris
+
+
+def test_own_captions_give_the_recall_that_clip_benchmark_counts() -> None:
+    """A hit is one correct pair or more among the k highest scores of a row of the whole matrix."""
+    images, texts, _ = _noisy()
+    items = [((f"text {n}", f"words {n}", "same"), {}) for n in range(60)]
+    targets = retrieval_targets(items, duplicates="own")
+    images[:4] = np.eye(8, dtype=np.float32)[:4]  # it counts ties in favour or against, by chance
+    figures = retrieval_figures(images, texts, targets)
+    scores = texts @ images.T
+    correct = targets.image_of_M[:, None] == np.arange(60)
+    for name, one, own in (
+        ("text_to_image", scores, correct),
+        ("image_to_text", scores.T, correct.T),
+    ):
+        for k in (1, 5, 10):
+            highest = np.argsort(-one, axis=1)[:, :k]
+            hits = np.take_along_axis(own, highest, axis=1).any(axis=1)
+            assert figures[f"{name}/recall@{k}"] == pytest.approx(hits.mean())

@@ -58,3 +58,18 @@ def test_a_class_without_images_is_named_and_left_out_of_the_means(
     assert "d: 1 of 3 classes have no image (c)" in caplog.text
     assert result.figures["macro_recall"].value == 1.0
     assert result.figures["accuracy@1"].chance == pytest.approx(1 / 3)
+
+
+def test_two_classes_of_one_vector_tie_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong one of the two counts as better for every image, to the last bit."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(13, 33)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[11] = vectors[2]
+    classes = [str(number) for number in range(13)]
+    images = np.repeat(vectors[2:3], 17, axis=0) + rng.normal(0, 1e-3, (17, 33)).astype(np.float32)
+    labels = ["2", "11"] * 8 + ["2"]
+    found = zeroshot_figures(images, vectors, classes, labels)
+    assert (found["accuracy@1"], found["accuracy@5"]) == (0.0, 1.0)
+    monkeypatch.setattr("clipsys.evaluation.tasks.zeroshot._BLOCK_SCORES", 1)
+    assert zeroshot_figures(images, vectors, classes, labels) == found
