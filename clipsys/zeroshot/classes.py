@@ -100,5 +100,5 @@ def _single_blanks(text: object) -> str:
         ConfigError: it is no text.
     """
     if not isinstance(text, str):
-        raise ConfigError(f"classes hold {text!r}, a {type(text).__name__}; expected a text")
+        raise ConfigError(f"classes hold {text!r}, of type {type(text).__name__}; expected a text")
     return " ".join(text.split())
