@@ -44,7 +44,9 @@ Where = Annotated[
 ]
 Template = Annotated[
     list[str] | None,
-    typer.Option(help="Prompt with {} for the class; may be repeated."),
+    typer.Option(
+        help="Prompt with {} for the class, or a set: simple, clip, siglip, plain; may be repeated."
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Decoding threads; one a processor by default.")

@@ -153,7 +153,7 @@ class Result:
     """What one task measured of one model on one data set.
 
     Attributes:
-        task: ``zeroshot``, ``retrieval``, ``probe`` or ``robustness``.
+        task: ``zeroshot``, ``retrieval``, ``probe``, ``robustness`` or ``neighbours``.
         model: what people call the model.
         data: as it was named.
         protocol: how it was measured, in one sentence: what a hit is, how ties count.
@@ -194,7 +194,7 @@ class Result:
         return flat | dict(self.counts)
 
     def document(self) -> dict[str, Any]:
-        """The result as ``clipsys evaluate --json`` prints it."""
+        """The result as ``clipsys evaluate --json`` prints it; null: undefined, or without end."""
         return {
             "task": self.task,
             **({"variant": self.variant} if self.variant else {}),

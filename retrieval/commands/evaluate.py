@@ -69,7 +69,7 @@ class Decode(str, Enum):
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="NAME/TAG, hf-hub:…, model folders, run folders."),
+        typer.Argument(metavar="MODEL", help="NAME/TAG, hf-hub:…, model folders, run folders."),
     ],
     task: Annotated[list[Task], typer.Option(help="What to measure; may be repeated.")],
     data: Annotated[
@@ -221,6 +221,10 @@ def evaluate(
     from clipsys.retrieval.commands.evaluation import Given, Measurements
 
     given = Given(data, columns, split, limit, label_key, train_data, train_split)
+    if report is not None:
+        from clipsys.evaluation.reports.writing import check_replaceable
+
+        check_replaceable(report)  # before hours of encoding
     found = Measurements(chosen, given, precision=precision, cache=cache, layer=layer)
     with ending_in_order(lambda: "what is encoded is stored; run the same command again"):
         found.measure(models, [one.value for one in tasks], with_sheets=report is not None)

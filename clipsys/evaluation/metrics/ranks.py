@@ -87,9 +87,12 @@ def rank(
     parts = []
     candidates_DN = torch.from_numpy(np.ascontiguousarray(candidate_ND)).to(device).T
     queries = torch.from_numpy(np.ascontiguousarray(query_QD))
+    # One buffer for all blocks: fresh memory costs as much as a third of the product.
+    buffer = torch.empty(min(block, num_queries), num_candidates, device=device)
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
-        scores = queries[start:stop].to(device) @ candidates_DN
+        scores = buffer[: stop - start]
+        torch.matmul(queries[start:stop].to(device), candidates_DN, out=scores)
         parts.append(_rank_block(scores, *relation.pairs(start, stop)))
         advance(stop - start)
     if not parts:
@@ -135,13 +138,19 @@ def _count_at_least(
     """For each correct pair: how many candidates of its query score as high or higher."""
     found = np.empty(len(rows), np.int64)
     few = counts[rows] <= _COMPARED
-    for position in range(int(counts[counts <= _COMPARED].max(initial=0))):
-        chosen = few & (place == position)
-        own = torch.from_numpy(rows[chosen]).to(scores.device)
-        # All rows of a block have a first correct candidate, as a rule: they are not copied then.
-        selected = scores if len(own) == len(scores) else scores[own]
-        bound = torch.from_numpy(correct[chosen]).to(scores.device)[:, None]
-        found[chosen] = (selected >= bound).sum(dim=1).cpu().numpy()
+    if scores.device.type == "cpu":
+        # Row by row: numpy counts a row of comparisons in a tenth of the time of torch's sum.
+        values = scores.numpy()
+        for pair in np.flatnonzero(few).tolist():
+            found[pair] = np.count_nonzero(values[rows[pair]] >= correct[pair])
+    else:
+        for position in range(int(counts[counts <= _COMPARED].max(initial=0))):
+            chosen = few & (place == position)
+            own = torch.from_numpy(rows[chosen]).to(scores.device)
+            # All rows have a first correct candidate, as a rule: they are not copied then.
+            selected = scores if len(own) == len(scores) else scores[own]
+            bound = torch.from_numpy(correct[chosen]).to(scores.device)[:, None]
+            found[chosen] = (selected >= bound).sum(dim=1).cpu().numpy()
     for row in np.unique(rows[~few]).tolist():
         chosen = rows == row
         ascending = torch.sort(scores[row]).values.cpu().numpy()

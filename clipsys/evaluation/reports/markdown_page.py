@@ -7,17 +7,23 @@ from collections.abc import Mapping, Sequence
 
 from clipsys.evaluation.reports.contents import (
     Report,
-    changes_of,
     facts_of,
     heading,
     sentence,
-    table_of,
+    tables_of,
 )
 from clipsys.evaluation.reports.sheets import Sheet
 from clipsys.printing import printable
 
-#: Characters that mean something in Markdown or HTML.
-_MEANING = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+#: What means something in Markdown or HTML, or makes a link of an address. Names of figures and
+#: most paths have none of it, so that the text can be read as it is.
+_MEANING = re.compile(
+    r"([\\`*\[\]<>#|~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not within a word
+    r"|&(?=#?\w+;)|\{(?=[:#.%{])"
+    r"|:(?=//)|(?<=\bwww)\.|(?<=[\w.+-])@(?=[\w-]+\.))",
+    re.IGNORECASE,
+)
 
 
 def document(
@@ -39,17 +45,18 @@ def document(
         *(f"- {name}: {_text(value)}" for name, value in report.facts.items()),
     ]
     lines = ["\n".join(blocks)]
-    if report.overview is not None:
-        lines.append(_picture(report.overview.title, plot_files[id(report.overview)]))
+    lines += [_picture(plot.title, plot_files[id(plot)]) for plot in report.overviews]
     for part in report.parts:
         lines += [f"## {_text(heading(part.about))}", f"{_text(sentence(part.about.protocol))}"]
         facts = facts_of(part.about)
         lines += [_text(facts)] if facts else []
-        lines.append(_table(table_of(part.about)))
+        figures, *further = tables_of(part.about)
+        lines.append(_table(figures.rows))
         lines += [_picture(plot.title, plot_files[id(plot)]) for plot in part.plots]
-        changes = changes_of(part.about)
-        if changes:
-            lines += ["### Samples that changed", _table(changes)]
+        for table in further:
+            lines += (
+                [f"### {table.title}", _table(table.rows)] if table.title else [_table(table.rows)]
+            )
     for sheet in report.sheets:
         lines += [f"## {_text(sheet.title)}", _text(sheet.note), _sheet(sheet, files, pictures)]
     return "\n\n".join(lines) + "\n"

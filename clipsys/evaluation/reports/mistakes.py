@@ -78,7 +78,7 @@ def _classification(result: Result, details: ClassificationDetails, read: Read) 
         )
         for place in worst.tolist()
     ]
-    note = "Wrong, and the model was surest of them."
+    note = "The model was surest of these wrong predictions."
     title = f"Worst mistakes, {result.title} of {result.model}"
     return [Sheet(title, note, _in_rows(tiles), read)]
 
@@ -90,7 +90,9 @@ def _retrieval(result: Result, details: RetrievalDetails, read: Read) -> list[Sh
             continue
         by_text = direction == "text_to_image"
         rows = [_miss(one, by_text=by_text) for one in misses]
-        note = "Query, what should stand first, and what did."
+        note = (
+            "Each row: a query, its best correct candidate, and the candidate that was found first."
+        )
         title = f"Worst queries, {direction.replace('_', ' ')}, {result.model}"
         sheets.append(Sheet(title, note, rows, read))
     return sheets

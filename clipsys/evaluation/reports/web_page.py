@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from clipsys.evaluation.reports.canvas import Plot
 from clipsys.evaluation.reports.contents import (
     Part,
     Report,
-    changes_of,
+    Table,
     facts_of,
     heading,
     sentence,
-    table_of,
+    tables_of,
 )
-from clipsys.evaluation.reports.plots import Plot
 from clipsys.evaluation.reports.sheets import Sheet, Tile
 from clipsys.printing import printable
 
@@ -49,14 +50,20 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-.changes td { white-space: normal; text-align: left; }
-.changes th { text-align: left; }
+th.words, td.words { text-align: left; }
+th.sentences, td.sentences { text-align: left; }
+td.sentences { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; max-width: 32rem; }
+summary { cursor: pointer; color: var(--link); }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 6px;
   border: 1px solid var(--line); }
 figcaption { color: var(--soft); font-size: .9rem; }
 .row { display: flex; flex-wrap: wrap; gap: .7rem; margin: .7rem 0; }
+.sheet.short { display: grid; column-gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 29rem), 1fr)); }
+.sheet.long .row { border-top: 1px solid var(--line); padding-top: .7rem; gap: .45rem; }
+.sheet.long .tile { width: 6.25rem; }
+.sheet.long .tile img { height: 6.25rem; }
 .tile { width: 9.2rem; font-size: .82rem; line-height: 1.3; }
 .tile.words { align-self: center; padding: .5rem; background: var(--raised); border-radius: 6px; }
 .tile.wide { width: 100%; }
@@ -69,10 +76,18 @@ figcaption { color: var(--soft); font-size: .9rem; }
 .tile.words.right { border-left: 4px solid var(--right); }
 .tile.words.wrong { border-left: 4px solid var(--wrong); }
 @media (max-width: 30rem) {
-  body { padding: 1rem .7rem 3rem; } .tile { width: 7rem; } .tile img { height: 7rem; }
+  body { padding: 1rem .7rem 3rem; } .tile { width: 6.8rem; } .tile img { height: 6.8rem; }
   th, td { padding: .25rem .45rem; } }
 @media print { body { max-width: none; } figure, .row { break-inside: avoid; } }
 """
+
+
+#: Tiles that stand beside each other on a wide screen.
+_A_ROW = 6
+#: Letters of a cell that is never broken.
+_LONGEST_WORD = 30
+#: Of a cell: a number, an interval, or nothing.
+_NUMBER = re.compile(r"(?:[-+]?[\d.,]+(?:e[-+]\d+)?(?: to [-+]?[\d.,]+)?|-|never.*|nan)\Z")
 
 
 def page(report: Report) -> str:
@@ -88,7 +103,7 @@ def page(report: Report) -> str:
     body = [
         f"<h1>Evaluation</h1><dl>{facts}</dl>",
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav>',
-        _plot(report.overview) if report.overview is not None else "",
+        *(_plot(plot) for plot in report.overviews),
         *(_part(name, part) for (name, _), part in zip(sections, report.parts, strict=False)),
         *(_sheet(f"sheet-{number}", one, report) for number, one in enumerate(report.sheets, 1)),
     ]
@@ -101,27 +116,46 @@ def page(report: Report) -> str:
 
 
 def _part(name: str, part: Part) -> str:
-    changes = changes_of(part.about)
+    figures, *further = tables_of(part.about)
     return _joined(
         [
             f'<section id="{name}"><h2>{_text(heading(part.about))}</h2>',
             f'<p class="protocol">{_text(sentence(part.about.protocol))}</p>',
             f'<p class="counts">{_text(facts_of(part.about))}</p>',
-            _table(table_of(part.about)),
+            _table(figures),
             *(_plot(plot) for plot in part.plots),
-            "<h3>Samples that changed</h3>" + _table(changes, "changes") if changes else "",
+            *(_table(table) for table in further),
             "</section>",
         ]
     )
 
 
-def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in rows[0])
-    lines = [f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows[1:]]
-    return (
-        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+def _table(table: Table) -> str:
+    header, *rows = table.rows
+    kinds = [_kind([row[place] for row in rows]) for place in range(len(header))]
+    kinds = [f' class="{one}"' if one else "" for one in kinds]
+    head = _cells(header, "th", [f' scope="col"{kind}' for kind in kinds])
+    lines = [f"<tr>{_cells(row, 'td', kinds)}</tr>" for row in rows]
+    text = (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+    title = _text(table.title)
+    if table.kind == "folded":
+        return f"<details><summary>{title}</summary>{text}</details>"
+    return f"<h3>{title}</h3>{text}" if title else text
+
+
+def _cells(cells: Sequence[str], tag: str, attributes: Sequence[str]) -> str:
+    pairs = zip(cells, attributes, strict=True)
+    return "".join(f"<{tag}{attribute}>{_text(cell)}</{tag}>" for cell, attribute in pairs)
+
+
+def _kind(column: Sequence[str]) -> str:
+    """How a column is set: numbers to the right, names to the left, long texts broken."""
+    if all(_NUMBER.match(cell) for cell in column):
+        return ""
+    return "words" if max(map(len, column)) <= _LONGEST_WORD else "sentences"
 
 
 def _plot(plot: Plot) -> str:
@@ -135,12 +169,16 @@ def _sheet(name: str, sheet: Sheet, report: Report) -> str:
         f'<div class="row">{"".join(_tile(tile, report) for tile in row)}</div>'
         for row in sheet.rows
     ]
+    longest = max(map(len, sheet.rows), default=0)
+    single = any(tile.image is not None for row in sheet.rows for tile in row)
+    kind = "long" if longest > _A_ROW else "short" if longest <= _A_ROW // 2 and not single else ""
     return _joined(
         [
             f'<section id="{name}"><h2>{_text(sheet.title)}</h2>',
             f'<p class="protocol">{_text(sheet.note)}</p>',
+            f'<div class="sheet {kind}">',
             *rows,
-            "</section>",
+            "</div></section>",
         ]
     )
 

@@ -11,12 +11,12 @@ The folder appears whole or not at all, and an earlier report stays until the ne
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -25,9 +25,10 @@ from pathlib import Path
 from clipsys import __version__
 from clipsys.errors import DataError
 from clipsys.evaluation.comparison import Comparison
+from clipsys.evaluation.reports.canvas import Plot
 from clipsys.evaluation.reports.contents import Part, Report
 from clipsys.evaluation.reports.markdown_page import document
-from clipsys.evaluation.reports.plots import Plot, comparison_plot, overview_plot, plots_of
+from clipsys.evaluation.reports.plots import comparison_plot, overview_plots, plots_of
 from clipsys.evaluation.reports.sheets import Sheet
 from clipsys.evaluation.reports.web_page import page
 from clipsys.evaluation.results import Result
@@ -54,44 +55,47 @@ def write_report(
     Args:
         folder: made if it is missing; an earlier report there is replaced.
         results: in the order in which they are shown.
-        comparisons: of two models.
+        comparisons: of two models; shown before the results.
         sheets: contact sheets; their images are read now.
 
     Raises:
         DataError: the folder holds something else, or cannot be written.
     """
-    target = Path(expand_path(str(folder))).resolve()
-    _check_replaceable(target)
-    report = _make(results, comparisons, sheets)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target = check_replaceable(folder)
+    workspace: Path | None = None
     try:
-        partial.mkdir(parents=True)
-        _fill(partial, report, [*results, *comparisons])
-        if target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        report = _make(results, comparisons, sheets)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = f".{target.name}."
+        workspace = Path(tempfile.mkdtemp(prefix=name, suffix=".partial", dir=target.parent))
+        made, old = workspace / "new", workspace / "old"
+        made.mkdir()
+        _fill(made, report, [*results, *comparisons])
+        _put_in_place(made, target, old)
     except OSError as error:
-        raise DataError(f"{target}: the report cannot be written ({error.strerror})") from error
+        raise DataError(f"{target}: the report cannot be written ({_reason(error)})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        if workspace is not None and (target.exists() or not (workspace / "old").exists()):
+            shutil.rmtree(workspace, ignore_errors=True)
     return target / PAGE_NAME
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-    if not names:
-        return
-    mark = target / MARK_NAME
-    if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != _MARK:
+def check_replaceable(folder: str | Path) -> Path:
+    """The absolute path of a folder that a report may be written to.
+
+    Raises:
+        DataError: it holds something else, or cannot be looked into.
+    """
+    target = Path(expand_path(str(folder))).resolve()
+    try:
+        if not target.exists():
+            return target
+        names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+        mark = target / MARK_NAME
+        marked = mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == _MARK
+    except OSError as error:
+        raise DataError(f"{target}: no report can be written there ({_reason(error)})") from error
+    if names and not marked:
         raise DataError(
             f"{target}: exists and is no report; name another folder with --report, or remove it"
         )
@@ -101,17 +105,34 @@ def _check_replaceable(target: Path) -> None:
             f"{target}: is a report with other files in it ({', '.join(others[:3])}); move them "
             "away, or name another folder with --report"
         )
+    return target
+
+
+def _put_in_place(made: Path, target: Path, old: Path) -> None:
+    """Moves a complete report to its place; an earlier one returns if that fails."""
+    if target.exists():
+        target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _make(
     results: Sequence[Result], comparisons: Sequence[Comparison], sheets: Sequence[Sheet]
 ) -> Report:
-    parts = [Part(one, plots_of(one)) for one in results]
-    parts += [Part(one, [comparison_plot(one)]) for one in comparisons]
+    parts = [Part(one, [comparison_plot(one)]) for one in comparisons]
+    parts += [Part(one, plots_of(one)) for one in results]
     pictures: dict[str, bytes] = {}
     for sheet in sheets:
         pictures |= sheet.thumbnails()
-    return Report(parts, overview_plot(results), sheets, pictures, _facts())
+    return Report(parts, overview_plots(results), sheets, pictures, _facts())
 
 
 def _facts() -> dict[str, str]:
@@ -138,7 +159,7 @@ def _fill(folder: Path, report: Report, found: Sequence[Result | Comparison]) ->
     (folder / SHEETS).mkdir()
     (folder / MARK_NAME).write_text(_MARK, encoding="utf-8")
     plots = [plot for part in report.parts for plot in part.plots]
-    names = _plot_names([*([report.overview] if report.overview else []), *plots])
+    names = _plot_names([*report.overviews, *plots])
     for plot, name in names:
         (folder / PLOTS / name).write_bytes(plot.png)
     files = {uri: f"{SHEETS}/{_file_of(uri)}" for uri in report.pictures}
@@ -163,4 +184,4 @@ def _plot_names(plots: Sequence[Plot]) -> list[tuple[Plot, str]]:
 
 
 def _file_of(uri: str) -> str:
-    return f"{hashlib.sha256(uri.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.jpg"
+    return f"{hashlib.sha256(uri.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jpg"

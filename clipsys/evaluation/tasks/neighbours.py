@@ -1,6 +1,7 @@
 """Nearest neighbours of images: whether what is near shows the same thing.
 
-Legend of shapes: N images, D width, K neighbours, S images whose neighbours are looked for.
+Legend of shapes: N images, D width, K neighbours, S images whose neighbours are looked for, R of
+them at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from clipsys.evaluation import resampling
 from clipsys.evaluation.embedded import EmbeddedImages
-from clipsys.evaluation.results import Doubles, Figure, Integers, Outcomes, Result
+from clipsys.evaluation.results import Doubles, Figure, Floats, Integers, Outcomes, Result
 
 NUM_NEIGHBOURS = 8
 NUM_QUERIES = 12
@@ -45,7 +46,9 @@ class Neighbours:
 def nearest_neighbours(
     images: EmbeddedImages, k: int = NUM_NEIGHBOURS, *, max_queries: int = _MAX_QUERIES
 ) -> Neighbours:
-    """The k nearest images of each; copies of the same picture are left out.
+    """The k nearest images of each; copies of the image itself are left out.
+
+    Of equally near ones, those that stand first in the data are taken.
 
     Args:
         images: N.
@@ -66,14 +69,23 @@ def nearest_neighbours(
         rows = slice(start, start + block)
         scores = vectors[queries[rows]] @ vectors.T
         scores[copies[queries[rows], None] == copies[None, :]] = -np.inf
-        found = np.argpartition(-scores, min(k, scores.shape[1]) - 1, axis=1)[:, :k]
+        found = _best(scores, k)
         values = np.take_along_axis(scores, found, axis=1)
-        order = np.lexsort((found, -values), axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
         values = np.take_along_axis(values, order, axis=1)
         found = np.take_along_axis(found, order, axis=1)
         nearest[rows] = np.where(np.isfinite(values), found, -1)
         cosines[rows] = values
     return Neighbours(queries, nearest, cosines)
+
+
+def _best(scores_RN: Floats, k: int) -> Integers:
+    """(R, k) positions of the k highest scores of each row, ascending; of equal ones the first."""
+    last_R1 = np.partition(scores_RN, -k, axis=1)[:, [-k]]
+    above_RN, level_RN = scores_RN > last_R1, scores_RN == last_R1
+    wanted_R1 = k - above_RN.sum(axis=1, keepdims=True)
+    chosen_RN = above_RN | (level_RN & (np.cumsum(level_RN, axis=1) <= wanted_R1))
+    return np.nonzero(chosen_RN)[1].reshape(len(scores_RN), k)
 
 
 def neighbours_result(
@@ -108,7 +120,7 @@ def neighbours_result(
         task="neighbours",
         model=model,
         data=data,
-        protocol=f"the {k} nearest other images of each, copies of the same picture left out",
+        protocol=f"the {k} nearest other images of each; copies of the image itself are left out",
         figures={
             name: Figure(float(one.mean()), len(one), intervals[name], chances.get(name))
             for name, one in values.items()

@@ -89,8 +89,9 @@ def robustness_result(
         first,
         lines,
         axis="severity",
-        protocol=f"{len(lines)} corruptions as ImageNet-C defines them (rotation is not one of its "
-        f"own), severities {', '.join(map(str, levels))}, after resize and crop; {clean.protocol}",
+        protocol=f"corruptions as ImageNet-C defines them (rotation is not one of its own): "
+        f"{', '.join(lines)}; severity {', '.join(map(str, levels))}, after resize and crop; "
+        f"{clean.protocol}",
     )
 
 
