@@ -43,8 +43,8 @@ class EmbeddedImages:
         unlabelled = next((record.uri for record in self.records if record.label is None), None)
         if unlabelled:
             raise DataError(
-                f"{data}: {unlabelled} has no label; expected one folder per class, a label column, "
-                ".cls members, or a metadata key that every image has (--label-key)"
+                f"{data}: {unlabelled} has no label; expected one folder per class, a label "
+                "column, .cls members, or a metadata key that every image has (--label-key)"
             )
         return [str(record.label) for record in self.records]
 
