@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from clipsys.errors import ConfigError, ModelError
-from clipsys.images.decoding import decode_image
+from clipsys.images.decoding import decode_image, finish_opened
 from clipsys.models.image_layers import class_name, image_layers
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def feature_maps(
         raise ConfigError(
             f"model {encoder.name} has no layer {layer!r}; its layers are {', '.join(names)}"
         )
-    picture = image if isinstance(image, Image.Image) else decode_image(image)
+    picture = finish_opened(image) if isinstance(image, Image.Image) else decode_image(image)
     pixels_CHW = encoder.preprocess(picture)
     name, map_CHW = _map_of(encoder, pixels_CHW, layer)
     tiles: list[tuple[str, Image.Image]] = [

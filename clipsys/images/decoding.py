@@ -97,7 +97,7 @@ class StoredImage:
     def upright(self) -> Image.Image:
         """The image as it is meant to be seen."""
         turn = UPRIGHT_TURNS.get(self.orientation)
-        return self.image if turn is None else self.image.transpose(turn)
+        return self.image if turn is None else _turned(self.image, turn)
 
 
 def decode_image(
@@ -124,6 +124,30 @@ def decode_image(
     """
     stored = decode_stored(source, uri=uri, max_pixels=max_pixels, min_side=min_side)
     return stored.upright()
+
+
+def finish_opened(image: Image.Image, *, uri: str = "image") -> Image.Image:
+    """What `decode_image` gives of the file, for an image that Pillow has opened or made.
+
+    Args:
+        image: stays as it is, except that its pixels are loaded.
+        uri: what error messages call it.
+
+    Raises:
+        ImageDecodeError: its pixels cannot be loaded.
+    """
+    messages: list[str] = []
+    try:
+        _load(image, uri, messages)
+        turn = UPRIGHT_TURNS.get(_orientation(image))
+        rgb = _to_rgb(image)
+        return rgb if turn is None else _turned(rgb, turn)
+    except _DECODER_ERRORS as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        what = "; ".join([_one_line(error), *dict.fromkeys(messages)])
+        raise ImageDecodeError(
+            f"{uri}: the image does not decode ({what})", uri=uri, reason=reason
+        ) from error
 
 
 def decode_stored(
@@ -166,6 +190,12 @@ def decode_stored(
         raise ImageDecodeError(
             f"{name}: the image does not decode ({what})", uri=name, reason=reason
         ) from error
+
+
+def _turned(image: Image.Image, turn: Image.Transpose) -> Image.Image:
+    turned = image.transpose(turn)
+    turned.info = {}  # Pillow copies the orientation; nothing may turn the image once more
+    return turned
 
 
 def _load(image: Image.Image, name: str, messages: list[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
-from clipsys.images.decoding import decode_image, decode_stored
+from clipsys.images.decoding import decode_image, decode_stored, finish_opened
 from clipsys.inference.checking import CheckedEncoder, MakeEncoder
 from clipsys.inference.image_tower import CPU_CHUNK, INT8_CHUNK, image_encoder, int8_image_encoder
 from clipsys.inference.text_tower import text_encoder
@@ -265,7 +265,7 @@ class Encoder:
         batches = []
         for start in range(0, len(images), batch_size):
             decoded = [
-                image if isinstance(image, Image.Image) else decode_image(image)
+                finish_opened(image) if isinstance(image, Image.Image) else decode_image(image)
                 for image in images[start : start + batch_size]
             ]
             batches.append(self.encode_pixels(np.stack([self.preprocess(one) for one in decoded])))

@@ -93,6 +93,12 @@ def _read(name: str, texts: Texts) -> ClassTexts:
     return ClassTexts(name, given, given[0]) if isinstance(texts, str) else ClassTexts(name, given)
 
 
-def _single_blanks(text: str) -> str:
-    """A text without blanks around it, and with one where there are several."""
+def _single_blanks(text: object) -> str:
+    """A text without blanks around it, and with one where there are several.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"classes hold {text!r}, of type {type(text).__name__}; expected a text")
     return " ".join(text.split())

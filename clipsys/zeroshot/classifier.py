@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipsys.errors import ConfigError, DataError
-from clipsys.images.decoding import decode_image
+from clipsys.images.decoding import decode_image, finish_opened
 from clipsys.progress import progress_if
 from clipsys.zeroshot import calibration
 from clipsys.zeroshot.class_vectors import class_vectors
@@ -282,18 +283,26 @@ class ZeroShotClassifier:
 
         Raises:
             ConfigError: the label is not a class.
+            DataError: there is no image or more than one, or it cannot be decoded.
             ModelError: the image tower is of a kind that cannot be explained.
         """
-        from clipsys.zeroshot.explain import explain, explain_class
+        from clipsys.zeroshot.explain import explain_class
 
-        one = next(inputs(image))
+        found = list(itertools.islice(inputs(image), 2))
+        if len(found) != 1:
+            raise DataError(
+                f"{'more than one image is' if found else 'no image is'} given; explain takes one"
+            )
+        (one,) = found
         loaded = one.load()
-        picture = loaded if isinstance(loaded, Image.Image) else decode_image(loaded, uri=one.name)
+        picture = (
+            finish_opened(loaded, uri=one.name)
+            if isinstance(loaded, Image.Image)
+            else decode_image(loaded, uri=one.name)
+        )
         if label is None:
             ((_, image_ND),) = encoded(self.encoder, [one])
             label = self.classes[int(self.scores(image_ND)[0].argmax())]
-        if len(self.classes) == 1:
-            return explain(self.encoder, picture, self.class_CD[0])
         return explain_class(self.encoder, picture, label, self.classes, self.class_CD)
 
     def _background(self, image_ND: Floats) -> Floats | None:

@@ -34,7 +34,7 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.errors import ConfigError, DataError, ModelError
-from clipsys.images.decoding import decode_image
+from clipsys.images.decoding import decode_image, finish_opened
 from clipsys.models.image_layers import ImageLayers, class_name, image_layers
 from clipsys.zeroshot.attention import AttentionRecorder
 
@@ -130,7 +130,7 @@ def explain(
     image: Image.Image | str | Path,
     label: Target,
     *,
-    against: Sequence[str] | npt.NDArray[np.float32] | None = None,
+    against: str | Sequence[str] | npt.NDArray[np.float32] | None = None,
     method: Method = "auto",
 ) -> Explanation:
     """Says which parts of an image raise its similarity to a label.
@@ -139,8 +139,8 @@ def explain(
         encoder: its plain model computes, in float32, whatever the encoder's precision is.
         image: decoded, or by path.
         label: a text, or its vector (D,).
-        against: other texts, or their vectors (C, D): the map is then of the similarity to the
-            label minus the mean of those to the others.
+        against: another text, other texts, or their vectors (C, D): the map is then of the
+            similarity to the label minus the mean of those to the others.
         method: ``auto`` takes ``attention`` for a vision transformer and ``grad-cam`` otherwise.
 
     Raises:
@@ -152,9 +152,11 @@ def explain(
         raise ConfigError(f"method {method!r} is not known; expected {', '.join(METHODS)}")
     target_D = _vectors(encoder, [label] if isinstance(label, str) else label[None])[0]
     direction_D = target_D
-    if against is not None and len(against):
-        direction_D = target_D - _vectors(encoder, against).mean(axis=0)
-    picture = (image if isinstance(image, Image.Image) else decode_image(image)).convert("RGB")
+    if against is not None:
+        other_ND = _vectors(encoder, [against] if isinstance(against, str) else against)
+        if len(other_ND):
+            direction_D = target_D - other_ND.mean(axis=0)
+    picture = finish_opened(image) if isinstance(image, Image.Image) else decode_image(image)
     pass_ = _Pass(encoder, encoder.preprocess(picture), torch.from_numpy(direction_D))
     used, places = pass_.explained(method)
     return Explanation(

@@ -9,6 +9,7 @@ image when there is room for it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import deque
@@ -24,8 +25,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipsys.corpora.sources import iterate_source, source_kind
-from clipsys.errors import DataError, ImageDecodeError
-from clipsys.images.decoding import EXTENSIONS
+from clipsys.errors import DataError
+from clipsys.images.decoding import EXTENSIONS, finish_opened
 from clipsys.processes.interruption import bounded_threads
 
 if TYPE_CHECKING:
@@ -133,16 +134,7 @@ def _decoded(
     def load(one: Input) -> Pixels:
         image = one.load()
         if isinstance(image, Image.Image):
-            try:
-                return encoder.preprocess(image)
-            except (OSError, ValueError, SyntaxError, ArithmeticError) as error:
-                # Pillow reads an opened file only now.
-                what = " ".join(str(error).split())
-                raise ImageDecodeError(
-                    f"{one.name}: the image does not decode ({what})",
-                    uri=one.name,
-                    reason="corrupt",
-                ) from error
+            return encoder.preprocess(finish_opened(image, uri=one.name))
         return encoder.read_pixels(image, uri=one.name)
 
     ahead: deque[tuple[Input, Future[Pixels]]] = deque()
@@ -176,13 +168,26 @@ def _inputs(images: Any, numbers: Iterator[int]) -> Iterator[Input]:
     elif hasattr(images, "read"):
         yield from _inputs(images.read(), numbers)
     elif isinstance(images, Iterable) and not isinstance(images, Mapping):
+        is_kept = isinstance(images, Sequence)
         for one in images:
-            yield from _inputs(one, numbers)
+            yield from _inputs(one if is_kept else _own(one), numbers)
     else:
         raise DataError(
             f"image {next(numbers)} is of type {type(images).__name__}; expected a path, bytes, a "
             "PIL image, an array, a tensor, a folder, or an iterable of these"
         )
+
+
+def _own(one: Any) -> Any:
+    """A copy of what its maker may fill anew: frames of a video or an animation share a buffer."""
+    if isinstance(one, np.ndarray):
+        return one.copy()
+    if _is_tensor(one):
+        return one.detach().clone()
+    if isinstance(one, Image.Image) and getattr(one, "is_animated", False):
+        with contextlib.suppress(OSError, ValueError, SyntaxError):  # loading it says so again
+            return one.copy()
+    return one
 
 
 def _of_place(place: str | Path, numbers: Iterator[int]) -> Iterator[Input]:
@@ -214,8 +219,14 @@ def _is_tensor(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach")
 
 
+def _of_tensor(tensor: Any) -> npt.NDArray[Any]:
+    held = tensor.detach().cpu()
+    # NumPy has no bfloat16, nor floats of 8 bits.
+    return np.asarray((held.float() if held.is_floating_point() else held).numpy())
+
+
 def _of_array(array: Any, numbers: Iterator[int]) -> Iterator[Input]:
-    values = array.detach().cpu().numpy() if _is_tensor(array) else array
+    values = _of_tensor(array) if _is_tensor(array) else array
     if values.ndim == 4:
         for one in values:
             yield from _of_array(one, numbers)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from clipsys.errors import QueryError
-from clipsys.images.decoding import decode_image
+from clipsys.images.decoding import decode_image, finish_opened
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
 from clipsys.retrieval.storage.segments import Floats
 
@@ -215,4 +215,4 @@ def _unit_sum(query: Query, vectors: Sequence[Floats]) -> Floats | None:
 
 
 def _decoded(image: ImageSource) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else decode_image(image)
+    return finish_opened(image) if isinstance(image, Image.Image) else decode_image(image)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clipsys.errors import ConfigError, ModelError
+import clipsys
+from clipsys.errors import ConfigError, DataError, ImageDecodeError, ModelError
 from clipsys.models.encoder import Encoder
 from clipsys.models.open_clip_models import build_model
 from clipsys.zeroshot.attention import AttentionRecorder
@@ -105,3 +107,53 @@ def test_errors_name_what_was_given() -> None:
     encoder.model.visual = torch.nn.Flatten()
     with pytest.raises(ModelError, match="its image tower is a Flatten"):
         explain(encoder, image, "a cat")
+
+
+def test_one_text_and_a_list_of_it_are_the_same_contrast() -> None:
+    encoder = _encoder(VIT)
+    one, several, other = (
+        explain(encoder, noise_image(1), "a cat", against=texts).map_HW
+        for texts in ("a dog", ["a dog"], list("a dog"))
+    )
+    assert (one == several).all() and not (one == other).all()
+
+
+def test_a_classifier_explains_the_nearest_class_or_the_one_that_is_named(tmp_path: Path) -> None:
+    encoder, image = _encoder(VIT), noise_image(1)
+    classifier = clipsys.ZeroShotClassifier(encoder, ["cat", "dog", "bird"], cache=False)
+    (prediction,) = classifier.predict(image)
+    nearest = classifier.explain(image)
+    assert (nearest.label, nearest.contrasted) == (prediction.label, True)
+    assert nearest.similarity == pytest.approx(prediction.scores[prediction.label], abs=1e-4)
+    image.save(tmp_path / "one.png")
+    for number, name in enumerate(classifier.classes):
+        found = classifier.explain(tmp_path / "one.png", name)
+        others_CD = np.delete(classifier.class_CD, number, axis=0)
+        naive = explain(encoder, image, classifier.class_CD[number], against=others_CD)
+        np.testing.assert_array_equal(found.map_HW, naive.map_HW)
+        assert found.label == name
+    found.save(tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(found.overlay()))
+    with pytest.raises(DataError, match=r"map\.png: cannot be written"):
+        found.save(tmp_path / "none" / "map.png")
+
+
+def test_one_class_alone_is_explained_without_contrast() -> None:
+    classifier = clipsys.ZeroShotClassifier(
+        _encoder(VIT), ["cat"], background=["a landscape"], cache=False
+    )
+    found = classifier.explain(noise_image(1))
+    assert (found.label, found.contrasted) == ("cat", False)
+    with pytest.raises(ConfigError, match="'dog' is none of the 1 classes"):
+        classifier.explain(noise_image(1), "dog")
+
+
+def test_a_classifier_explains_one_image_at_a_time() -> None:
+    classifier = clipsys.ZeroShotClassifier(_encoder(VIT), ["cat", "dog"], cache=False)
+    with pytest.raises(DataError, match="no image is given; explain takes one"):
+        classifier.explain([])
+    with pytest.raises(DataError, match="more than one image is given; explain takes one"):
+        classifier.explain([noise_image(1), noise_image(2)])
+    with pytest.raises(ImageDecodeError, match="image 0: not an image"):
+        classifier.explain(b"no picture")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import clipsys
 from clipsys.errors import ConfigError, DataError, ImageDecodeError
@@ -70,6 +70,63 @@ def test_a_grey_array_is_a_grey_image(classifier: clipsys.ZeroShotClassifier) ->
     (expected,) = classifier.predict([grey])
     for form in (np.asarray(grey), np.asarray(grey)[:, :, None], np.asarray(grey)[None]):
         assert classifier.predict(form) == [expected]
+
+
+@pytest.mark.parametrize("kind", ["transparent", "turned", "16 bits"])
+def test_an_opened_image_is_what_its_file_is(
+    classifier: clipsys.ZeroShotClassifier, kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.png"
+    if kind == "transparent":
+        image = noise_image(0).convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(path)
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        noise_image(0).save(path, exif=exif)
+    else:
+        Image.fromarray(np.arange(1_600, dtype=np.uint16).reshape(40, 40) * 40).save(path)
+    (expected,) = classifier.predict(path)
+    with Image.open(path) as opened:
+        assert classifier.predict(opened) == [expected]
+        (vector_D,) = classifier.encoder.encode_image([opened])
+        explained = classifier.explain(opened)
+    np.testing.assert_array_equal(vector_D, classifier.encoder.encode_image([path])[0])
+    assert explained.image.tobytes() == classifier.explain(path).image.tobytes()
+
+
+def test_transparent_boolean_and_half_precision_are_images(
+    classifier: clipsys.ZeroShotClassifier,
+) -> None:
+    black = Image.new("RGB", (8, 8))
+    (expected,) = classifier.predict(black)
+    transparent = np.full((8, 8, 4), 255, np.uint8)
+    transparent[..., 3] = 0
+    assert classifier.predict(np.zeros((8, 8), bool)) == [expected]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert classifier.predict(torch.zeros(3, 8, 8, dtype=dtype)) == [expected]
+    assert classifier.predict(transparent) == classifier.predict(Image.new("RGB", (8, 8), "white"))
+
+
+def test_frames_that_share_a_buffer_stay_apart(
+    classifier: clipsys.ZeroShotClassifier, tmp_path: Path
+) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
+    expected = classifier.predict(frames)
+
+    def arrays() -> Iterator[Any]:
+        buffer = np.zeros((16, 16, 3), np.uint8)
+        for frame in frames:
+            buffer[:] = np.asarray(frame)
+            yield buffer
+
+    path = tmp_path / "animation.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert classifier.predict(arrays()) == expected
+    assert classifier.predict(torch.from_numpy(one) for one in arrays()) == expected
+    with Image.open(path) as animation:
+        assert classifier.predict(ImageSequence.Iterator(animation)) == expected
 
 
 def test_a_generator_is_not_read_far_ahead(classifier: clipsys.ZeroShotClassifier) -> None:
