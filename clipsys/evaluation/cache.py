@@ -34,7 +34,7 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float32]
 
 #: Raised when what is stored, or how a vector is computed, changes.
-VERSION = 1
+VERSION = 2
 DEFAULT_LIMIT_BYTES = 20_000_000_000
 #: Keys in one question; SQLite allows 32,766 parameters.
 _AT_ONCE = 500

@@ -27,8 +27,10 @@ Pixels = npt.NDArray[np.uint8]
 
 #: Images that pass a GPU together where bits must not depend on their number.
 _DEVICE_CHUNK = 128
-#: Texts that pass together likewise, and the step of the lengths that they are cut at.
-_TEXT_CHUNK, _TEXT_STEP = 32, 8
+#: Texts that pass together likewise, and the step of the lengths that they are cut at. In bf16 each
+#: pass converts all weights, which 32 texts do not repay: ViT-B/32's tower encoded 102 texts/s in
+#: fp32 with 32 and 74 with 128, in bf16 100 and 157 (two cores, AVX512-BF16).
+_TEXT_CHUNK, _TEXT_CHUNK_BF16, _TEXT_STEP = 32, 128, 8
 
 
 class Encoder:
@@ -240,10 +242,11 @@ class Encoder:
         width = tokens_NL.shape[1]
         ends_N = tokens_NL.argmax(dim=1)
         lengths_N = ((ends_N // _TEXT_STEP + 1) * _TEXT_STEP).clamp(max=width)
+        size = _TEXT_CHUNK_BF16 if self.precision == "bf16" else _TEXT_CHUNK
         for length in sorted(set(lengths_N.tolist())):
             rows = (lengths_N == length).nonzero().flatten()
-            for part in rows.split(_TEXT_CHUNK - 1):
-                chunk_BL = _filled(tokens_NL[part], int(length)).to(self.device)
+            for part in rows.split(size - 1):
+                chunk_BL = _filled(tokens_NL[part], int(length), size).to(self.device)
                 vectors_ND[part.numpy()] = self._encode_text_batch(chunk_BL)[: len(part)]
         return vectors_ND
 
@@ -280,15 +283,15 @@ class Encoder:
         return np.concatenate(batches) if batches else np.zeros((0, self.dim), np.float32)
 
 
-def _filled(tokens_BL: torch.Tensor, length: int) -> torch.Tensor:
-    """`_TEXT_CHUNK` rows: those given, and others of exactly ``length`` tokens.
+def _filled(tokens_BL: torch.Tensor, length: int, size: int) -> torch.Tensor:
+    """``size`` rows: those given, and others of exactly ``length`` tokens.
 
     A tower that cuts a batch at its longest text so cuts it at ``length``, whatever is in it.
     """
     filler_L = torch.zeros_like(tokens_BL[0])
     filler_L[0] = tokens_BL[0, 0]
     filler_L[length - 1] = tokens_BL[0].max()
-    return torch.cat([tokens_BL, filler_L.expand(_TEXT_CHUNK - len(tokens_BL), -1)])
+    return torch.cat([tokens_BL, filler_L.expand(size - len(tokens_BL), -1)])
 
 
 def _unit(features: torch.Tensor) -> Vectors:
