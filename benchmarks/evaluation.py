@@ -36,6 +36,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from clipsys.probe import machine
+
 ARCHITECTURE = "ViT-B-32"
 TASKS = ("retrieval", "zeroshot")
 SIDES = ("clip_benchmark", "clipsys")
@@ -268,8 +270,10 @@ def _report(
         for form in ("fp32", "default")
     }
     result["machine"] = {
-        "processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()
-    }  # fmt: skip
+        "processor": machine.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     return result | {"versions": versions}
 
 
@@ -291,14 +295,6 @@ def _compare(runs: list[dict[str, Any]], task: str, form: str) -> dict[str, Any]
 
 def _total(result: dict[str, Any], tasks: Sequence[str], form: str, side: int) -> float:
     return float(sum(result[task][form][SIDES[side]]["work_s"] for task in tasks))
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from clipsys.probe import machine
+
 TEXTS = 5
 DIM = 512
 
@@ -61,7 +63,7 @@ def main() -> None:
         "pairs_per_s": rate,
         "hours_of_1m_images_5m_texts": 5e12 / rate / 3600,
         "machine": {
-            "processor": _processor(),
+            "processor": machine.processor(),
             "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
             "python": platform.python_version(),
         },
@@ -98,14 +100,6 @@ def _measure(side: str, num_images: int) -> dict[str, float]:
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     return {"seconds": round(seconds, 2), "peak_memory_mb": round(peak), "recall@5": recall}
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
 
 
 if __name__ == "__main__":
