@@ -31,6 +31,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from clipsys.files.user_cache import cache_folder
+
 Vector = npt.NDArray[np.float32]
 
 #: Raised when what is stored, or how a vector is computed, changes.
@@ -54,9 +56,7 @@ _logger = logging.getLogger(__name__)
 
 def default_folder() -> Path:
     """``embeddings`` in ``CLIPSYS_CACHE``, or in ``clipsys`` in the user's cache folder."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
-    return Path(os.environ.get("CLIPSYS_CACHE") or root / "clipsys") / "embeddings"
+    return cache_folder("embeddings")
 
 
 class EmbeddingCache:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipsys.files.user_cache import user_folder
 from clipsys.probe.figures import Figures
 
 #: Raised when what is measured, or how, changes.
@@ -25,9 +26,7 @@ _logger = logging.getLogger(__name__)
 
 def folder() -> Path:
     """Where figures are stored: ``clipsys/probe`` in XDG_CACHE_HOME or ``~/.cache``."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
-    return root / "clipsys" / "probe"
+    return user_folder() / "probe"
 
 
 def read(measured: Mapping[str, Any]) -> Figures | None:

@@ -25,6 +25,7 @@ from typing import IO, TypeVar, cast
 from filelock import FileLock
 
 from clipsys.errors import DataError
+from clipsys.files.user_cache import cache_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -154,8 +155,7 @@ def default_folder() -> Path:
 
     ``CLIPSYS_CACHE``, or ``clipsys`` in the user's cache folder.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("CLIPSYS_CACHE") or cache / "clipsys") / "shards"
+    return cache_folder("shards")
 
 
 def default_cache(*, limit_bytes: int = 50_000_000_000) -> ShardCache:

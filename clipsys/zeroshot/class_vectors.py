@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from clipsys.files.user_cache import cache_folder
+
 if TYPE_CHECKING:
     from clipsys.models.encoder import Encoder
 
@@ -33,9 +35,7 @@ _logger = logging.getLogger(__name__)
 
 def folder() -> Path:
     """``classes`` in ``CLIPSYS_CACHE``, or in ``clipsys`` in the user's cache folder."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
-    return Path(os.environ.get("CLIPSYS_CACHE") or root / "clipsys") / "classes"
+    return cache_folder("classes")
 
 
 def class_vectors(
