@@ -7,18 +7,11 @@ What cannot be used is reported and left out; memory depends on the batch size a
 
 from __future__ import annotations
 
-import itertools
-import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 
 from clipsys.commands import options
 from clipsys.corpora.columns import Columns
@@ -28,15 +21,15 @@ from clipsys.corpora.sources import iterate_source, source_kind
 from clipsys.errors import DataError
 from clipsys.images.decoding import EXTENSIONS
 from clipsys.printing import printable
-from clipsys.processes.interruption import bounded_threads
 from clipsys.retrieval.commands.records import is_collection
 from clipsys.shards.reading import shard_failure
 
 if TYPE_CHECKING:
-    from clipsys.models.encoder import Encoder
+    import numpy as np
+    import numpy.typing as npt
 
-BATCH_SIZE = 64
-_AHEAD = 3 * BATCH_SIZE
+    from clipsys.models.encoder import Encoder
+    from clipsys.zeroshot.images import Input
 
 
 class Images:
@@ -85,36 +78,14 @@ class Images:
 
     def encoded(self, encoder: Encoder) -> Iterator[tuple[list[Record], npt.NDArray[np.float32]]]:
         """Usable images in their order with their unit vectors (B, D), batch by batch."""
-        kept: list[Record] = []
-        pixels: list[npt.NDArray[np.uint8]] = []
-        for record, one in self._decoded(encoder):
-            kept.append(record)
-            pixels.append(one)
-            if len(kept) == BATCH_SIZE:
-                yield kept, encoder.encode_pixels(np.stack(pixels))
-                kept, pixels = [], []
-        if kept:
-            yield kept, encoder.encode_pixels(np.stack(pixels))
+        from clipsys.zeroshot.images import Input, encoded
 
-    def _decoded(self, encoder: Encoder) -> Iterator[tuple[Record, npt.NDArray[np.uint8]]]:
-        def load(record: Record) -> npt.NDArray[np.uint8]:
-            return encoder.read_pixels(record.read(), uri=record.uri)
+        found = (Input(record.uri, record.read, record) for record in self._records())
+        for kept, vectors_BD in encoded(encoder, found, on_error=self._unusable):
+            yield [one.given for one in kept], vectors_BD
 
-        ahead: deque[tuple[Record, Future[npt.NDArray[np.uint8]]]] = deque()
-        records = self._records()
-        with bounded_threads(min(16, os.cpu_count() or 1), "clipsys-decode") as pool:
-            while True:
-                for record in itertools.islice(records, _AHEAD - len(ahead)):
-                    ahead.append((record, pool.submit(load, record)))
-                if not ahead:
-                    return
-                record, future = ahead.popleft()
-                try:
-                    pixels = future.result()
-                except DataError as error:
-                    self._report(str(error))
-                    continue
-                yield record, pixels
+    def _unusable(self, _: Input, error: DataError) -> None:
+        self._report(str(error))
 
     def _records(self) -> Iterator[Record]:
         """The records of all sources; an image that is named is called as it was named."""
