@@ -13,14 +13,13 @@ import numpy.typing as npt
 
 from clipsys.evaluation import resampling
 from clipsys.evaluation.embedded import EmbeddedImages
-from clipsys.evaluation.results import Doubles, Figure, Floats, Integers, Outcomes, Result
+from clipsys.evaluation.metrics.nearest import QUERIES, nearest
+from clipsys.evaluation.results import Doubles, Figure, Integers, Outcomes, Result
 
 NUM_NEIGHBOURS = 8
 NUM_QUERIES = 12
 #: Images whose neighbours are looked for: the figures need no more, and a million would take days.
 _MAX_QUERIES = 10_000
-#: Similarities held at once.
-_BLOCK_BYTES = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -62,30 +61,15 @@ def nearest_neighbours(
         drawn = np.random.default_rng(0).choice(len(images), max_queries, replace=False)
         queries = np.sort(drawn)
     k = min(k, max(len(images) - 1, 1))
-    nearest = np.full((len(queries), k), -1)
+    positions = np.full((len(queries), k), -1)
     cosines = np.full((len(queries), k), -np.inf)
-    block = max(1, _BLOCK_BYTES // (4 * max(len(images), 1)))
-    for start in range(0, len(queries), block):
-        rows = slice(start, start + block)
-        scores = vectors[queries[rows]] @ vectors.T
-        scores[copies[queries[rows], None] == copies[None, :]] = -np.inf
-        found = _best(scores, k)
-        values = np.take_along_axis(scores, found, axis=1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        values = np.take_along_axis(values, order, axis=1)
-        found = np.take_along_axis(found, order, axis=1)
-        nearest[rows] = np.where(np.isfinite(values), found, -1)
+    for start in range(0, len(queries), QUERIES):
+        rows = slice(start, start + QUERIES)
+        own = queries[rows]
+        values, found = nearest(vectors[own], vectors, k, copies[own], copies)
+        positions[rows] = np.where(np.isfinite(values), found, -1)
         cosines[rows] = values
-    return Neighbours(queries, nearest, cosines)
-
-
-def _best(scores_RN: Floats, k: int) -> Integers:
-    """(R, k) positions of the k highest scores of each row, ascending; of equal ones the first."""
-    last_R1 = np.partition(scores_RN, -k, axis=1)[:, [-k]]
-    above_RN, level_RN = scores_RN > last_R1, scores_RN == last_R1
-    wanted_R1 = k - above_RN.sum(axis=1, keepdims=True)
-    chosen_RN = above_RN | (level_RN & (np.cumsum(level_RN, axis=1) <= wanted_R1))
-    return np.nonzero(chosen_RN)[1].reshape(len(scores_RN), k)
+    return Neighbours(queries, positions, cosines)
 
 
 def neighbours_result(

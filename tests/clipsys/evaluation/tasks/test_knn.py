@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from clipsys.evaluation.metrics import nearest
 from clipsys.evaluation.tasks import knn
 from clipsys.evaluation.tasks.knn import neighbour_votes
 from tests.clipsys.evaluation.tasks.data import clusters
@@ -20,14 +21,14 @@ def test_votes_equal_those_of_a_loop(k: int, monkeypatch: pytest.MonkeyPatch) ->
     expected /= expected.sum(axis=1, keepdims=True)
     whole = neighbour_votes(test.vectors_ND, train.vectors_ND, targets, 3, k=k)
     assert whole == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    monkeypatch.setattr(knn, "_QUERIES", 7)
-    monkeypatch.setattr(knn, "_CANDIDATES", 11)
+    monkeypatch.setattr(knn, "QUERIES", 7)
+    monkeypatch.setattr(nearest, "_CANDIDATES", 11)
     blocks = neighbour_votes(test.vectors_ND, train.vectors_ND, targets, 3, k=k)
     assert blocks == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
 def test_the_earlier_of_equally_near_images_votes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "_CANDIDATES", 5)
+    monkeypatch.setattr(nearest, "_CANDIDATES", 5)
     same = np.ones((12, 1), np.float32)
     targets = np.array([2, 1, 1, *[0] * 9])
     votes = neighbour_votes(same[:2], same, targets, 3, k=3)

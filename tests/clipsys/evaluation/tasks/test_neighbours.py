@@ -57,7 +57,7 @@ def _measured(images: EmbeddedImages, k: int = 8) -> Result:
 def test_the_nearest_others_are_those_of_a_loop_over_all(
     copies: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbours, "_BLOCK_BYTES", 4 * 40 * block)
+    monkeypatch.setattr(neighbours, "QUERIES", block)
     images = _random(40, copies=copies)
     found = nearest_neighbours(images, 5)
     # Copies of one picture are equally near up to rounding: contents are compared.
