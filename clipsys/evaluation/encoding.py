@@ -4,7 +4,7 @@
                                |
                                '--claim--> misses --blocks--> decode, corrupt, encode --> cache
 
-**The same bits, whoever encodes.** A vector depends on its image alone: the encoder takes its
+**The same bits in every process.** A vector depends on its image alone: the encoder takes its
 images in groups of one fixed size (`Encoder.encode_pixels_fixed`), in which neither place nor
 neighbours count, and neither does the number of threads; `clipsys.inference.threads` says what was
 measured. Texts go in groups of one size and length. So misses need not be cut in the same blocks by

@@ -1,4 +1,4 @@
-"""Vectors of a data set: equal to plain encoding, once each, the same bits whoever encodes."""
+"""Vectors of a data set: equal to plain encoding, once each, the same bits in every process."""
 
 from __future__ import annotations
 
