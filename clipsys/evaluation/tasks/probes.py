@@ -11,7 +11,7 @@ Legend of shapes: N images, M test images, D width, C classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -266,26 +266,6 @@ def knn_figures(
         "classes": len(classes),
         "images": len(labels),
     }
-
-
-def probe_figures(
-    train_ND: Floats,
-    train_labels: Sequence[str],
-    test_ND: Floats,
-    test_labels: Sequence[str],
-    *,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Figures of `probe_result` by logistic regression, for images that are all different."""
-    train = _distinct(train_ND, train_labels, "train")
-    test = _distinct(test_ND, test_labels, "test")
-    return probe_result(train, test, ProbeSettings(seed=seed)).metrics()
-
-
-def _distinct(vectors_ND: Floats, labels: Sequence[str], name: str) -> LabelledVectors:
-    names = [f"{name} {number}" for number in range(len(labels))]
-    marks: list[tuple[Hashable, ...]] = [(one,) for one in names]
-    return LabelledVectors(np.asarray(vectors_ND, np.float32), list(labels), names, marks)
 
 
 def _leave_one_out(
