@@ -12,6 +12,7 @@ from clipsys.errors import DataError
 from clipsys.evaluation.results import ClassificationDetails, CurveDetails
 from clipsys.evaluation.tasks.few_shot import draw_shots, few_shot_result
 from clipsys.evaluation.tasks.probes import Kind, Probe, ProbeSettings, knn_figures, probe_result
+from clipsys.evaluation.tasks.splitting import LabelledVectors
 from tests.clipsys.evaluation.tasks.data import clusters
 
 KINDS: Sequence[Kind] = ("logistic", "mlp", "knn")
@@ -134,3 +135,49 @@ def test_classes_with_too_few_images_for_the_shots_are_named(
     assert set(result.outcomes) == {"2_shots"}
     with pytest.raises(DataError, match=r"fewer than 4 .* images, the smallest of the shots"):
         few_shot_result(train, test, shots=(4,), data="d")
+
+
+def test_a_probe_finds_what_is_linearly_there_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    labels = [str(n % 2) for n in range(80)]
+    signal = np.array([[float(label), 0.0] for label in labels]) + rng.normal(0, 0.1, (80, 2))
+    noise = rng.normal(size=(80, 2))
+
+    def accuracy(vectors: np.ndarray) -> float:
+        names = [str(number) for number in range(80)]
+        marks = [(name,) for name in names]
+        images = LabelledVectors(vectors.astype(np.float32), labels, names, marks)
+        found = probe_result(images.take(np.arange(60)), images.take(np.arange(60, 80)))
+        return found.figures["accuracy@1"].value
+
+    assert accuracy(signal) == 1.0
+    assert accuracy(noise) < 0.8
+
+
+def test_nearest_neighbours_vote_as_a_loop_would_let_them() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(60, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = [f"class {number}" for number in rng.integers(0, 3, 60)]
+    things = [number // 2 for number in range(60)]
+    right = 0
+    for row in range(60):
+        others = [other for other in range(60) if things[other] != things[row]]
+        others.sort(key=lambda other: -float(vectors[row] @ vectors[other]))
+        votes: dict[str, float] = {}
+        for other in others[:20]:
+            vote = np.exp(float(vectors[row] @ vectors[other]) / 0.07)
+            votes[labels[other]] = votes.get(labels[other], 0.0) + vote
+        right += max(votes, key=votes.__getitem__) == labels[row]
+    figures = knn_figures(vectors, labels, things)
+    assert figures["accuracy@1"] == pytest.approx(right / 60)
+    assert figures["chance_accuracy@1"] == max(labels.count(one) for one in set(labels)) / 60
+    # Without saying what is the same thing, only the image itself does not vote.
+    twins = np.repeat(vectors[::2], 2, axis=0)
+    assert knn_figures(twins, [str(number // 2) for number in range(60)])["accuracy@1"] > 0.9
+
+
+def test_an_image_without_any_neighbour_is_not_classified_by_itself() -> None:
+    vectors = np.eye(2, dtype=np.float32)
+    found = knn_figures(vectors, ["a", "b"], [0, 0])
+    assert (found["images"], found["accuracy@1"]) == (2, 0.0)
