@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand, so a test holds their imports to what the library has."""
+"""Scripts that are run by hand: a test holds their imports to what the library has."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+SCRIPTS = sorted(path for folder in ("benchmarks", "docs") for path in (ROOT / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_what_a_benchmark_imports_of_the_library_exists(script: Path) -> None:
+def test_what_a_script_imports_of_the_library_exists(script: Path) -> None:
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
