@@ -32,6 +32,8 @@ BUILT_IN = {
     "sigmoid": "clipsys.training.objectives.sigmoid:Sigmoid",
     "simclr": "clipsys.training.objectives.simclr:SimCLR",
     "moco": "clipsys.training.objectives.moco:MoCo",
+    "supcon": "clipsys.training.objectives.supcon:SupCon",
+    "classification": "clipsys.training.objectives.classification:Classification",
 }
 
 
