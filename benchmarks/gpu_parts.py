@@ -291,7 +291,7 @@ def _measure_step(case: StepCase, device: torch.device, setting: Setting) -> Non
     from clipsys.training.engine.config import EngineConfig
     from clipsys.training.engine.deepspeed_engine import Engine
     from clipsys.training.engine.optimizers import OptimizerConfig
-    from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+    from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
     from clipsys.training.model.towers import TowerOptions
     from clipsys.training.model.trained import TrainedModel
     from clipsys.training.objectives import Labels
@@ -306,7 +306,7 @@ def _measure_step(case: StepCase, device: torch.device, setting: Setting) -> Non
             parts.model,
             objective,
             TowerOptions(case.precision, compile=case.compile),
-            width=int(parts.config["embed_dim"]),
+            sizes=Sizes(int(parts.config["embed_dim"])),
         ),
         config=EngineConfig(zero_stage=0, precision=case.precision),
         optimizer=OptimizerConfig(),

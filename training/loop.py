@@ -292,6 +292,7 @@ class TrainingLoop:
             "epochs": round(self.step / self.run.steps_per_epoch, 4),
             "clipsys": __version__,
             "recipe": self.recipe.model_dump(mode="json"),
+            **({"classes": list(self.run.classes)} if self.run.classes else {}),
         }
 
     def _finish(self) -> None:

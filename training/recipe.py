@@ -67,11 +67,18 @@ class Recipe(Settings):
     def _idle_settings(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Settings that would silently do nothing."""
         data, model, name = self.data, self.model, self.objective.name
-        if objective.positives != "label" and data.label_key:
+        if objective.positives != "label" and not objective.needs_classes and data.label_key:
             yield (
-                f"data.label_key is {data.label_key!r}, which does nothing unless "
-                "objective.positives is label"
+                f"data.label_key is {data.label_key!r}, which does nothing for objective.name "
+                f"{name} unless objective.positives is label; leave it out"
             )
+        if data.classes is not None and not objective.needs_classes:
+            yield (
+                f"data.classes does nothing for objective.name {name}, which trains no classifier; "
+                "leave it out"
+            )
+        if not objective.views(self.augmentation):
+            yield from self._idle_without_images(name)
         if not objective.needs_bias and model.initial_logit_bias is not None:
             yield "model.initial_logit_bias is for objective.name sigmoid; leave it out"
         if not objective.trains_temperature and model.initial_logit_scale is not None:
@@ -98,6 +105,25 @@ class Recipe(Settings):
                 "model.unlocked_image_blocks and model.unlocked_text_blocks are both 0: nothing "
                 "would be trained; leave one out"
             )
+
+    def _idle_without_images(self, name: str) -> Iterator[str]:
+        """Settings about images, for an objective that shows none."""
+        if self.augmentation != AugmentationConfig():
+            yield (
+                f"augmentation does nothing for objective.name {name}, which trains no image; "
+                "leave it out"
+            )
+        for place, value in (
+            ("model.unlocked_image_blocks", self.model.unlocked_image_blocks),
+            ("data.load_size", self.data.load_size),
+            ("model.patch_dropout", self.model.patch_dropout or None),
+            ("evaluation.knn", self.evaluation.knn),
+        ):
+            if value is not None:
+                yield (
+                    f"{place} does nothing for objective.name {name}, which trains no image; "
+                    "leave it out"
+                )
 
     def _idle_with_data(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Settings about texts and labels that the objective and the data have no use for."""

@@ -37,6 +37,7 @@ FIXED: dict[str, str] = {
     "data.samples_per_epoch": "it decides which samples each step has seen",
     "objective": "it decides which parameters and states there are",
     "optimizer.name": "the checkpoint holds the state of another optimizer",
+    "data.classes": "it decides what the numbers of the classes mean",
     "optimizer.layer_decay": "it decides the groups that the optimizer's state is kept in",
     "engine.zero_stage": "the checkpoint is divided by it",
     "engine.precision": "it decides the type of weights and masters",

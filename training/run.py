@@ -17,6 +17,7 @@ from clipsys.models.open_clip_models import ModelParts
 from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import TrainingBatches
+from clipsys.training.data.classes import class_names
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Batch, Decoder
@@ -41,6 +42,7 @@ from clipsys.training.model.initial import (
     initial_model,
     resumed_settings,
 )
+from clipsys.training.model.outputs import Sizes
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Objective, make_objective
@@ -65,6 +67,8 @@ class Run:
         shard_set: the training data.
         order: which sample stands where in each epoch.
         objective: what is minimised.
+        classes: labels of the classes that a classifier tells apart, in the order of their
+            numbers; empty where the objective needs none.
         plan: what the run takes.
         engine: gradients, updates, checkpoints of the weights.
         step: makes an update of decoded micro-batches.
@@ -80,6 +84,7 @@ class Run:
     shard_set: ShardSet
     order: SampleOrder
     objective: Objective[Any]
+    classes: tuple[str, ...]
     plan: Plan
     engine: Engine
     step: TrainingStep
@@ -104,7 +109,7 @@ class Run:
         dataset = TrainingBatches(
             self.shard_set,
             self.order,
-            _decoder(self.recipe, self.objective, self.model),
+            _decoder(self.recipe, self.objective, self.model, self.classes),
             cache=data.shard_cache,
             pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
             batch_size=data.batch_size,
@@ -140,7 +145,10 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     validation = _validation(recipe, objective, model)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
-    trained = _trained_model(recipe, objective, model)
+    classes = _classes(recipe, objective, shard_set)
+    sizes = Sizes(_width(model), shard_set.num_samples, len(classes))
+    trained = _trained_model(recipe, objective, model, sizes)
+    views = objective.views(recipe.augmentation)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
     plan = plan_run(  # before the engine partitions the model
         recipe,
@@ -148,8 +156,8 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         precision=recipe.engine.precision,
         world_size=world_size(),
         num_samples=order.num_positions,
-        embed_dim=_width(model),
-        image_size=_loading_size(recipe, model.preprocessing),
+        embed_dim=sizes.width,
+        image_size=_loading_size(recipe, model.preprocessing) if views else (0, 0),
         tile_size=tile_size,
     )
     engine = Engine(
@@ -159,11 +167,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         local_batch_size=data.batch_size // world_size(),
         device=device,
         momentum=objective.momentum,
-        state=objective.initial_state(
-            width=_width(model),
-            num_samples=shard_set.num_samples,
-            generator=torch.Generator().manual_seed(recipe.seed),
-        ),
+        state=objective.initial_state(sizes, torch.Generator().manual_seed(recipe.seed)),
     )
     run = Run(
         recipe=recipe,
@@ -172,6 +176,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         shard_set=shard_set,
         order=order,
         objective=objective,
+        classes=classes,
         plan=plan,
         engine=engine,
         step=TrainingStep(
@@ -246,10 +251,19 @@ def _validation(recipe: Recipe, objective: Objective[Any], model: ModelParts) ->
     return validation
 
 
-def _trained_model(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> TrainedModel:
+def _classes(recipe: Recipe, objective: Objective[Any], shard_set: ShardSet) -> tuple[str, ...]:
+    """The classes of the training data, the same on every rank; none where they are not needed."""
+    if not objective.needs_classes:
+        return ()
+    return on_first_rank(lambda: class_names(recipe.data, shard_set))
+
+
+def _trained_model(
+    recipe: Recipe, objective: Objective[Any], model: ModelParts, sizes: Sizes
+) -> TrainedModel:
     engine = recipe.engine
     options = TowerOptions(engine.precision, engine.grad_checkpointing, engine.compile)
-    trained = TrainedModel(model.model, objective, options, width=_width(model))
+    trained = TrainedModel(model.model, objective, options, sizes=sizes)
     _check_batch_norm(trained, recipe)
     return trained
 
@@ -281,7 +295,9 @@ def _loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, in
     return (side, side) if side else preprocessing.size
 
 
-def _decoder(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> Decoder:
+def _decoder(
+    recipe: Recipe, objective: Objective[Any], model: ModelParts, classes: tuple[str, ...]
+) -> Decoder:
     data, target = recipe.data, model.preprocessing
     return Decoder(
         preprocessing=Preprocessing(**{**vars(target), "size": _loading_size(recipe, target)}),
@@ -292,8 +308,10 @@ def _decoder(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> De
         max_image_pixels=data.max_image_pixels,
         seed=recipe.seed,
         decode=data.decode,
+        needs_image=bool(objective.views(recipe.augmentation)),
         needs_caption=objective.num_texts > 0,
         caption_key=data.caption_key,
+        class_numbers={name: number for number, name in enumerate(classes)} or None,
     )
 
 

@@ -13,7 +13,12 @@ import torch.distributed as dist
 
 from clipsys.errors import TrainingError
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.training.data.augmentation import AugmentationConfig, augment, normalisation
+from clipsys.training.data.augmentation import (
+    AugmentationConfig,
+    Shared,
+    augment,
+    normalisation,
+)
 from clipsys.training.data.order import step_seed
 from clipsys.training.data.samples import Batch
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
@@ -98,10 +103,28 @@ class TrainingStep:
 
     def _loss(self, batches: Sequence[Batch]) -> Loss:
         labels = Labels(
-            torch.cat([batch.groups_B for batch in batches]).to(self._engine.device),
-            torch.cat([batch.samples_B for batch in batches]).to(self._engine.device),
+            self._joined([batch.groups_B for batch in batches]),
+            self._joined([batch.samples_B for batch in batches]),
+            self._joined([batch.classes_B for batch in batches]),
+            self._presence(batches),
         )
         return lambda outputs, targets, state: self._objective.loss(outputs, targets, labels, state)
+
+    def _joined(self, parts: Sequence[torch.Tensor | None]) -> Any:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present).to(self._engine.device) if present else None
+
+    def _presence(self, batches: Sequence[Batch]) -> torch.Tensor | None:
+        """(B, T) bool where a micro-batch lacks a text; else None."""
+        if all(batch.present_BT is None for batch in batches):
+            return None
+        parts = [
+            torch.ones(len(batch.keys), len(batch.texts), dtype=torch.bool)
+            if batch.present_BT is None
+            else batch.present_BT
+            for batch in batches
+        ]
+        return torch.cat(parts).to(self._engine.device)
 
     def _seeded_inputs(self, batches: Sequence[Batch], step: int) -> list[MakeInputs]:
         # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.
@@ -114,7 +137,12 @@ class TrainingStep:
 
     def _inputs(self, batch: Batch, seed: int) -> Inputs:
         """What a micro-batch shows to the towers: the same for the same seed."""
-        pixels_BCHW = batch.image_BCHW.to(self._engine.device, non_blocking=True)
+        device = self._engine.device
+        texts = tuple(tokens_BL.to(device, non_blocking=True) for tokens_BL in batch.texts)
+        seeds_B = torch.randint(1 << 62, (len(batch.keys),), generator=_generator(seed, -1))
+        if batch.image_BCHW is None:
+            return Inputs((), texts, seeds_B.to(device))
+        pixels_BCHW = batch.image_BCHW.to(device, non_blocking=True)
         views = tuple(
             augment(
                 pixels_BCHW,
@@ -122,13 +150,12 @@ class TrainingStep:
                 view.size or self._size,
                 self._mean,
                 self._std,
-                torch.Generator().manual_seed((seed + number * _VIEW_STRIDE) % (1 << 63)),
+                _generator(seed, number),
+                Shared(_generator(seed, 0), view.shares) if view.shares else None,
             )
             for number, view in enumerate(self._views)
         )
-        if batch.tokens_BL is None:
-            return Inputs(views)
-        return Inputs(views, (batch.tokens_BL.to(self._engine.device, non_blocking=True),))
+        return Inputs(views, texts, seeds_B.to(device))
 
     def _over_ranks(
         self, share: torch.Tensor, batches: Sequence[Batch], step: int
@@ -153,3 +180,8 @@ class TrainingStep:
                 "fp32; the last checkpoint is kept"
             )
         return value, int(totals[1])
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """One of the independent streams of a micro-batch: a view's, or -1 for an objective's own."""
+    return torch.Generator().manual_seed((seed + stream * _VIEW_STRIDE) % (1 << 63))

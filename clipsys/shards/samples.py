@@ -55,12 +55,12 @@ _NOT_ADJACENT_TEXT = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its captions.
+    """One image with its captions, or a text alone.
 
     Attributes:
         key: unique within its shard.
-        image: the encoded image, as it lies in the tar.
-        suffix: the image's file name ending, without the dot.
+        image: the encoded image, as it lies in the tar; empty where there is none.
+        suffix: the image's file name ending, without the dot; empty where there is none.
         captions: every caption, the ``.txt`` one first, without repetitions.
         label: class label, if there is one.
         metadata: the rest of the ``.json`` member.
@@ -135,13 +135,16 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-def parse_sample(raw: dict[str, Any], *, caption_key: str | None = None) -> Sample:
+def parse_sample(
+    raw: dict[str, Any], *, caption_key: str | None = None, needs_image: bool = True
+) -> Sample:
     """Turns a raw sample into a `Sample`.
 
     Args:
         raw: what `group_members` gives.
         caption_key: metadata key that holds the captions, in place of ``.txt`` and ``captions``;
             dots lead into objects and lists of objects (``sentences.raw``).
+        needs_image: whether a sample without an image is refused; else images are not looked for.
 
     Raises:
         SampleError: there is no image, or a text member is not what its ending says.
@@ -149,7 +152,7 @@ def parse_sample(raw: dict[str, Any], *, caption_key: str | None = None) -> Samp
     if FAULT in raw:
         reason = str(raw[FAULT])
         raise SampleError(f"{place_of(raw)}: {reason}", reason=reason.partition(" (")[0])
-    suffix = _image_suffix(raw)
+    suffix = _image_suffix(raw) if needs_image else ""
     try:
         metadata = parse_metadata(raw["json"]) if "json" in raw else {}
         label = decoded_text(raw["cls"], "label").strip() if "cls" in raw else ""
@@ -163,7 +166,8 @@ def parse_sample(raw: dict[str, Any], *, caption_key: str | None = None) -> Samp
     except SampleError as error:
         raise SampleError(f"{place_of(raw)}: {error}", reason=error.reason) from error
     key = str(raw["__key__"])
-    return Sample(key, raw[suffix], suffix.rpartition(".")[2], captions, label or None, metadata)
+    image = raw[suffix] if suffix else b""
+    return Sample(key, image, suffix.rpartition(".")[2], captions, label or None, metadata)
 
 
 def require_captions(sample: Sample, raw: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from clipsys.models.open_clip_models import build_model
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.model.initial import lock_tower
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Sizes
 from clipsys.training.model.towers import TowerOptions, rest_frozen
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
@@ -174,7 +174,7 @@ def _train(rank: int, world_size: int, case: Case) -> Result:
     objective = _objective(case)
     options = TowerOptions(case.precision, case.checkpointing)
     engine = Engine(
-        TrainedModel(_clip(case), objective, options, width=16),
+        TrainedModel(_clip(case), objective, options, sizes=Sizes(16)),
         config=EngineConfig(
             zero_stage=case.stage, gradient_clipping=case.clipping, cache_on_host=case.on_host
         ),

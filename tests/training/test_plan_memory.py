@@ -11,7 +11,7 @@ import torch
 from clipsys.models.open_clip_models import build_model
 from clipsys.training.distributed.process_group import import_deepspeed
 from clipsys.training.engine.deepspeed_engine import Engine
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Sizes
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
@@ -60,7 +60,7 @@ def _train(rank: int, world_size: int, clip: Any, recipe: Recipe) -> None:
     objective = InfoNCE(InfoNCEConfig(positives="pair"))
     options = TowerOptions(recipe.engine.precision)
     engine = Engine(
-        TrainedModel(clip, objective, options, width=32),
+        TrainedModel(clip, objective, options, sizes=Sizes(32)),
         config=recipe.engine, optimizer=recipe.optimizer,
         local_batch_size=_BATCH // world_size, device=torch.device("cpu"),
     )  # fmt: skip

@@ -7,6 +7,7 @@ repeats exactly what the uninterrupted one would have done.
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -14,6 +15,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from clipsys.config import Settings
 from clipsys.images.preprocessing import Preprocessing
+
+#: What is drawn together: crop and flip; the turn; jitter and grey; blur; the grey rectangle.
+Family = Literal["geometry", "rotation", "colour", "blur", "erasing"]
 
 
 class AugmentationConfig(Settings):
@@ -67,6 +71,18 @@ def to_input(
     return (image - mean) / std
 
 
+class Shared(NamedTuple):
+    """What a view has in common with another one.
+
+    Attributes:
+        generator: as the other view's was before it was drawn.
+        families: what is drawn from it.
+    """
+
+    generator: torch.Generator
+    families: frozenset[Family]
+
+
 def augment(
     pixels_BCHW: torch.Tensor,
     config: AugmentationConfig,
@@ -74,6 +90,7 @@ def augment(
     mean: torch.Tensor,
     std: torch.Tensor,
     generator: torch.Generator,
+    shared: Shared | None = None,
 ) -> torch.Tensor:
     """A random view of each image, normalised.
 
@@ -84,28 +101,45 @@ def augment(
         mean: (3, 1, 1), of pixels in [0, 1].
         std: (3, 1, 1).
         generator: on the CPU, so that CPU and GPU runs draw the same numbers.
+        shared: what is drawn as for another view of the same ``config``.
 
     Returns:
         float32 (B, 3, H, W).
     """
-    draw = _Draws(len(pixels_BCHW), generator, pixels_BCHW.device)
+    draw = _Draws(len(pixels_BCHW), generator, pixels_BCHW.device, shared)
     image = pixels_BCHW.float() / 255
-    image = _resample(image, config, size, draw)
-    image = _jitter(image, config, draw)
-    image = _blur(image, config, draw)
+    image = _resample(image, config, size, draw.of("geometry"), draw.of("rotation"))
+    image = _jitter(image, config, draw.of("colour"))
+    image = _blur(image, config, draw.of("blur"))
     image = (image - mean) / std
-    return _erase(image, config, draw)
+    return _erase(image, config, draw.of("erasing"))
 
 
 class _Draws:
     """Per-image random numbers, as columns that broadcast against (B, 3, H, W)."""
 
-    def __init__(self, count: int, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(
+        self,
+        count: int,
+        generator: torch.Generator,
+        device: torch.device,
+        shared: Shared | None = None,
+        family: Family | None = None,
+    ) -> None:
         self.count, self.generator, self.device = count, generator, device
+        self.shared, self.family = shared, family
+
+    def of(self, family: Family) -> _Draws:
+        """The numbers of a family, from the same generators."""
+        return _Draws(self.count, self.generator, self.device, self.shared, family)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        values = torch.rand(self.count, generator=self.generator).to(self.device)
-        return low + (high - low) * values
+        values = torch.rand(self.count, generator=self.generator)
+        if self.shared is not None:
+            # Both advance together, so that each number is the other view's own counterpart.
+            others = torch.rand(self.count, generator=self.shared.generator)
+            values = others if self.family in self.shared.families else values
+        return low + (high - low) * values.to(self.device)
 
     def happens(self, probability: float) -> torch.Tensor:
         return (self.uniform() < probability).view(-1, 1, 1, 1)
@@ -115,7 +149,11 @@ class _Draws:
 
 
 def _resample(
-    image: torch.Tensor, config: AugmentationConfig, size: tuple[int, int], draw: _Draws
+    image: torch.Tensor,
+    config: AugmentationConfig,
+    size: tuple[int, int],
+    draw: _Draws,
+    turn: _Draws,
 ) -> torch.Tensor:
     """Crop, flip, rotation and resize in one bilinear pass over a sampling grid."""
     height, width = image.shape[-2:]
@@ -131,7 +169,7 @@ def _resample(
     shift_x = (1 - scale_x) * draw.uniform(-1, 1)
     shift_y = (1 - scale_y) * draw.uniform(-1, 1)
     mirrored = torch.where(draw.uniform() < config.flip, -1.0, 1.0)
-    angle = draw.uniform(-1, 1) * math.radians(config.rotation_degrees)
+    angle = turn.uniform(-1, 1) * math.radians(config.rotation_degrees)
     cos, sin = torch.cos(angle), torch.sin(angle)
     theta = torch.stack(
         [

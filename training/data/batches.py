@@ -76,7 +76,7 @@ class TrainingBatches(Dataset[Batch]):
         starts = itertools.accumulate(shard_set.counts, initial=0)
         self._first_numbers = tuple(starts)
         self._pixels = None
-        if epochs > 1:
+        if epochs > 1 and decoder.needs_image:
             self._pixels = make_cache(
                 shard_set.num_samples, decoder.preprocessing.size, limit_bytes=pixel_cache_bytes
             )
@@ -95,7 +95,8 @@ class TrainingBatches(Dataset[Batch]):
     def batch_bytes(self) -> int:
         """Size of a micro-batch, nearly: images, and a little for tokens and the rest."""
         height, width = self._decoder.preprocessing.size
-        return self._micro_size * (3 * height * width + _OTHER_BYTES)
+        pixels = 3 * height * width * self._decoder.needs_image
+        return self._micro_size * (pixels + _OTHER_BYTES)
 
     def __len__(self) -> int:
         return self._remaining_steps * self._micro_steps
@@ -143,7 +144,7 @@ class TrainingBatches(Dataset[Batch]):
     def _row(self, raw: dict[str, Any], epoch: int, position: int, number: int) -> Row:
         known = None if self._pixels is None else self._pixels.get(number)
         row = self._decoder.row(raw, epoch, position, known, number=number)
-        if self._pixels is not None and known is None:
+        if self._pixels is not None and known is None and row.image is not None:
             self._pixels.put(number, row.image)
         return row
 

@@ -90,7 +90,15 @@ class DataConfig(Settings):
         "lead into objects and lists of objects, as in sentences.raw",
     )
     label_key: str | None = Field(
-        None, description="metadata key that is the label, for objective.positives: label"
+        None,
+        description="metadata key that is the label, for objectives that use labels; default the "
+        ".cls member",
+    )
+    classes: list[str] | PathText | None = Field(
+        None,
+        description="labels of the classes, in the order of their numbers, or a file with one a "
+        "line, for objectives that train a classifier; default those of the training samples, "
+        "which are read once at the start",
     )
     frames: FramesConfig | None = Field(
         None, description="what makes windows of frames, for objectives over ordered frames"

@@ -140,10 +140,14 @@ class _PlainBatch:
 
 
 def _array(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_array, value))
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def _tensor(value: object) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_tensor, value))
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,19 +36,24 @@ class Batch:
 
     Attributes:
         keys: (B,) sample keys; only shard and key together name a sample.
-        image_BCHW: uint8, not yet augmented or normalised.
-        tokens_BL: int64, padded to the model's context length; None where no text is trained.
+        image_BCHW: uint8, not yet augmented or normalised; None where no image is trained.
+        texts: T of int64 (B, L), padded to the model's context length; none where no text is
+            trained.
         groups_B: int64; equal ids are positives of each other.
         samples_B: int64; the number of each sample among all samples of the shards.
+        classes_B: int64; the number of each sample's class; None where classes are not needed.
+        present_BT: bool; whether a sample has its t-th text; None where all have all.
         skipped: samples of this batch that were replaced by a neighbour.
         shards: (B,) the shard of each sample.
     """
 
     keys: tuple[str, ...]
-    image_BCHW: torch.Tensor
-    tokens_BL: torch.Tensor | None
+    image_BCHW: torch.Tensor | None
+    texts: tuple[torch.Tensor, ...]
     groups_B: torch.Tensor
     samples_B: torch.Tensor
+    classes_B: torch.Tensor | None = None
+    present_BT: torch.Tensor | None = None
     skipped: tuple[Skipped, ...] = ()
     shards: tuple[str, ...] = ()
 
@@ -61,11 +66,17 @@ class Batch:
         """Called by torch's DataLoader, for fast copies to a GPU."""
         return replace(
             self,
-            image_BCHW=self.image_BCHW.pin_memory(),
-            tokens_BL=None if self.tokens_BL is None else self.tokens_BL.pin_memory(),
+            image_BCHW=_pinned(self.image_BCHW),
+            texts=tuple(tokens_BL.pin_memory() for tokens_BL in self.texts),
             groups_B=self.groups_B.pin_memory(),
             samples_B=self.samples_B.pin_memory(),
+            classes_B=_pinned(self.classes_B),
+            present_BT=_pinned(self.present_BT),
         )
+
+
+def _pinned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.pin_memory()
 
 
 def group_id(text: str) -> int:
@@ -98,23 +109,40 @@ class Row:
     Attributes:
         shard: shard that the sample is in.
         key: key of the sample.
-        image: decoded.
-        caption: the chosen one; empty where none is needed.
+        image: decoded; None where no image is trained.
+        texts: the chosen ones; None for each that the sample lacks.
         group: equal ids are positives of each other.
         number: number of the sample among all samples of the shards.
+        class_number: number of its class; None where classes are not needed.
     """
 
     shard: str
     key: str
-    image: DecodedImage
-    caption: str
+    image: DecodedImage | None
+    texts: tuple[str | None, ...]
     group: int
     number: int
+    class_number: int | None = None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns raw samples into rows of a batch; travels to the worker processes."""
+    """Turns raw samples into rows of a batch; travels to the worker processes.
+
+    Attributes:
+        preprocessing: what the images are decoded for.
+        tokenizer: tokenizer of the text tower.
+        captions: which caption is used each time.
+        positives: which samples get equal group ids.
+        label_key: metadata key of the label; None is the ``.cls`` member.
+        max_image_pixels: images that claim more are refused.
+        seed: of the choice of captions.
+        decode: how images are decoded.
+        needs_image: whether a sample needs an image.
+        needs_caption: whether a sample needs a caption.
+        caption_key: metadata key of the captions.
+        class_numbers: number of each class by its label; None where classes are not needed.
+    """
 
     preprocessing: Preprocessing
     tokenizer: Tokenizer
@@ -124,8 +152,10 @@ class Decoder:
     max_image_pixels: int
     seed: int
     decode: Literal["fast", "exact"] = "fast"
+    needs_image: bool = True
     needs_caption: bool = True
     caption_key: str | None = None
+    class_numbers: Mapping[str, int] | None = None
 
     def row(
         self,
@@ -148,10 +178,10 @@ class Decoder:
         Raises:
             DataError: no usable image, caption or label.
         """
-        sample = parse_sample(raw, caption_key=self.caption_key)
+        sample = parse_sample(raw, caption_key=self.caption_key, needs_image=self.needs_image)
         if self.needs_caption:
             require_captions(sample, raw)
-        if image is None:
+        if image is None and self.needs_image:
             image = self._image(sample.image, place_of(raw))
         caption = sample.captions[0] if sample.captions else ""
         if self.captions == "random" and len(sample.captions) > 1:
@@ -161,7 +191,11 @@ class Decoder:
         shard = str(raw.get("__url__"))
         identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
         group = self._group(sample, caption, image, identity)
-        return Row(shard, sample.key, image, caption, group, number)
+        texts = (caption,) if self.needs_caption else ()
+        class_number = None
+        if self.class_numbers is not None:
+            class_number = self._class_number(self.class_numbers, sample, identity)
+        return Row(shard, sample.key, image, texts, group, number, class_number)
 
     def _image(self, data: bytes, place: str) -> DecodedImage:
         group = 0
@@ -182,32 +216,76 @@ class Decoder:
         )
         return self.preprocessing.fast_pixels(stored)
 
-    def _group(self, sample: Sample, caption: str, image: DecodedImage, identity: str) -> int:
-        if self.positives == "image":
+    def _group(
+        self, sample: Sample, caption: str, image: DecodedImage | None, identity: str
+    ) -> int:
+        if self.positives == "image" and image is not None:
             return image.group
         if self.positives == "caption":
             return group_id(normalise_caption(caption))
         if self.positives == "label":
-            label = sample.metadata.get(self.label_key) if self.label_key else sample.label
-            if label is None:
-                what = "label (.cls); data.label_key names a metadata key that is one"
-                if self.label_key:
-                    what = f"metadata key {self.label_key!r} (data.label_key)"
-                raise SampleError(
-                    f"{identity}: objective.positives is label, but there is no {what}",
-                    reason="no label",
-                )
-            return group_id(str(label))
+            return group_id(label_of(sample, self.label_key, identity))
         return group_id(identity)
+
+    def _class_number(self, numbers: Mapping[str, int], sample: Sample, identity: str) -> int:
+        label = label_of(sample, self.label_key, identity)
+        if label not in numbers:
+            raise SampleError(
+                f"{identity}: the label {label!r} is none of the {len(numbers)} classes of "
+                "data.classes; add it there, or leave the sample out",
+                reason="label not in data.classes",
+            )
+        return numbers[label]
 
     def batch(self, rows: Sequence[Row], skipped: Sequence[Skipped]) -> Batch:
         """Stacks rows."""
         return Batch(
             keys=tuple(row.key for row in rows),
-            image_BCHW=torch.from_numpy(np.stack([row.image.pixels for row in rows])),
-            tokens_BL=self.tokenizer([r.caption for r in rows]) if self.needs_caption else None,
+            image_BCHW=_stacked([row.image for row in rows if row.image is not None]),
+            texts=tuple(
+                self.tokenizer([text or "" for text in texts])
+                for texts in zip(*(row.texts for row in rows), strict=True)
+            ),
             groups_B=torch.tensor([row.group for row in rows], dtype=torch.int64),
             samples_B=torch.tensor([row.number for row in rows], dtype=torch.int64),
+            classes_B=None
+            if self.class_numbers is None
+            else torch.tensor([row.class_number for row in rows], dtype=torch.int64),
+            present_BT=_presence([row.texts for row in rows]),
             skipped=tuple(skipped),
             shards=tuple(row.shard for row in rows),
         )
+
+
+def label_of(sample: Sample, label_key: str | None, identity: str) -> str:
+    """The label of a sample.
+
+    Args:
+        sample: the sample.
+        label_key: the metadata key that is the label; None is the ``.cls`` member.
+        identity: what the sample is called in messages.
+
+    Raises:
+        SampleError: it has none.
+    """
+    label = sample.metadata.get(label_key) if label_key else sample.label
+    if label is not None:
+        return str(label)
+    what = "label (.cls); data.label_key names a metadata key that is one"
+    if label_key:
+        what = f"metadata key {label_key!r} (data.label_key)"
+    raise SampleError(
+        f"{identity}: the objective needs a label, but there is no {what}", reason="no label"
+    )
+
+
+def _stacked(images: Sequence[DecodedImage]) -> torch.Tensor | None:
+    if not images:
+        return None
+    return torch.from_numpy(np.stack([image.pixels for image in images]))
+
+
+def _presence(texts: Sequence[tuple[str | None, ...]]) -> torch.Tensor | None:
+    """(B, T), or None where every sample has every text."""
+    present = [[text is not None for text in of_one] for of_one in texts]
+    return None if all(map(all, present)) else torch.tensor(present)

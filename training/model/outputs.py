@@ -17,16 +17,34 @@ Rows = dict[str, torch.Tensor]
 State = dict[str, torch.Tensor]
 
 
+class Sizes(NamedTuple):
+    """What heads and states are shaped by.
+
+    Attributes:
+        width: width of the features of both towers.
+        num_samples: samples of the training data.
+        num_classes: classes of their labels; 0 unless the objective needs them.
+    """
+
+    width: int
+    num_samples: int = 0
+    num_classes: int = 0
+
+
 class Inputs(NamedTuple):
     """What a micro-batch shows to the towers.
 
     Attributes:
-        views: V of float32 (B, 3, H, W), normalised; views may differ in size.
-        texts: int64 (B, L); none where the objective trains no text.
+        views: V of float32 (B, 3, H, W), normalised; views may differ in size. None where the
+            objective trains no image.
+        texts: T of int64 (B, L); none where the objective trains no text.
+        seeds_B: int64, a random number of each row, for what an objective draws itself: the same
+            whenever the micro-batch is shown.
     """
 
-    views: tuple[torch.Tensor, ...]
+    views: tuple[torch.Tensor, ...] = ()
     texts: tuple[torch.Tensor, ...] = ()
+    seeds_B: torch.Tensor | None = None
 
 
 class Outputs(NamedTuple):

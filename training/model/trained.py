@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from clipsys.training.model.outputs import Inputs, Outputs, Rows
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes
 from clipsys.training.model.towers import TowerOptions, Towers
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Method(Protocol):
     num_texts: int
     momentum: float | None
 
-    def heads(self, width: int) -> nn.ModuleDict:
-        """What is trained beside the towers, on features of ``width``."""
+    def heads(self, sizes: Sizes) -> nn.ModuleDict:
+        """What is trained beside the towers."""
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
         """With gradients."""
@@ -47,16 +47,16 @@ class TrainedModel(Towers):
         objective: Method,
         options: TowerOptions = TowerOptions(),
         *,
-        width: int,
+        sizes: Sizes,
     ) -> None:
         """
         Args:
             clip: open_clip's model.
             objective: what is minimised.
             options: precision, checkpointing, compilation.
-            width: width of the towers' outputs.
+            sizes: what the heads are shaped by.
         """
-        heads = objective.heads(width)
+        heads = objective.heads(sizes)
         has_text = objective.num_texts > 0
         # Copied first: compilation cannot be copied.
         copies: tuple[nn.Module, nn.ModuleDict] | None = None

@@ -7,6 +7,7 @@ infonce, sigmoid    images with texts
 simclr, moco        images alone
 """
 
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.objectives.protocol import (
     Labels,
     Objective,
@@ -25,10 +26,15 @@ from clipsys.training.objectives.registry import (
 
 __all__ = [
     "BUILT_IN",
+    "Inputs",
     "Labels",
     "Objective",
     "ObjectiveConfig",
     "ObjectiveSection",
+    "Outputs",
+    "Rows",
+    "Sizes",
+    "State",
     "Surroundings",
     "View",
     "make_objective",

@@ -10,7 +10,7 @@ from torch import nn
 
 from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.losses import enqueued, moco
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import (
     ProjectionConfig,
@@ -77,13 +77,13 @@ class MoCo(Objective[MoCoConfig]):
         """Two, drawn alike."""
         return View(augmentation), View(augmentation)
 
-    def heads(self, width: int) -> nn.ModuleDict:
+    def heads(self, sizes: Sizes) -> nn.ModuleDict:
         """The projection, and the temperature if it is learned."""
-        return projection_heads(self.settings, width)
+        return projection_heads(self.settings, sizes.width)
 
-    def initial_state(self, *, width: int, num_samples: int, generator: torch.Generator) -> State:
+    def initial_state(self, sizes: Sizes, generator: torch.Generator) -> State:
         """A queue of random unit vectors, as in the paper's code."""
-        shape = (self.settings.queue_size, self.settings.projected_width(width))
+        shape = (self.settings.queue_size, self.settings.projected_width(sizes.width))
         queue_KD = torch.randn(shape, generator=generator)
         return {"queue": nn.functional.normalize(queue_KD, dim=-1)}
 

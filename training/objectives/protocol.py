@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from clipsys.config import Settings
-from clipsys.training.data.augmentation import AugmentationConfig
+from clipsys.training.data.augmentation import AugmentationConfig, Family
 from clipsys.training.data.config import DataConfig
 from clipsys.training.data.samples import Positives
 from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.model.initial import ModelConfig
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
 
 
@@ -50,10 +50,14 @@ class Labels(NamedTuple):
     Attributes:
         groups_B: int64; equal ids are positives of each other, as `Objective.positives` says.
         samples_B: int64; the number of each sample among all training samples.
+        classes_B: int64; the number of each sample's class, where the objective needs classes.
+        present_BT: bool; whether a sample has its t-th text. Texts that a sample lacks are empty.
     """
 
     groups_B: torch.Tensor
     samples_B: torch.Tensor
+    classes_B: torch.Tensor | None = None
+    present_BT: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,13 @@ class View:
     Attributes:
         augmentation: what is done to the image.
         size: (height, width) in pixels; None is the model's image size.
+        shares: what is drawn as for the first view, whose augmentation must be the same; the rest
+            is drawn anew.
     """
 
     augmentation: AugmentationConfig
     size: tuple[int, int] | None = None
+    shares: frozenset[Family] = frozenset()
 
 
 class Surroundings(NamedTuple):
@@ -88,6 +95,8 @@ class Objective(Generic[ConfigT]):
             samples need no caption.
         trains_temperature: whether the model's own ``logit_scale`` (and bias) are trained.
         needs_bias: whether the model needs a ``logit_bias``.
+        needs_classes: whether samples need a label (``.cls``, or what ``data.label_key`` names),
+            whose classes are numbered.
         cacheable: whether a row of `forward` depends on its own sample alone, so that a batch may
             pass the towers in micro-batches.
         momentum: share of themselves that the momentum towers keep at each step; None: there are
@@ -98,6 +107,7 @@ class Objective(Generic[ConfigT]):
     num_texts: int = 0
     trains_temperature: bool = False
     needs_bias: bool = False
+    needs_classes: bool = False
     cacheable: bool = True
     momentum: float | None = None
 
@@ -115,23 +125,25 @@ class Objective(Generic[ConfigT]):
         return "pair"
 
     def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
-        """The views of each image, from the recipe's ``augmentation``."""
+        """The views of each image, from the recipe's ``augmentation``.
+
+        Without a view the image tower is not trained, and samples need no image.
+        """
         return (View(augmentation),)
 
-    def heads(self, width: int) -> nn.ModuleDict:
-        """What is trained beside the towers, on features of ``width``.
+    def heads(self, sizes: Sizes) -> nn.ModuleDict:
+        """What is trained beside the towers.
 
         A module may list parameters that do not decay in ``no_weight_decay()``; tensors of fewer
         than two dimensions never decay. Scalars have shape (1,): DeepSpeed cannot train 0-d ones.
         """
         return nn.ModuleDict()
 
-    def initial_state(self, *, width: int, num_samples: int, generator: torch.Generator) -> State:
+    def initial_state(self, sizes: Sizes, generator: torch.Generator) -> State:
         """What is remembered before the first step, on the CPU.
 
         Args:
-            width: width of the towers' features.
-            num_samples: number of samples of the training data, which `Labels.samples_B` numbers.
+            sizes: of features and data.
             generator: source of random numbers; seeded alike on every rank.
         """
         return {}
@@ -153,6 +165,10 @@ class Objective(Generic[ConfigT]):
         The state that follows must be equal on every rank and must not depend on their number: what
         is gathered enters it in rank order. Neither ``state`` nor a tensor in it is written into.
         """
+        raise NotImplementedError
+
+    def scores(self, towers: Towers, inputs: Inputs) -> torch.Tensor:
+        """(B, C) logits of the classes, of an objective that trains a classifier."""
         raise NotImplementedError
 
     def faults(self, recipe: Surroundings) -> Iterator[str]:

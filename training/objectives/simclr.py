@@ -11,7 +11,7 @@ from torch import nn
 
 from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.losses import nt_xent
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import (
     ProjectionConfig,
@@ -58,9 +58,9 @@ class SimCLR(Objective[SimCLRConfig]):
         """Two, drawn alike."""
         return View(augmentation), View(augmentation)
 
-    def heads(self, width: int) -> nn.ModuleDict:
+    def heads(self, sizes: Sizes) -> nn.ModuleDict:
         """The projection, and the temperature if it is learned."""
-        return projection_heads(self.settings, width)
+        return projection_heads(self.settings, sizes.width)
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
         """Projections of both views, which pass the tower together."""

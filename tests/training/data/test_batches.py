@@ -56,7 +56,7 @@ def _same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
         a.keys == b.keys
         and torch.equal(a.image_BCHW, b.image_BCHW)
-        and torch.equal(a.tokens_BL, b.tokens_BL)
+        and torch.equal(a.texts[0], b.texts[0])
         and torch.equal(a.groups_B, b.groups_B)
         for a, b in zip(first, second, strict=True)
     )
@@ -74,7 +74,7 @@ def test_epochs_differ_in_order_and_in_caption(shards: str) -> None:
     first, second = batches[:6], batches[6:]
     assert [b.keys for b in first] != [b.keys for b in second]
     tokens = [
-        {key: row for batch in part for key, row in zip(batch.keys, batch.tokens_BL, strict=True)}
+        {key: row for batch in part for key, row in zip(batch.keys, batch.texts[0], strict=True)}
         for part in (first, second)
     ]
     shared = set(tokens[0]) & set(tokens[1])
@@ -163,7 +163,7 @@ def test_first_caption_is_the_first(shards: str) -> None:
     (batch, *_) = _dataset(shards, captions="first")
     decoder = _decoder()
     expected = decoder.tokenizer([f"picture number {int(key)}" for key in batch.keys])
-    assert torch.equal(batch.tokens_BL, expected)
+    assert torch.equal(batch.texts[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def _has(path: Path, *parts: str) -> bool:
         ("data.batchsize=7", "data.batchsize is not a setting; did you mean data.batch_size?"),
         ("engine.zero_stage=5", "engine.zero_stage is 5"),
         ("engine.zero_stage=3 engine.ema_decay=0.9", "engine.ema_decay needs whole parameters"),
-        ("data.label_key=x", "does nothing unless objective.positives is label"),
+        ("data.label_key=x", "does nothing for objective.name infonce unless"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_contradicts_itself_is_one_line_and_starts_no_process(

@@ -15,7 +15,7 @@ from clipsys.training.engine.ema import WeightAverage
 from clipsys.training.engine.gradient_check import NonFiniteGradientError
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.repartition import SavedBy
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Sizes
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
@@ -39,7 +39,7 @@ def _engine(
     torch.manual_seed(0)
     architecture = {**_MODEL, "vision_cfg": _RESNET} if resnet else _MODEL
     clip = build_model(architecture, for_training=True, tokenizer=no_tokenizer).model
-    model = TrainedModel(clip, _OBJECTIVE, TowerOptions(precision), width=32)
+    model = TrainedModel(clip, _OBJECTIVE, TowerOptions(precision), sizes=Sizes(32))
     return Engine(
         model,
         config=EngineConfig(**config),

@@ -19,7 +19,7 @@ from clipsys.training.engine.optimizers import (
 )
 from clipsys.training.losses import info_nce
 from clipsys.training.model.layers import tower_depths
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Sizes
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
 from clipsys.training.objectives.protocol import Labels
@@ -86,7 +86,7 @@ def test_the_scale_has_a_group_of_its_own() -> None:
 def test_the_groups_of_a_wrapped_model_are_those_of_the_model() -> None:
     parts = build_model(TINY_MODEL, for_training=True)
     config = OptimizerConfig(layer_decay=0.5)
-    wrapped = parameter_groups(TrainedModel(parts.model, _OBJECTIVE, width=32), config)
+    wrapped = parameter_groups(TrainedModel(parts.model, _OBJECTIVE, sizes=Sizes(32)), config)
     plain = parameter_groups(parts.model, config)
     for one, other in zip(wrapped, plain, strict=True):
         assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
@@ -250,7 +250,9 @@ def _config(name: str) -> OptimizerConfig:
 
 def _trained_model() -> TrainedModel:
     torch.manual_seed(0)
-    return TrainedModel(build_model(TINY_MODEL, for_training=True).model, _OBJECTIVE, width=32)
+    return TrainedModel(
+        build_model(TINY_MODEL, for_training=True).model, _OBJECTIVE, sizes=Sizes(32)
+    )
 
 
 Case = tuple[str, int]  # optimizer, ZeRO stage

@@ -9,7 +9,7 @@ import torch
 from clipsys.errors import ConfigError, TrainingError
 from clipsys.models.open_clip_models import build_model, fingerprint, load_model
 from clipsys.training.model.initial import initial_model, lock_tower
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Sizes
 from clipsys.training.model.towers import TowerOptions, Towers
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.infonce import InfoNCE, InfoNCEConfig
@@ -21,7 +21,7 @@ def _model(precision: str = "fp32") -> tuple[TrainedModel, torch.Tensor, torch.T
     torch.manual_seed(0)
     parts = build_model(TINY_MODEL, for_training=True)
     objective = InfoNCE(InfoNCEConfig())
-    model = TrainedModel(parts.model, objective, TowerOptions(precision), width=32)
+    model = TrainedModel(parts.model, objective, TowerOptions(precision), sizes=Sizes(32))
     return model, torch.randn(3, 3, 32, 32), parts.tokenizer(["a", "b c", "d e f"])
 
 

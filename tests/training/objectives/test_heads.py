@@ -13,7 +13,7 @@ from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.ema import WeightAverage
 from clipsys.training.engine.optimizers import OptimizerConfig, parameter_groups
 from clipsys.training.model.initial import freeze_unused
-from clipsys.training.model.outputs import Inputs, Outputs
+from clipsys.training.model.outputs import Inputs, Outputs, Sizes
 from clipsys.training.model.trained import MOMENTUM_PREFIX, TrainedModel
 from clipsys.training.objectives.moco import MoCo, MoCoConfig
 from clipsys.training.objectives.protocol import Labels
@@ -35,8 +35,8 @@ class _Prototypes(nn.Module):
 
 
 class _WithPrototypes(SimCLR):
-    def heads(self, width: int) -> nn.ModuleDict:
-        heads = super().heads(width)
+    def heads(self, sizes: Sizes) -> nn.ModuleDict:
+        heads = super().heads(sizes)
         heads["prototypes"] = _Prototypes(8)
         return heads
 
@@ -54,7 +54,7 @@ def _model(objective: Any, **changes: Any) -> TrainedModel:
     torch.manual_seed(0)
     clip = build_model({**TINY_MODEL, **changes}, for_training=True).model
     freeze_unused(clip, image=True, text=False, temperature=False)
-    return TrainedModel(clip, objective, width=32)
+    return TrainedModel(clip, objective, sizes=Sizes(32))
 
 
 _SIMCLR = SimCLRConfig(head_width=8, learn_temperature=True)
@@ -156,9 +156,7 @@ def _statistics(rank: int, world_size: int) -> dict[str, tuple[Any, Any]]:
         local_batch_size=4,
         device=torch.device("cpu"),
         momentum=objective.momentum,
-        state=objective.initial_state(
-            width=32, num_samples=8, generator=torch.Generator().manual_seed(0)
-        ),
+        state=objective.initial_state(Sizes(32, 8), torch.Generator().manual_seed(0)),
     )
     engine.train()
     momentum = engine.module.momentum

@@ -21,7 +21,7 @@ from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.model.initial import freeze_unused
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Sizes
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives.moco import MoCo, MoCoConfig
@@ -77,7 +77,9 @@ def _model(case: Case) -> tuple[Any, TrainedModel]:
     torch.manual_seed(0)
     clip = build_model(_MODEL, for_training=True, tokenizer=no_tokenizer).model
     freeze_unused(clip, image=True, text=False, temperature=False)
-    return objective, TrainedModel(clip, objective, TowerOptions(case.precision), width=_WIDTH)
+    return objective, TrainedModel(
+        clip, objective, TowerOptions(case.precision), sizes=Sizes(_WIDTH)
+    )
 
 
 def _views(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +95,7 @@ def _initial_queue(objective: Any) -> torch.Tensor | None:
 
 def _initial_state(objective: Any) -> Any:
     generator = torch.Generator().manual_seed(3)
-    return objective.initial_state(width=_WIDTH, num_samples=100, generator=generator)
+    return objective.initial_state(Sizes(_WIDTH, 100), generator)
 
 
 def _optimizer(case: Case) -> OptimizerConfig:
