@@ -58,7 +58,7 @@ class FrameWindows:
     @property
     def length(self) -> int:
         """Frames of a window."""
-        return self.samples_XT.shape[1]
+        return int(self.samples_XT.shape[1])
 
     @cached_property
     def _first_windows(self) -> Integers:

@@ -19,4 +19,13 @@ from clipsys.training.losses.leave_one_out import looc
 from clipsys.training.losses.predictive import cpc
 from clipsys.training.losses.two_views import nt_xent
 
-__all__ = ["auto_tile_size", "cpc", "enqueued", "info_nce", "looc", "moco", "nt_xent", "sigmoid_loss"]
+__all__ = [
+    "auto_tile_size",
+    "cpc",
+    "enqueued",
+    "info_nce",
+    "looc",
+    "moco",
+    "nt_xent",
+    "sigmoid_loss",
+]

@@ -48,8 +48,10 @@ def cpc(
     Raises:
         ConfigError: the shapes do not fit.
     """
-    if predicted_BKD.ndim != 3 or predicted_BKD.shape != future_BKD.shape or (
-        0 in predicted_BKD.shape[:2]
+    if (
+        predicted_BKD.ndim != 3
+        or predicted_BKD.shape != future_BKD.shape
+        or (0 in predicted_BKD.shape[:2])
     ):
         raise ConfigError(
             f"cpc: predictions {tuple(predicted_BKD.shape)} and futures {tuple(future_BKD.shape)}; "

@@ -11,14 +11,13 @@ from torch import nn
 
 from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.losses import cpc
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
-from clipsys.training.objectives.frame_views import frame_faults, frame_features, frame_views
+from clipsys.training.objectives.frame_views import frame_features, frame_views
 from clipsys.training.objectives.protocol import (
     Labels,
     Objective,
     ObjectiveConfig,
-    Sizes,
     Surroundings,
     View,
 )
@@ -36,7 +35,8 @@ class CPCConfig(ObjectiveConfig):
     frames: int = Field(5, ge=2, description="frames of a window, as data.frames.length")
     past: PositiveInt = Field(3, description="how many of them are seen; the others are predicted")
     context: Literal["gru", "mean"] = Field(
-        "gru", description="what sums up the features of the past: a recurrent network or their mean"
+        "gru",
+        description="what sums up the features of the past: a recurrent network or their mean",
     )
     context_width: PositiveInt | None = Field(
         None, description="width of context: gru; default that of the features"
@@ -77,6 +77,11 @@ class CPC(Objective[CPCConfig]):
 
     config = CPCConfig
 
+    @property
+    def num_frames(self) -> int:
+        """As the recipe says."""
+        return self.settings.frames
+
     def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
         """One of each frame."""
         return frame_views(augmentation, self.settings.frames)
@@ -111,8 +116,7 @@ class CPC(Objective[CPCConfig]):
         return cpc(outputs.rows["predicted"], outputs.rows["future"]), state
 
     def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """Data without windows of these frames, and a batch without negatives."""
-        yield from frame_faults(recipe, self.settings.name, self.settings.frames)
+        """A batch without negatives."""
         if recipe.data.batch_size < 2:
             yield "data.batch_size is 1, which leaves objective.name cpc no negatives; raise it"
 

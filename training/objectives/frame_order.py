@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -14,9 +13,9 @@ from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.model.outputs import Inputs, Outputs
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.draws import drawn_integers
-from clipsys.training.objectives.frame_views import frame_faults, frame_features, frame_views
+from clipsys.training.objectives.frame_views import frame_features, frame_views
 from clipsys.training.objectives.pretext import PretextConfig, PretextObjective
-from clipsys.training.objectives.protocol import Surroundings, View
+from clipsys.training.objectives.protocol import View
 
 
 class FrameOrderConfig(PretextConfig):
@@ -26,7 +25,7 @@ class FrameOrderConfig(PretextConfig):
     frames: int = Field(4, ge=3, le=6, description="frames of a window, as data.frames.length")
     task: Literal["sort", "verify"] = Field(
         "sort",
-        description="sort: which permutation the frames stand in; verify: whether they are in order",
+        description="sort: which permutation the frames stand in; verify: whether in order",
     )
 
 
@@ -58,6 +57,11 @@ class FrameOrder(PretextObjective[FrameOrderConfig]):
         """One a permutation, or in order and not."""
         return len(orders(self.settings.frames)) if self.settings.task == "sort" else 2
 
+    @property
+    def num_frames(self) -> int:
+        """As the recipe says."""
+        return self.settings.frames
+
     def head_width(self, width: int) -> int:
         """The features of all frames, side by side."""
         return self.settings.frames * width
@@ -76,10 +80,6 @@ class FrameOrder(PretextObjective[FrameOrderConfig]):
         # A frame passes the tower by itself: its features may be moved in its place.
         shuffled_BTD = features_BTD.gather(1, order_BT[:, :, None].expand_as(features_BTD))
         return self.answered(towers, shuffled_BTD.flatten(1), answer_B[:, None])
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """Data without windows of these frames."""
-        yield from frame_faults(recipe, self.settings.name, self.settings.frames)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import get_args
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from clipsys.training.data.augmentation import AugmentationConfig, Family
 from clipsys.training.model.outputs import Inputs
 from clipsys.training.model.towers import Towers
-from clipsys.training.objectives.protocol import Surroundings, View
+from clipsys.training.objectives.protocol import View
 
 _ALL: frozenset[Family] = frozenset(get_args(Family))
 
@@ -25,18 +24,3 @@ def frame_features(towers: Towers, inputs: Inputs) -> torch.Tensor:
     """(B, T, D): the tower's features of each frame; all frames pass it together."""
     features = towers.image_features(torch.cat(inputs.views)).chunk(len(inputs.views))
     return torch.stack(features, dim=1)
-
-
-def frame_faults(recipe: Surroundings, name: str, frames: int) -> Iterator[str]:
-    """Data whose rows are not windows of so many frames."""
-    found = recipe.data.frames
-    if found is None:
-        yield (
-            f"objective.name {name} needs windows of {frames} frames; set data.frames: "
-            f"{{length: {frames}}}"
-        )
-    elif found.length != frames:
-        yield (
-            f"objective.frames is {frames} and data.frames.length {found.length}; give both the "
-            "same number"
-        )

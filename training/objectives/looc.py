@@ -11,7 +11,7 @@ from torch import nn
 
 from clipsys.training.data.augmentation import AugmentationConfig, Family
 from clipsys.training.losses import enqueued, looc
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import (
     PROJECTION,
@@ -20,7 +20,7 @@ from clipsys.training.objectives.heads import (
     projection_heads,
     temperature_of,
 )
-from clipsys.training.objectives.protocol import Labels, Objective, Sizes, Surroundings, View
+from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
 
 #: Settings of ``augmentation`` that make a family change something.
 _SETTINGS: dict[Family, tuple[str, ...]] = {

@@ -12,9 +12,9 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from clipsys.training.model.outputs import Outputs, Rows, State
+from clipsys.training.model.outputs import Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
-from clipsys.training.objectives.protocol import Labels, Objective, ObjectiveConfig, Sizes
+from clipsys.training.objectives.protocol import Labels, Objective, ObjectiveConfig
 
 _HEAD = "answer"
 

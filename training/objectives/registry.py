@@ -32,6 +32,12 @@ BUILT_IN = {
     "sigmoid": "clipsys.training.objectives.sigmoid:Sigmoid",
     "simclr": "clipsys.training.objectives.simclr:SimCLR",
     "moco": "clipsys.training.objectives.moco:MoCo",
+    "looc": "clipsys.training.objectives.looc:LooC",
+    "rotation": "clipsys.training.objectives.rotation:Rotation",
+    "jigsaw": "clipsys.training.objectives.jigsaw:Jigsaw",
+    "colour": "clipsys.training.objectives.colour:Colour",
+    "frame_order": "clipsys.training.objectives.frame_order:FrameOrder",
+    "cpc": "clipsys.training.objectives.cpc:CPC",
 }
 
 

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import random
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clipsys.corpora.packing import pack
-from clipsys.errors import DataError
+from clipsys.errors import DataError, TrainingError
+from clipsys.images.preprocessing import Preprocessing
 from clipsys.shards.random_access import ShardReader
 from clipsys.shards.reading import expand_shards, iterate_samples
 from clipsys.shards.remote import ShardCache
 from clipsys.shards.samples import Sample
 from clipsys.shards.writing import write_shards
+from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.config import DataConfig, FramesConfig
 from clipsys.training.data.frames import FrameWindows, read_windows
-from clipsys.training.data.shard_set import ShardSet, open_shards
-from tests.conftest import noise_image
+from clipsys.training.data.samples import Batch, Decoder
+from clipsys.training.data.shard_set import ShardSet, open_shards, sample_order
+from tests.conftest import encode_png, no_tokenizer, noise_image
 
 #: Frames of each sequence; the last one is too short for a window of 3 frames.
 _LENGTHS = {"a": 5, "b/c": 4, "d": 2}
 
 
-def _image() -> bytes:
-    buffer = io.BytesIO()
-    noise_image(0, (8, 8)).save(buffer, "PNG")
-    return buffer.getvalue()
+def _image(number: int) -> bytes:
+    """An image whose colour is its number."""
+    return encode_png(np.full((8, 8, 3), number, dtype=np.uint8))
 
 
-def _write(folder: Path, metadata: list[dict[str, Any]]) -> ShardSet:
+def _write(folder: Path, metadata: list[dict[str, Any]], *, bad: Container[int] = ()) -> ShardSet:
     samples = [
-        Sample(f"{number:03d}", _image(), "png", (), None, one)
+        Sample(f"{number:03d}", b"-" if number in bad else _image(number), "png", (), None, one)
         for number, one in enumerate(metadata)
     ]
     write_shards(samples, folder, shard_bytes=4000)
@@ -155,3 +158,90 @@ def test_one_member_of_a_sample_is_read_without_the_others(
     assert reader.member(1, 0, "txt") is None
     monkeypatch.setattr("clipsys.shards.random_access.plain_member", lambda *_: None)
     assert reader.member(1, 0, "json") == raw["json"]  # by tarfile
+
+
+def _batches(shard_set: ShardSet, windows: FrameWindows, **options: Any) -> TrainingBatches:
+    frames = FramesConfig(length=windows.length)
+    order = sample_order(DataConfig(train="x", frames=frames), shard_set, 5, windows)
+    decoder = Decoder(
+        preprocessing=Preprocessing((8, 8)),
+        tokenizer=no_tokenizer,
+        captions="first",
+        positives="pair",
+        label_key=None,
+        max_image_pixels=1000,
+        seed=5,
+        needs_caption=False,
+    )
+    where: dict[str, Any] = {"rank": 0, "world_size": 1, "epochs": 2, "batch_size": 2} | options
+    return TrainingBatches(shard_set, order, decoder, windows=windows, **where)
+
+
+def _shown(batch: Batch) -> list[list[int]]:
+    """The number of each frame of each row, which is its colour."""
+    assert batch.image_BCHW is not None
+    return batch.image_BCHW[:, 0, 4, 4].view(len(batch.keys), -1).tolist()
+
+
+@pytest.mark.parametrize("pixel_cache_bytes", [0, 10**6])
+def test_rows_are_whole_windows_each_once_an_epoch(
+    shuffled: tuple[ShardSet, list[dict[str, Any]]], tmp_path: Path, pixel_cache_bytes: int
+) -> None:
+    shard_set, metadata = shuffled
+    windows = _read(FramesConfig(length=3), shard_set, tmp_path)
+    batches = list(_batches(shard_set, windows, pixel_cache_bytes=pixel_cache_bytes))
+    assert len(batches) == 2 * (windows.num_windows // 2)
+    rows = [row for batch in batches for row in _shown(batch)]
+    for row in rows:
+        places = [metadata[number] for number in row]
+        assert len({one["sequence"] for one in places}) == 1
+        first = places[0]["frame"]
+        assert [one["frame"] for one in places] == [first, first + 10, first + 20]
+    epochs = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert epochs[0] != epochs[1]
+    for epoch in epochs:
+        assert len({tuple(row) for row in epoch}) == len(epoch)
+    numbers = [int(number) for batch in batches[:2] for number in batch.samples_B]
+    assert [windows.samples_XT[number].tolist() for number in numbers] == rows[:4]
+
+
+def test_a_resume_and_a_split_among_ranks_ask_for_the_same_windows(
+    shuffled: tuple[ShardSet, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    shard_set, _ = shuffled
+    windows = _read(FramesConfig(length=3), shard_set, tmp_path)
+    whole = [_shown(batch) for batch in _batches(shard_set, windows)]
+    resumed = [_shown(batch) for batch in _batches(shard_set, windows, start_step=3)]
+    assert resumed == whole[3:]
+    parts = [
+        [_shown(batch) for batch in _batches(shard_set, windows, rank=rank, world_size=2)]
+        for rank in range(2)
+    ]
+    assert [[*first, *second] for first, second in zip(*parts, strict=True)] == whole
+
+
+def test_a_window_with_a_bad_frame_is_skipped(tmp_path: Path) -> None:
+    metadata = [{"sequence": 1, "frame": number} for number in range(6)]
+    shard_set = _write(tmp_path / "shards", metadata, bad={5})
+    windows = _read(FramesConfig(length=2), shard_set, tmp_path)
+    batches = list(_batches(shard_set, windows, batch_size=5, epochs=1))
+    (skipped,) = [one for batch in batches for one in batch.skipped]
+    assert (skipped.key, skipped.reason) == ("005", "not an image")
+    rows = _shown(batches[0])
+    assert len(rows) == 5 and not any(5 in row for row in rows)
+
+
+def test_the_order_of_windows_has_a_fingerprint_of_its_own(
+    shuffled: tuple[ShardSet, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    shard_set, _ = shuffled
+    orders = []
+    for length, stride in ((2, 1), (3, 1), (2, 2)):
+        config = FramesConfig(length=length, stride=stride)
+        windows = _read(config, shard_set, tmp_path)
+        orders.append(sample_order(DataConfig(train="x", frames=config), shard_set, 5, windows))
+    # The windows of (3, 1) and (2, 2) begin at the same frames.
+    assert orders[1].counts == orders[2].counts
+    assert len({order.fingerprint() for order in orders}) == 3
+    with pytest.raises(TrainingError, match="the shards hold only 5 windows of frames; lower it"):
+        orders[1].steps_per_epoch(6)

@@ -13,10 +13,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from clipsys.config import load_settings
 from clipsys.errors import ConfigError
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Sizes
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.colour import Colour, ColourConfig, luma, quantised_chroma
 from clipsys.training.objectives.draws import drawn_integers
+from clipsys.training.objectives.frame_order import orders, shuffled_orders
 from clipsys.training.objectives.jigsaw import (
     Jigsaw,
     JigsawConfig,
@@ -135,8 +136,6 @@ class _Seen(nn.Module):
 
 def _outputs(objective: Any, image: torch.Tensor, seeds: torch.Tensor | None = None) -> Any:
     torch.manual_seed(0)
-    from clipsys.training.objectives.protocol import Sizes
-
     clip = _Seen()
     towers = Towers(clip, objective.heads(Sizes(12, 100)), has_text=False)
     return clip, objective.forward(towers, Inputs((image,), (), seeds))
@@ -205,13 +204,58 @@ def test_rotation_refuses_images_that_are_not_square() -> None:
             {"objective": {"name": "colour"}, "augmentation": {"greyscale": 0.2}},
             "augmentation.greyscale is 0.2, which changes the colours",
         ),
-        ({"objective": {"name": "jigsaw", "tiles": 2}}, "num_permutations is 100; expected 2 to 24"),
+        (
+            {"objective": {"name": "jigsaw", "tiles": 2}},
+            "num_permutations is 100; expected 2 to 24",
+        ),
         (
             {"objective": {"name": "rotation", "head": "linear", "head_hidden": 3}},
             "head_hidden does nothing while head is linear",
+        ),
+        (
+            {"objective": {"name": "looc"}},
+            "objective.augmentations has colour, which augmentation does not change; set "
+            "augmentation.brightness or .* or leave it out",
+        ),
+        (
+            {"objective": {"name": "looc", "augmentations": ["blur", "blur"]}},
+            "objective.augmentations is .*; expected each family once",
+        ),
+        (
+            {"objective": {"name": "cpc"}},
+            r"needs windows of 5 frames; set data.frames: {length: 5}",
+        ),
+        (
+            {
+                "objective": {"name": "frame_order"},
+                "data": {"train": "x", "batch_size": 8, "frames": {"length": 3}},
+            },
+            "objective.frames is 4 and data.frames.length 3; give both the same number",
+        ),
+        (
+            {"objective": {"name": "cpc", "frames": 3, "past": 3}},
+            "past is 3 of 3 frames, which leaves none to predict",
+        ),
+        (
+            {"objective": {"name": "cpc", "context": "mean", "context_width": 3}},
+            "context_width does nothing while context is mean",
         ),
     ],
 )
 def test_what_contradicts_a_pretext_task_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_settings(Recipe, {"data": {"train": "x", "batch_size": 8}, **sections})
+
+
+def test_frames_are_shuffled_evenly_and_either_way() -> None:
+    seeds = torch.arange(6000)
+    order, answer = shuffled_orders(seeds, 3, verify=False)
+    counts = torch.unique(order, dim=0, return_counts=True)[1]
+    assert len(counts) == 6 and (counts - 1000).abs().max() < 150
+    for row, number in zip(order.tolist(), answer.tolist(), strict=True):
+        assert orders(3)[number] in (tuple(row), tuple(reversed(row)))
+    order, answer = shuffled_orders(seeds, 4, verify=True)
+    in_order = [row in ([0, 1, 2, 3], [3, 2, 1, 0]) for row in order.tolist()]
+    assert in_order == (answer == 1).tolist()
+    assert abs(sum(in_order) - 3000) < 200
+    assert len(torch.unique(order, dim=0)) == 24
