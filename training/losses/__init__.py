@@ -7,6 +7,7 @@
     contrastive         `info_nce` and `sigmoid_loss`, between images and texts
     two_views           `nt_xent`, between two views of each image
     key_queue           `moco`, against a queue, and the queue
+    redundancy          `barlow_twins` and `vicreg`, between the features of two views
     supervised          `supcon`, between all rows of a label
     leave_one_out       `looc`, the same in several spaces
     predictive          `cpc`, between predicted and true features
@@ -18,11 +19,13 @@ from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoi
 from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.leave_one_out import looc
 from clipsys.training.losses.predictive import cpc
+from clipsys.training.losses.redundancy import barlow_twins, vicreg
 from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
     "auto_tile_size",
+    "barlow_twins",
     "cpc",
     "enqueued",
     "info_nce",
@@ -31,4 +34,5 @@ __all__ = [
     "nt_xent",
     "sigmoid_loss",
     "supcon",
+    "vicreg",
 ]

@@ -3,6 +3,7 @@
 protocol            `Objective`, its settings, and what it is given
 registry            objectives by name, our own and those of other packages
 heads               projection heads
+two_views           what objectives over pairs of views share: simclr, barlow_twins, vicreg
 infonce, sigmoid    images with texts
 simclr, moco, looc  images alone
 supcon              images with labels, classification too

@@ -34,6 +34,8 @@ BUILT_IN = {
     "moco": "clipsys.training.objectives.moco:MoCo",
     "supcon": "clipsys.training.objectives.supcon:SupCon",
     "classification": "clipsys.training.objectives.classification:Classification",
+    "barlow_twins": "clipsys.training.objectives.barlow_twins:BarlowTwins",
+    "vicreg": "clipsys.training.objectives.vicreg:VICReg",
     "looc": "clipsys.training.objectives.looc:LooC",
     "rotation": "clipsys.training.objectives.rotation:Rotation",
     "jigsaw": "clipsys.training.objectives.jigsaw:Jigsaw",
