@@ -79,7 +79,7 @@ def one_way(
     tile_size: int,
 ) -> tuple[torch.Tensor, Gradients | None]:
     """Mean over queries of the cross-entropy over all keys against evenly spread positives."""
-    positives = _Positives(query_RD, key_CD, pairing)
+    positives = _Positives(query_RD, key_CD[pairing.paired], pairing.of_paired())
     mean = 1 / len(query_RD)
     entropy = scale.new_zeros((), dtype=torch.float64)
     query_gradient_RD = torch.zeros_like(query_RD) if needs_gradients else query_RD
@@ -103,8 +103,8 @@ def one_way(
     if not needs_gradients:
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
-    key_gradient_CD.sub_(positives.spread_queries(), alpha=mean)
-    return value.to(query_RD.dtype), _scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
+    key_gradient_CD[pairing.paired].sub_(positives.spread_queries(), alpha=mean)
+    return value.to(query_RD.dtype), scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
 
 
 def _row_softmax(tiles: LogitTiles, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,7 +174,7 @@ def two_way(
         key_gradient_RD[columns].addmm_(weight_TU.T, query_RD[rows])
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
     key_gradient_RD.sub_(positives.spread_queries(), alpha=mean)
-    return value.to(query_RD.dtype), _scaled(query_RD, query_gradient_RD, key_gradient_RD, scale)
+    return value.to(query_RD.dtype), scaled(query_RD, query_gradient_RD, key_gradient_RD, scale)
 
 
 def _two_calls(
@@ -233,7 +233,7 @@ def sigmoid(
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.sum_of_keys(), alpha=mean)
     key_gradient_CD.sub_(positives.sum_of_queries(), alpha=mean)
-    gradients = _scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
+    gradients = scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
     of_bias = (weights - positives.num_pairs() * mean).to(bias.dtype)
     return value.to(query_RD.dtype), gradients._replace(bias=of_bias)
 
@@ -291,7 +291,7 @@ class _Positives:
         return sum_GD.index_add_(0, self._group_R, value_RD)[self._group_C]
 
 
-def _scaled(
+def scaled(
     query_RD: torch.Tensor,
     query_gradient_RD: torch.Tensor,
     key_gradient_CD: torch.Tensor,

@@ -5,6 +5,7 @@ registry            objectives by name, our own and those of other packages
 heads               projection heads
 infonce, sigmoid    images with texts
 simclr, moco        images alone
+reweighted          hard_infonce, hard_simclr: negatives weighted by their hardness
 """
 
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
