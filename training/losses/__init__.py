@@ -9,6 +9,7 @@
     extra_texts         `neg_clip`, with texts that no image belongs to
     two_views           `nt_xent`, between two views of each image
     key_queue           `moco`, against a queue, and the queue
+    supervised          `supcon`, between all rows of a label
 
 Use the names of this package; its modules are internal.
 """
@@ -17,6 +18,7 @@ from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoi
 from clipsys.training.losses.extra_texts import neg_clip
 from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.reweighted import hard_info_nce, hard_nt_xent
+from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
@@ -29,4 +31,5 @@ __all__ = [
     "neg_clip",
     "nt_xent",
     "sigmoid_loss",
+    "supcon",
 ]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import gather_rows, rank
 from clipsys.training.losses.contrastive import auto_tile_size, check_pairs, pairing_of
-from clipsys.training.losses.tiled import Gradients, differentiable, scaled
+from clipsys.training.losses.tiled import Gradients, differentiable, scaled_gradients
 from clipsys.training.losses.tiles import LogitTiles, Pairing
 
 
@@ -231,7 +231,7 @@ def _one_way(
         )
         query_gradient_RD[rows].addmm_(weight_TU, key_CD[columns])
         key_gradient_CD[columns].addmm_(weight_TU.T, query_RD[rows])
-    gradients = scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
+    gradients = scaled_gradients(query_RD, query_gradient_RD, key_gradient_CD, scale)
     # The bound on the negatives depends on the scale too.
     of_scale = gradients.scale + found[4].to(scale.dtype)
     return value.detach().to(query_RD.dtype), gradients._replace(scale=of_scale)

@@ -104,7 +104,9 @@ def one_way(
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
     key_gradient_CD[pairing.paired].sub_(positives.spread_queries(), alpha=mean)
-    return value.to(query_RD.dtype), scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
+    return value.to(query_RD.dtype), scaled_gradients(
+        query_RD, query_gradient_RD, key_gradient_CD, scale
+    )
 
 
 def _row_softmax(tiles: LogitTiles, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,7 +176,9 @@ def two_way(
         key_gradient_RD[columns].addmm_(weight_TU.T, query_RD[rows])
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
     key_gradient_RD.sub_(positives.spread_queries(), alpha=mean)
-    return value.to(query_RD.dtype), scaled(query_RD, query_gradient_RD, key_gradient_RD, scale)
+    return value.to(query_RD.dtype), scaled_gradients(
+        query_RD, query_gradient_RD, key_gradient_RD, scale
+    )
 
 
 def _two_calls(
@@ -233,7 +237,7 @@ def sigmoid(
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.sum_of_keys(), alpha=mean)
     key_gradient_CD.sub_(positives.sum_of_queries(), alpha=mean)
-    gradients = scaled(query_RD, query_gradient_RD, key_gradient_CD, scale)
+    gradients = scaled_gradients(query_RD, query_gradient_RD, key_gradient_CD, scale)
     of_bias = (weights - positives.num_pairs() * mean).to(bias.dtype)
     return value.to(query_RD.dtype), gradients._replace(bias=of_bias)
 
@@ -291,7 +295,7 @@ class _Positives:
         return sum_GD.index_add_(0, self._group_R, value_RD)[self._group_C]
 
 
-def scaled(
+def scaled_gradients(
     query_RD: torch.Tensor,
     query_gradient_RD: torch.Tensor,
     key_gradient_CD: torch.Tensor,

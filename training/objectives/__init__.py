@@ -6,6 +6,7 @@ heads               projection heads
 infonce, sigmoid    images with texts
 simclr, moco        images alone
 reweighted          hard_infonce, hard_simclr: negatives weighted by their hardness
+supcon, classification        images with labels
 """
 
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State

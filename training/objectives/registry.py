@@ -34,6 +34,8 @@ BUILT_IN = {
     "hard_infonce": "clipsys.training.objectives.reweighted:HardInfoNCE",
     "hard_simclr": "clipsys.training.objectives.reweighted:HardSimCLR",
     "moco": "clipsys.training.objectives.moco:MoCo",
+    "supcon": "clipsys.training.objectives.supcon:SupCon",
+    "classification": "clipsys.training.objectives.classification:Classification",
 }
 
 

@@ -137,10 +137,12 @@ def all_cases(names: Sequence[str], *, cached: bool = True) -> list[Case]:
 def batch(step: int, num_views: int, sizes: Sequence[tuple[int, int]]) -> tuple[Inputs, Labels]:
     """The inputs and labels of a step: related views, captions, a sample or two met before."""
     generator = torch.Generator().manual_seed(step)
-    image = torch.randn(BATCH, 3, 32, 32, generator=generator)
+    # Large values: features of an untrained tower are all but equal otherwise, and gradients small
+    # differences, which float32 knows to four digits only.
+    image = 8 * torch.randn(BATCH, 3, 32, 32, generator=generator)
     views = []
     for _, size in zip(range(num_views), sizes, strict=True):
-        other = image + 0.5 * torch.randn(BATCH, 3, 32, 32, generator=generator)
+        other = image + 4 * torch.randn(BATCH, 3, 32, 32, generator=generator)
         views.append(F.interpolate(other, size))
     texts = torch.randint(1, 49, (BATCH, 8), generator=generator)
     texts[:, 5] = 49  # the largest number ends a text
@@ -317,9 +319,14 @@ def _unused(seen: Seen) -> tuple[torch.Tensor, State]:
 
 
 def distance(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Relative, in the Euclidean norm."""
+    """Relative, in the Euclidean norm.
+
+    The gradient of a temperature is a sum of large terms of both signs, so that its float32
+    rounding is relative to those, and not to what is left of them.
+    """
     actual, expected = (np.asarray(a, np.float64).reshape(-1) for a in (actual, expected))
-    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-8))
+    smallest = 0.1 if expected.size == 1 else 1e-8
+    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), smallest))
 
 
 def check_exact(
