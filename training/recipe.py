@@ -57,6 +57,7 @@ class Recipe(Settings):
         faults = (
             *self._idle_settings(objective),
             *self._idle_with_data(objective),
+            *self._frame_faults(objective),
             *self._conflicts(objective),
             *objective.faults(surroundings),
         )
@@ -140,6 +141,25 @@ class Recipe(Settings):
                 )
         if self.evaluation.classnames and not self.evaluation.zeroshot:
             yield "evaluation.classnames does nothing without evaluation.zeroshot"
+
+    def _frame_faults(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
+        """Windows of frames that the objective does not take, or none of those that it takes."""
+        frames, name, length = self.data.frames, self.objective.name, objective.num_frames
+        if length == 1 and frames is not None:
+            yield (
+                f"data.frames does nothing for objective.name {name}, which takes single images; "
+                "leave it out"
+            )
+        if length > 1 and frames is None:
+            yield (
+                f"objective.name {name} needs windows of {length} frames; set data.frames: "
+                f"{{length: {length}}}"
+            )
+        if length > 1 and frames is not None and frames.length != length:
+            yield (
+                f"objective.frames is {length} and data.frames.length {frames.length}; give both "
+                "the same number"
+            )
 
     def _conflicts(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Combinations that cannot be carried out, or not exactly."""

@@ -35,6 +35,7 @@ FIXED: dict[str, str] = {
     "data.shuffle_shards": "it decides which samples each step has seen",
     "data.resampled": "it decides which samples each step has seen",
     "data.samples_per_epoch": "it decides which samples each step has seen",
+    "data.frames": "it decides which windows each step has seen",
     "objective": "it decides which parameters and states there are",
     "optimizer.name": "the checkpoint holds the state of another optimizer",
     "data.classes": "it decides what the numbers of the classes mean",

@@ -18,6 +18,7 @@ from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.classes import class_names
+from clipsys.training.data.frames import FrameWindows, read_windows
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Batch, Decoder
@@ -65,7 +66,8 @@ class Run:
         model: what is trained, with its tokenizer and preprocessing. Its weights belong to the
             engine: ask `Engine.state_dict` for them.
         shard_set: the training data.
-        order: which sample stands where in each epoch.
+        order: which sample, or which window of frames, stands where in each epoch.
+        windows: windows of frames, of an objective over ordered frames.
         objective: what is minimised.
         classes: labels of the classes that a classifier tells apart, in the order of their
             numbers; empty where the objective needs none.
@@ -83,6 +85,7 @@ class Run:
     model: ModelParts
     shard_set: ShardSet
     order: SampleOrder
+    windows: FrameWindows | None
     objective: Objective[Any]
     classes: tuple[str, ...]
     plan: Plan
@@ -110,6 +113,7 @@ class Run:
             self.shard_set,
             self.order,
             _decoder(self.recipe, self.objective, self.model, self.classes),
+            windows=self.windows,
             cache=data.shard_cache,
             pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
             batch_size=data.batch_size,
@@ -141,12 +145,13 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     if checkpoint is not None:
         begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
     model = _model(begins_with, recipe, objective)
-    shard_set, order = _shards(recipe)
+    shard_set, windows, order = _shards(recipe)
     validation = _validation(recipe, objective, model)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
     classes = _classes(recipe, objective, shard_set)
-    sizes = Sizes(_width(model), shard_set.num_samples, len(classes))
+    num_samples = shard_set.num_samples if windows is None else windows.num_windows
+    sizes = Sizes(_width(model), num_samples, len(classes))
     trained = _trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
@@ -175,6 +180,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         model=model,
         shard_set=shard_set,
         order=order,
+        windows=windows,
         objective=objective,
         classes=classes,
         plan=plan,
@@ -222,14 +228,18 @@ def _width(model: ModelParts) -> int:
     return int(model.config["embed_dim"])
 
 
-def _shards(recipe: Recipe) -> tuple[ShardSet, SampleOrder]:
-    """The training data, the same files on every rank, and the order of their samples."""
+def _shards(recipe: Recipe) -> tuple[ShardSet, FrameWindows | None, SampleOrder]:
+    """The training data, the same files on every rank, and the order of samples or of windows."""
     shard_set = on_first_rank(lambda: open_shards(recipe.data))
     local = [shard for shard in shard_set.shards if not is_remote(shard)]
     require_same_files(local, setting="data.train")
-    order = sample_order(recipe.data, shard_set, recipe.seed)
+    windows, frames = None, recipe.data.frames
+    if frames is not None:
+        cache = recipe.data.shard_cache
+        windows = on_first_rank(lambda: read_windows(frames, shard_set, cache))
+    order = sample_order(recipe.data, shard_set, recipe.seed, windows)
     order.steps_per_epoch(recipe.data.batch_size)  # raises where there is not one
-    return shard_set, order
+    return shard_set, windows, order
 
 
 def _validation(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> Validation:
@@ -319,13 +329,14 @@ def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) ->
     """Says what the run is and what it takes."""
     data = run.recipe.data
     _logger.info(
-        "%d process(es) on %s, %s, ZeRO stage %d; %s samples in %d shards, %d epochs of %d "
+        "%d process(es) on %s, %s, ZeRO stage %d; %s samples%s in %d shards, %d epochs of %d "
         "steps, %d pairs each, %d rows of logits at once",
         world_size(),
         device.type,
         precision,
         run.recipe.engine.zero_stage,
         f"{run.shard_set.num_samples:,}",
+        "" if run.windows is None else f" ({run.windows.num_windows:,} windows)",
         len(run.shard_set.shards),
         run.recipe.schedule.epochs,
         run.steps_per_epoch,

@@ -28,6 +28,15 @@ class SourceConfig(Settings):
     )
 
 
+class FramesConfig(Settings):
+    """Ordered frames: rows are windows of consecutive frames of a sequence, not single images."""
+
+    sequence: str = Field("sequence", description="metadata key that names a frame's sequence")
+    index: str = Field("frame", description="metadata key, a number that orders a sequence")
+    length: int = Field(ge=2, description="frames of a window")
+    stride: PositiveInt = Field(1, description="every so many-th frame is one of the window")
+
+
 class DataConfig(Settings):
     """What is trained on."""
 
@@ -90,6 +99,9 @@ class DataConfig(Settings):
         description="labels of the classes, in the order of their numbers, or a file with one a "
         "line, for objectives that train a classifier; default those of the training samples, "
         "which are read once at the start",
+    )
+    frames: FramesConfig | None = Field(
+        None, description="what makes windows of frames, for objectives over ordered frames"
     )
     decode: Literal["fast", "exact"] = Field(
         "fast",

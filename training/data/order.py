@@ -44,6 +44,11 @@ class SampleOrder:
     weights: tuple[float, ...] | None = None
 
     @property
+    def unit(self) -> str:
+        """What stands at a position, in the plural."""
+        return "samples"
+
+    @property
     def num_positions(self) -> int:
         """Samples of an epoch, before the uneven end is dropped."""
         return self.samples_per_epoch or sum(self.counts)
@@ -59,7 +64,7 @@ class SampleOrder:
             place = "an epoch has" if self.samples_per_epoch else "the shards hold"
             raise TrainingError(
                 f"data.batch_size is {batch_size}, but {place} only {self.num_positions} "
-                "samples; lower it or add data"
+                f"{self.unit}; lower it or add data"
             )
         return steps
 
@@ -96,6 +101,22 @@ class SampleOrder:
         weights = np.asarray(self.weights or 1.0, dtype=np.float64)
         shares: npt.NDArray[np.float64] = counts * weights / (counts * weights).sum()
         return shares
+
+
+@dataclass(frozen=True)
+class WindowOrder(SampleOrder):
+    """The same over windows of frames, which belong to the shards of their first frames.
+
+    Attributes:
+        windows: fingerprint of the windows.
+    """
+
+    windows: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What stands at a position, in the plural."""
+        return "windows of frames"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

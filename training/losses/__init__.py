@@ -10,6 +10,8 @@
     two_views           `nt_xent`, between two views of each image
     key_queue           `moco`, against a queue, and the queue
     supervised          `supcon`, between all rows of a label
+    leave_one_out       `looc`, the same in several spaces
+    predictive          `cpc`, between predicted and true features
 
 Use the names of this package; its modules are internal.
 """
@@ -17,16 +19,20 @@ Use the names of this package; its modules are internal.
 from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoid_loss
 from clipsys.training.losses.extra_texts import neg_clip
 from clipsys.training.losses.key_queue import enqueued, moco
+from clipsys.training.losses.leave_one_out import looc
+from clipsys.training.losses.predictive import cpc
 from clipsys.training.losses.reweighted import hard_info_nce, hard_nt_xent
 from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
     "auto_tile_size",
+    "cpc",
     "enqueued",
     "hard_info_nce",
     "hard_nt_xent",
     "info_nce",
+    "looc",
     "moco",
     "neg_clip",
     "nt_xent",

@@ -4,9 +4,12 @@ protocol            `Objective`, its settings, and what it is given
 registry            objectives by name, our own and those of other packages
 heads               projection heads
 infonce, sigmoid    images with texts
-simclr, moco        images alone
+simclr, moco, looc  images alone
 reweighted          hard_infonce, hard_simclr: negatives weighted by their hardness
-supcon, classification        images with labels
+supcon              images with labels, classification too
+pretext             what the tasks that need no labels share: rotation, jigsaw, colour
+frame_views         what objectives over ordered frames share: frame_order, cpc
+draws               random numbers of single rows
 """
 
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State

@@ -36,6 +36,12 @@ BUILT_IN = {
     "moco": "clipsys.training.objectives.moco:MoCo",
     "supcon": "clipsys.training.objectives.supcon:SupCon",
     "classification": "clipsys.training.objectives.classification:Classification",
+    "looc": "clipsys.training.objectives.looc:LooC",
+    "rotation": "clipsys.training.objectives.rotation:Rotation",
+    "jigsaw": "clipsys.training.objectives.jigsaw:Jigsaw",
+    "colour": "clipsys.training.objectives.colour:Colour",
+    "frame_order": "clipsys.training.objectives.frame_order:FrameOrder",
+    "cpc": "clipsys.training.objectives.cpc:CPC",
 }
 
 
