@@ -31,6 +31,8 @@ BUILT_IN = {
     "infonce": "clipsys.training.objectives.infonce:InfoNCE",
     "sigmoid": "clipsys.training.objectives.sigmoid:Sigmoid",
     "simclr": "clipsys.training.objectives.simclr:SimCLR",
+    "hard_infonce": "clipsys.training.objectives.reweighted:HardInfoNCE",
+    "hard_simclr": "clipsys.training.objectives.reweighted:HardSimCLR",
     "moco": "clipsys.training.objectives.moco:MoCo",
     "supcon": "clipsys.training.objectives.supcon:SupCon",
     "classification": "clipsys.training.objectives.classification:Classification",
