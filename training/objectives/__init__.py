@@ -3,8 +3,8 @@
 protocol            `Objective`, its settings, and what it is given
 registry            objectives by name, our own and those of other packages
 heads               projection heads
-infonce, sigmoid    images with texts
-simclr, moco, looc  images alone
+infonce, sigmoid    images with texts; infonce_queue and slip too
+simclr, moco, looc  images alone; moco_v3 and memory_bank too
 supcon              images with labels, classification too
 pretext             what the tasks that need no labels share: rotation, jigsaw, colour
 frame_views         what objectives over ordered frames share: frame_order, cpc

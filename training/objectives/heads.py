@@ -21,13 +21,9 @@ PROJECTION = "projection"
 _TEMPERATURE = "temperature"
 
 
-class ProjectionConfig(ObjectiveConfig):
-    """Settings of an objective on projected features."""
+class HeadConfig(ObjectiveConfig):
+    """Settings of a projection head."""
 
-    temperature: PositiveFloat = Field(0.1, description="what cosines are divided by")
-    learn_temperature: bool = Field(
-        False, description="train the temperature, from the one that is set"
-    )
     head: Literal["mlp", "linear", "none"] = Field(
         "mlp", description="what projects the tower's features: two layers, one, or nothing"
     )
@@ -37,7 +33,7 @@ class ProjectionConfig(ObjectiveConfig):
     head_width: PositiveInt = Field(128, description="width of the projection")
 
     @model_validator(mode="after")
-    def _check(self) -> ProjectionConfig:
+    def _check(self) -> HeadConfig:
         if self.head_hidden is not None and self.head != "mlp":
             raise ValueError(f"head_hidden does nothing while head is {self.head}; leave it out")
         default = type(self).model_fields["head_width"].default
@@ -50,8 +46,17 @@ class ProjectionConfig(ObjectiveConfig):
         return width if self.head == "none" else self.head_width
 
 
-def projection_heads(settings: ProjectionConfig, width: int) -> nn.ModuleDict:
-    """The projection, and the temperature if it is learned."""
+class ProjectionConfig(HeadConfig):
+    """Settings of an objective on projected features."""
+
+    temperature: PositiveFloat = Field(0.1, description="what cosines are divided by")
+    learn_temperature: bool = Field(
+        False, description="train the temperature, from the one that is set"
+    )
+
+
+def projection_heads(settings: HeadConfig, width: int) -> nn.ModuleDict:
+    """The projection, and the temperature if there is one that is learned."""
     heads: dict[str, nn.Module] = {}
     if settings.head == "linear":
         heads[PROJECTION] = nn.Linear(width, settings.head_width)
@@ -60,7 +65,7 @@ def projection_heads(settings: ProjectionConfig, width: int) -> nn.ModuleDict:
         heads[PROJECTION] = nn.Sequential(
             nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, settings.head_width)
         )
-    if settings.learn_temperature:
+    if isinstance(settings, ProjectionConfig) and settings.learn_temperature:
         heads[_TEMPERATURE] = _LogScale(1 / settings.temperature)
     return nn.ModuleDict(heads)
 
@@ -73,7 +78,7 @@ class _LogScale(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(scale)))
 
 
-def project(settings: ProjectionConfig, towers: Towers, image_BCHW: torch.Tensor) -> torch.Tensor:
+def project(settings: HeadConfig, towers: Towers, image_BCHW: torch.Tensor) -> torch.Tensor:
     """Unit-norm projections of images, float32."""
     features_BD = towers.image_features(image_BCHW)
     if settings.head != "none":
