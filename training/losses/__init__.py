@@ -10,6 +10,9 @@
     two_views           `nt_xent`, between two views of each image
     key_queue           `moco`, against a queue, and the queue
     redundancy          `barlow_twins` and `vicreg`, between the features of two views
+    momentum_keys       `moco_v3`, against momentum keys of the batch
+    memory_bank         `bank_softmax` and `bank_nce`, against a bank of all samples, and the bank
+    queued_pairs        `queued_info_nce`, between images and texts of the batch and of queues
     supervised          `supcon`, between all rows of a label
     leave_one_out       `looc`, the same in several spaces
     predictive          `cpc`, between predicted and true features
@@ -21,14 +24,28 @@ from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoi
 from clipsys.training.losses.extra_texts import neg_clip
 from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.leave_one_out import looc
+from clipsys.training.losses.memory_bank import (
+    bank_log_normaliser,
+    bank_nce,
+    bank_softmax,
+    bank_updated,
+)
+from clipsys.training.losses.momentum_keys import moco_v3
 from clipsys.training.losses.predictive import cpc
+from clipsys.training.losses.queued_pairs import PairKeys, PairQueue, queued_info_nce
 from clipsys.training.losses.redundancy import barlow_twins, vicreg
 from clipsys.training.losses.reweighted import hard_info_nce, hard_nt_xent
 from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
+    "PairKeys",
+    "PairQueue",
     "auto_tile_size",
+    "bank_log_normaliser",
+    "bank_nce",
+    "bank_softmax",
+    "bank_updated",
     "barlow_twins",
     "cpc",
     "enqueued",
@@ -37,8 +54,10 @@ __all__ = [
     "info_nce",
     "looc",
     "moco",
+    "moco_v3",
     "neg_clip",
     "nt_xent",
+    "queued_info_nce",
     "sigmoid_loss",
     "supcon",
     "vicreg",

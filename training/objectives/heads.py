@@ -91,16 +91,11 @@ def mlp(
     return nn.Sequential(*parts, nn.Linear(hidden, out))
 
 
-def heads_of(settings: HeadConfig, width: int) -> nn.ModuleDict:
-    """The projection, by the name that `features_of` looks for."""
+def projection_heads(settings: HeadConfig, width: int) -> nn.ModuleDict:
+    """The projection, and the temperature if there is one that is learned."""
     module = projection(settings, width)
-    return nn.ModuleDict({} if module is None else {PROJECTION: module})
-
-
-def projection_heads(settings: ProjectionConfig, width: int) -> nn.ModuleDict:
-    """The projection, and the temperature if it is learned."""
-    heads = heads_of(settings, width)
-    if settings.learn_temperature:
+    heads = nn.ModuleDict({} if module is None else {PROJECTION: module})
+    if isinstance(settings, ProjectionConfig) and settings.learn_temperature:
         heads[_TEMPERATURE] = _LogScale(1 / settings.temperature)
     return heads
 

@@ -10,12 +10,11 @@ from pydantic import Field
 from torch import nn
 
 from clipsys.training.losses import nt_xent
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import (
     ProjectionConfig,
     learned_scale,
-    projection_heads,
     temperature_of,
 )
 from clipsys.training.objectives.protocol import Labels, Surroundings
@@ -52,10 +51,6 @@ class SimCLR(TwoViewObjective[SimCLRConfig]):
     """
 
     config = SimCLRConfig
-
-    def heads(self, sizes: Sizes) -> nn.ModuleDict:
-        """The projection, and the temperature if it is learned."""
-        return projection_heads(self.settings, sizes.width)
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
         """Unit-norm projections of both views."""

@@ -10,7 +10,7 @@ from torch import nn
 from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.model.outputs import Inputs, Outputs, Sizes
 from clipsys.training.model.towers import Towers
-from clipsys.training.objectives.heads import HeadConfig, features_of, heads_of
+from clipsys.training.objectives.heads import HeadConfig, features_of, projection_heads
 from clipsys.training.objectives.protocol import Objective, View
 
 HeadConfigT = TypeVar("HeadConfigT", bound=HeadConfig)
@@ -24,8 +24,8 @@ class TwoViewObjective(Objective[HeadConfigT]):
         return View(augmentation), View(augmentation)
 
     def heads(self, sizes: Sizes) -> nn.ModuleDict:
-        """The projection."""
-        return heads_of(self.settings, sizes.width)
+        """The projection, and the temperature if there is one that is learned."""
+        return projection_heads(self.settings, sizes.width)
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
         """Projections of both views, which pass the tower together."""

@@ -363,8 +363,10 @@ def _compare(case: Case, expected: Result, shares: list[Result], tolerance: floa
                 assert distance(share.gradients[name], gradient) < limit, (case, name)
         assert set(share.weights) == set(expected.weights), case
         for name, weight in expected.weights.items():
+            # AdamW takes a step of full length where a gradient is all but zero.
             np.testing.assert_allclose(
-                share.weights[name].reshape(weight.shape), weight, rtol=0, atol=tolerance,
+                share.weights[name].reshape(weight.shape), weight, rtol=0,
+                atol=tolerance if case.optimizer == "sgd" else 5 * tolerance,
                 err_msg=f"{case}: {name}",
             )  # fmt: skip
         assert set(share.state) == set(expected.state), case
