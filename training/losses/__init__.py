@@ -10,6 +10,10 @@
     supervised          `supcon`, between all rows of a label
     leave_one_out       `looc`, the same in several spaces
     predictive          `cpc`, between predicted and true features
+    distances           means over the distances of all rows
+    metric              `triplet` and `margin_contrastive`, of distances with a margin
+    n_pairs             `n_pair`, of products that are not normalised
+    noise_contrastive   `info_nce_views`, `nce` and `logistic`, between two views in one direction
 
 Use the names of this package; its modules are internal.
 """
@@ -17,6 +21,9 @@ Use the names of this package; its modules are internal.
 from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoid_loss
 from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.leave_one_out import looc
+from clipsys.training.losses.metric import margin_contrastive, triplet
+from clipsys.training.losses.n_pairs import n_pair
+from clipsys.training.losses.noise_contrastive import info_nce_views, logistic, nce
 from clipsys.training.losses.predictive import cpc
 from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
@@ -26,9 +33,15 @@ __all__ = [
     "cpc",
     "enqueued",
     "info_nce",
+    "info_nce_views",
+    "logistic",
     "looc",
+    "margin_contrastive",
     "moco",
+    "n_pair",
+    "nce",
     "nt_xent",
     "sigmoid_loss",
     "supcon",
+    "triplet",
 ]
