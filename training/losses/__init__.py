@@ -5,8 +5,11 @@
     triton_kernels      the same in Triton kernels
     fused               the autograd function around those kernels
     contrastive         `info_nce` and `sigmoid_loss`, between images and texts
+    reweighted          `hard_info_nce` and `hard_nt_xent`, which weight negatives by hardness
+    extra_texts         `neg_clip`, with texts that no image belongs to
     two_views           `nt_xent`, between two views of each image
     key_queue           `moco`, against a queue, and the queue
+    redundancy          `barlow_twins` and `vicreg`, between the features of two views
     supervised          `supcon`, between all rows of a label
     leave_one_out       `looc`, the same in several spaces
     predictive          `cpc`, between predicted and true features
@@ -19,19 +22,25 @@ Use the names of this package; its modules are internal.
 """
 
 from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoid_loss
+from clipsys.training.losses.extra_texts import neg_clip
 from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.leave_one_out import looc
 from clipsys.training.losses.metric import margin_contrastive, triplet
 from clipsys.training.losses.n_pairs import n_pair
 from clipsys.training.losses.noise_contrastive import info_nce_views, logistic, nce
 from clipsys.training.losses.predictive import cpc
+from clipsys.training.losses.redundancy import barlow_twins, vicreg
+from clipsys.training.losses.reweighted import hard_info_nce, hard_nt_xent
 from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
     "auto_tile_size",
+    "barlow_twins",
     "cpc",
     "enqueued",
+    "hard_info_nce",
+    "hard_nt_xent",
     "info_nce",
     "info_nce_views",
     "logistic",
@@ -40,8 +49,10 @@ __all__ = [
     "moco",
     "n_pair",
     "nce",
+    "neg_clip",
     "nt_xent",
     "sigmoid_loss",
     "supcon",
     "triplet",
+    "vicreg",
 ]

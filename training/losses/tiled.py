@@ -79,7 +79,7 @@ def one_way(
     tile_size: int,
 ) -> tuple[torch.Tensor, Gradients | None]:
     """Mean over queries of the cross-entropy over all keys against evenly spread positives."""
-    positives = _Positives(query_RD, key_CD, pairing)
+    positives = _Positives(query_RD, key_CD[pairing.paired], pairing.of_paired())
     mean = 1 / len(query_RD)
     entropy = scale.new_zeros((), dtype=torch.float64)
     query_gradient_RD = torch.zeros_like(query_RD) if needs_gradients else query_RD
@@ -103,7 +103,7 @@ def one_way(
     if not needs_gradients:
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
-    key_gradient_CD.sub_(positives.spread_queries(), alpha=mean)
+    key_gradient_CD[pairing.paired].sub_(positives.spread_queries(), alpha=mean)
     return value.to(query_RD.dtype), scaled_gradients(
         query_RD, query_gradient_RD, key_gradient_CD, scale
     )

@@ -3,8 +3,10 @@
 protocol            `Objective`, its settings, and what it is given
 registry            objectives by name, our own and those of other packages
 heads               projection heads
+two_views           what objectives over pairs of views share: simclr, barlow_twins, vicreg
 infonce, sigmoid    images with texts
 simclr, moco, looc  images alone
+reweighted          hard_infonce, hard_simclr: negatives weighted by their hardness
 supcon              images with labels, classification too
 pretext             what the tasks that need no labels share: rotation, jigsaw, colour
 frame_views         what objectives over ordered frames share: frame_order, cpc
