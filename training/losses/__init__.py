@@ -16,6 +16,10 @@
     supervised          `supcon`, between all rows of a label
     leave_one_out       `looc`, the same in several spaces
     predictive          `cpc`, between predicted and true features
+    distances           means over the distances of all rows
+    metric              `triplet` and `margin_contrastive`, of distances with a margin
+    n_pairs             `n_pair`, of products that are not normalised
+    noise_contrastive   `info_nce_views`, `nce` and `logistic`, between two views in one direction
 
 Use the names of this package; its modules are internal.
 """
@@ -30,7 +34,10 @@ from clipsys.training.losses.memory_bank import (
     bank_softmax,
     bank_updated,
 )
+from clipsys.training.losses.metric import margin_contrastive, triplet
 from clipsys.training.losses.momentum_keys import moco_v3
+from clipsys.training.losses.n_pairs import n_pair
+from clipsys.training.losses.noise_contrastive import info_nce_views, logistic, nce
 from clipsys.training.losses.predictive import cpc
 from clipsys.training.losses.queued_pairs import PairKeys, PairQueue, queued_info_nce
 from clipsys.training.losses.redundancy import barlow_twins, vicreg
@@ -52,13 +59,19 @@ __all__ = [
     "hard_info_nce",
     "hard_nt_xent",
     "info_nce",
+    "info_nce_views",
+    "logistic",
     "looc",
+    "margin_contrastive",
     "moco",
     "moco_v3",
+    "n_pair",
+    "nce",
     "neg_clip",
     "nt_xent",
     "queued_info_nce",
     "sigmoid_loss",
     "supcon",
+    "triplet",
     "vicreg",
 ]
