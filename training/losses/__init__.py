@@ -10,6 +10,7 @@
     supervised          `supcon`, between all rows of a label
     leave_one_out       `looc`, the same in several spaces
     predictive          `cpc`, between predicted and true features
+    swapped_codes       `swav`, between scores and codes of views
 
 Use the names of this package; its modules are internal.
 """
@@ -19,6 +20,7 @@ from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.leave_one_out import looc
 from clipsys.training.losses.predictive import cpc
 from clipsys.training.losses.supervised import supcon
+from clipsys.training.losses.swapped_codes import swav
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
@@ -31,4 +33,5 @@ __all__ = [
     "nt_xent",
     "sigmoid_loss",
     "supcon",
+    "swav",
 ]
