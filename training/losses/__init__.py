@@ -20,6 +20,7 @@
     metric              `triplet` and `margin_contrastive`, of distances with a margin
     n_pairs             `n_pair`, of products that are not normalised
     noise_contrastive   `info_nce_views`, `nce` and `logistic`, between two views in one direction
+    swapped_codes       `swav`, between scores and codes of views
 
 Use the names of this package; its modules are internal.
 """
@@ -43,6 +44,7 @@ from clipsys.training.losses.queued_pairs import PairKeys, PairQueue, queued_inf
 from clipsys.training.losses.redundancy import barlow_twins, vicreg
 from clipsys.training.losses.reweighted import hard_info_nce, hard_nt_xent
 from clipsys.training.losses.supervised import supcon
+from clipsys.training.losses.swapped_codes import swav
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "queued_info_nce",
     "sigmoid_loss",
     "supcon",
+    "swav",
     "triplet",
     "vicreg",
 ]
