@@ -67,12 +67,17 @@ class Recipe(Settings):
     def _idle_settings(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Settings that would silently do nothing."""
         data, model, name = self.data, self.model, self.objective.name
-        if objective.positives != "label" and not objective.needs_classes and data.label_key:
+        if data.label_key and not objective.uses_labels:
             yield (
                 f"data.label_key is {data.label_key!r}, which does nothing for objective.name "
                 f"{name} unless objective.positives is label; leave it out"
             )
-        if data.classes is not None and not objective.needs_classes:
+        if data.label_noise and not objective.uses_labels:
+            yield (
+                f"data.label_noise does nothing for objective.name {name}, which uses no labels; "
+                "leave it out"
+            )
+        if data.classes is not None and not (objective.needs_classes or data.label_noise):
             yield (
                 f"data.classes does nothing for objective.name {name}, which trains no classifier; "
                 "leave it out"

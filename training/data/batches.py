@@ -26,7 +26,7 @@ negative.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -38,6 +38,7 @@ from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.pixel_cache import make_cache
 from clipsys.training.data.samples import Batch, Decoder, Row, Skipped
 from clipsys.training.data.shard_set import MIXED_REMOTE_SHARDS, ShardSet
+from clipsys.training.data.subset import Subset
 
 #: Bytes of a sample in a batch beside its image: tokens, ids, names.
 _OTHER_BYTES = 2048
@@ -76,9 +77,15 @@ class TrainingBatches(Dataset[Batch]):
         starts = itertools.accumulate(shard_set.counts, initial=0)
         self._first_numbers = tuple(starts)
         self._pixels = None
+        #: Of a subset, where each sample's image lies in the cache.
+        self._cache_rows: dict[int, int] | None = None
         if epochs > 1 and decoder.needs_image:
+            self._cache_rows = _numbered(order.subset, self._first_numbers)
+            num_images = shard_set.num_samples
             self._pixels = make_cache(
-                shard_set.num_samples, decoder.preprocessing.size, limit_bytes=pixel_cache_bytes
+                num_images if self._cache_rows is None else len(self._cache_rows),
+                decoder.preprocessing.size,
+                limit_bytes=pixel_cache_bytes,
             )
         self._order = order
         self._decoder = decoder
@@ -142,10 +149,11 @@ class TrainingBatches(Dataset[Batch]):
         return rows, skipped
 
     def _row(self, raw: dict[str, Any], epoch: int, position: int, number: int) -> Row:
-        known = None if self._pixels is None else self._pixels.get(number)
+        place = number if self._cache_rows is None else self._cache_rows[number]
+        known = None if self._pixels is None else self._pixels.get(place)
         row = self._decoder.row(raw, epoch, position, known, number=number)
         if self._pixels is not None and known is None and row.image is not None:
-            self._pixels.put(number, row.image)
+            self._pixels.put(place, row.image)
         return row
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
@@ -159,3 +167,15 @@ class TrainingBatches(Dataset[Batch]):
             f"step {step}: none of the {self._micro_size} samples of this rank can be used; "
             f"first: {bad.shard}#{bad.key}: {bad.reason}"
         )
+
+
+def _numbered(subset: Subset | None, first_numbers: Sequence[int]) -> dict[int, int] | None:
+    """The place within a subset of each of its samples, by its number among all samples."""
+    if subset is None:
+        return None
+    numbers = (
+        first + sample
+        for first, of_shard in zip(first_numbers, subset, strict=False)
+        for sample in of_shard
+    )
+    return {number: place for place, number in enumerate(numbers)}

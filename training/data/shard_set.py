@@ -15,6 +15,7 @@ from clipsys.shards.remote import is_remote
 from clipsys.training.data.config import DataConfig
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Skipped
+from clipsys.training.data.subset import Subset
 
 _logger = logging.getLogger(__name__)
 
@@ -95,8 +96,11 @@ def open_shards(config: DataConfig) -> ShardSet:
     return ShardSet(shards, counts, sources, tuple(faults), tuple(warnings))
 
 
-def sample_order(config: DataConfig, shard_set: ShardSet, seed: int) -> SampleOrder:
-    """The order that a recipe's ``data`` section asks for."""
+def sample_order(
+    config: DataConfig, shard_set: ShardSet, seed: int, subset: Subset | None = None
+) -> SampleOrder:
+    """The order that a recipe's ``data`` section asks for, of all samples or of a few."""
+    counts = shard_set.counts if subset is None else tuple(map(len, subset))
     weights = None
     if any(source.weight for source in config.sources):
         totals = [0] * len(config.sources)
@@ -104,12 +108,12 @@ def sample_order(config: DataConfig, shard_set: ShardSet, seed: int) -> SampleOr
             totals[source] += count
         # A weight is a source's share of what is drawn, however many samples it has.
         weights = tuple((config.sources[s].weight or 0.0) / totals[s] for s in shard_set.sources)
-    drawn = (config.samples_per_epoch or shard_set.num_samples) if config.resampled else None
+    drawn = (config.samples_per_epoch or sum(counts)) if config.resampled else None
     mixed = config.shuffle_shards
     if mixed is None and any(is_remote(shard) for shard in shard_set.shards):
         mixed = MIXED_REMOTE_SHARDS
-    order = SampleOrder(shard_set.counts, seed, mixed, drawn, weights)
-    if order.num_positions < config.batch_size and not config.resampled:
+    order = SampleOrder(counts, seed, mixed, drawn, weights, subset)
+    if order.num_positions < config.batch_size and not config.resampled and subset is None:
         _check_names(shard_set, config)
     return order
 

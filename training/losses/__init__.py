@@ -8,13 +8,24 @@
     two_views           `nt_xent`, between two views of each image
     key_queue           `moco`, against a queue, and the queue
     supervised          `supcon`, between all rows of a label
+    classified          `scl`, cross-entropy of a classifier with `supcon`
 
 Use the names of this package; its modules are internal.
 """
 
+from clipsys.training.losses.classified import scl
 from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoid_loss
 from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
 
-__all__ = ["auto_tile_size", "enqueued", "info_nce", "moco", "nt_xent", "sigmoid_loss", "supcon"]
+__all__ = [
+    "auto_tile_size",
+    "enqueued",
+    "info_nce",
+    "moco",
+    "nt_xent",
+    "scl",
+    "sigmoid_loss",
+    "supcon",
+]

@@ -21,13 +21,18 @@ PROJECTION = "projection"
 _TEMPERATURE = "temperature"
 
 
-class ProjectionConfig(ObjectiveConfig):
-    """Settings of an objective on projected features."""
+class TemperatureConfig(ObjectiveConfig):
+    """Settings of an objective with a temperature of its own."""
 
     temperature: PositiveFloat = Field(0.1, description="what cosines are divided by")
     learn_temperature: bool = Field(
         False, description="train the temperature, from the one that is set"
     )
+
+
+class ProjectionConfig(TemperatureConfig):
+    """Settings of an objective on projected features."""
+
     head: Literal["mlp", "linear", "none"] = Field(
         "mlp", description="what projects the tower's features: two layers, one, or nothing"
     )
@@ -60,9 +65,14 @@ def projection_heads(settings: ProjectionConfig, width: int) -> nn.ModuleDict:
         heads[PROJECTION] = nn.Sequential(
             nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, settings.head_width)
         )
-    if settings.learn_temperature:
-        heads[_TEMPERATURE] = _LogScale(1 / settings.temperature)
-    return nn.ModuleDict(heads)
+    return nn.ModuleDict({**heads, **temperature_heads(settings)})
+
+
+def temperature_heads(settings: TemperatureConfig) -> dict[str, nn.Module]:
+    """The temperature as a head, if it is learned."""
+    if not settings.learn_temperature:
+        return {}
+    return {_TEMPERATURE: _LogScale(1 / settings.temperature)}
 
 
 class _LogScale(nn.Module):
@@ -81,7 +91,7 @@ def project(settings: ProjectionConfig, towers: Towers, image_BCHW: torch.Tensor
     return nn.functional.normalize(features_BD, dim=-1)
 
 
-def learned_scale(settings: ProjectionConfig, towers: Towers) -> dict[str, torch.Tensor]:
+def learned_scale(settings: TemperatureConfig, towers: Towers) -> dict[str, torch.Tensor]:
     """The inverse temperature among the shared outputs, if it is learned."""
     if not settings.learn_temperature:
         return {}
@@ -89,7 +99,7 @@ def learned_scale(settings: ProjectionConfig, towers: Towers) -> dict[str, torch
 
 
 def temperature_of(
-    settings: ProjectionConfig, shared: dict[str, torch.Tensor]
+    settings: TemperatureConfig, shared: dict[str, torch.Tensor]
 ) -> float | torch.Tensor:
     """The temperature of this step: the learned one or the fixed one."""
     return 1 / shared["logit_scale"] if "logit_scale" in shared else settings.temperature

@@ -33,6 +33,7 @@ BUILT_IN = {
     "simclr": "clipsys.training.objectives.simclr:SimCLR",
     "moco": "clipsys.training.objectives.moco:MoCo",
     "supcon": "clipsys.training.objectives.supcon:SupCon",
+    "scl": "clipsys.training.objectives.scl:SCL",
     "classification": "clipsys.training.objectives.classification:Classification",
 }
 
