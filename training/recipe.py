@@ -103,6 +103,13 @@ class Recipe(Settings):
             )
         if self.evaluation.knn and not data.validation:
             yield "evaluation.knn does nothing without data.validation"
+        if self.evaluation.classifier and not objective.classifies:
+            yield (
+                f"evaluation.classifier does nothing for objective.name {name}, which trains no "
+                "classifier; leave it out"
+            )
+        if self.evaluation.classifier and not data.validation:
+            yield "evaluation.classifier does nothing without data.validation"
         if self.engine.cache_on_host and data.micro_batch_size is None:
             yield "engine.cache_on_host does nothing without data.micro_batch_size"
         if model.unlocked_image_blocks == 0 and model.unlocked_text_blocks == 0:
@@ -123,6 +130,9 @@ class Recipe(Settings):
             ("data.load_size", self.data.load_size),
             ("model.patch_dropout", self.model.patch_dropout or None),
             ("evaluation.knn", self.evaluation.knn),
+            ("evaluation.match", self.evaluation.match),
+            ("evaluation.captions", _unless(self.evaluation.captions, "all")),
+            ("evaluation.duplicates", _unless(self.evaluation.duplicates, "equal")),
         ):
             if value is not None:
                 yield (
@@ -213,3 +223,7 @@ class Recipe(Settings):
     def run_folder(self) -> Path:
         """Where the run is stored."""
         return Path(self.output)
+
+
+def _unless(value: str, default: str) -> str | None:
+    return None if value == default else value

@@ -51,6 +51,7 @@ from clipsys.training.plan import Plan, plan_run
 from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
 from clipsys.training.step import TrainingStep
+from clipsys.training.validation.classifier import Classifier
 from clipsys.training.validation.measuring import Validation
 
 _logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
     model = _model(begins_with, recipe, objective)
     shard_set, order, classes = _data(recipe, objective)
-    validation = _validation(recipe, objective, model)
+    validation = _validation(recipe, objective, model, classes)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
     sizes = Sizes(
@@ -266,16 +267,24 @@ def _subset_seed(recipe: Recipe) -> int:
     return recipe.seed if seed is None else seed
 
 
-def _validation(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> Validation:
+def _validation(
+    recipe: Recipe, objective: Objective[Any], model: ModelParts, classes: tuple[str, ...]
+) -> Validation:
     """The validation data, the same on every rank."""
+    has_text = objective.num_texts > 0
+    classifier = None
+    if recipe.evaluation.classifier:
+        classifier = Classifier(objective.scores, classes, recipe.data.label_key, has_text)
     validation = on_every_rank(
         lambda: Validation(
             recipe.evaluation,
             recipe.data.validation,
             model.preprocessing,
             model.tokenizer,
-            has_text=objective.num_texts > 0,
+            has_text=has_text,
+            has_images=bool(objective.views(recipe.augmentation)),
             caption_key=recipe.data.caption_key,
+            classifier=classifier,
         )
     )
     require_equal(
