@@ -130,7 +130,7 @@ def write_training_shards(
                 "png",
                 captions,
                 f"class {number % 4}",
-                {"family": number // 2},
+                {"family": number // 2, "clip": number // 10, "place": number % 10},
             )
 
     write_shards(samples(), folder, shard_bytes=shard_bytes)

@@ -56,7 +56,9 @@ class Recipe(Settings):
         )
         faults = (
             *self._idle_settings(objective),
+            *self._idle_labels(objective),
             *self._idle_with_data(objective),
+            *self._frame_faults(objective),
             *self._conflicts(objective),
             *objective.faults(surroundings),
         )
@@ -67,21 +69,6 @@ class Recipe(Settings):
     def _idle_settings(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Settings that would silently do nothing."""
         data, model, name = self.data, self.model, self.objective.name
-        if data.label_key and not objective.uses_labels:
-            yield (
-                f"data.label_key is {data.label_key!r}, which does nothing for objective.name "
-                f"{name} unless objective.positives is label; leave it out"
-            )
-        if data.label_noise and not objective.uses_labels:
-            yield (
-                f"data.label_noise does nothing for objective.name {name}, which uses no labels; "
-                "leave it out"
-            )
-        if data.classes is not None and not (objective.needs_classes or data.label_noise):
-            yield (
-                f"data.classes does nothing for objective.name {name}, which trains no classifier; "
-                "leave it out"
-            )
         if not objective.views(self.augmentation):
             yield from self._idle_without_images(name)
         if not objective.needs_bias and model.initial_logit_bias is not None:
@@ -103,13 +90,6 @@ class Recipe(Settings):
             )
         if self.evaluation.knn and not data.validation:
             yield "evaluation.knn does nothing without data.validation"
-        if self.evaluation.classifier and not objective.classifies:
-            yield (
-                f"evaluation.classifier does nothing for objective.name {name}, which trains no "
-                "classifier; leave it out"
-            )
-        if self.evaluation.classifier and not data.validation:
-            yield "evaluation.classifier does nothing without data.validation"
         if self.engine.cache_on_host and data.micro_batch_size is None:
             yield "engine.cache_on_host does nothing without data.micro_batch_size"
         if model.unlocked_image_blocks == 0 and model.unlocked_text_blocks == 0:
@@ -117,6 +97,32 @@ class Recipe(Settings):
                 "model.unlocked_image_blocks and model.unlocked_text_blocks are both 0: nothing "
                 "would be trained; leave one out"
             )
+
+    def _idle_labels(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
+        """Settings about labels and classifiers, for an objective that has no use for them."""
+        data, name = self.data, self.objective.name
+        if data.label_key and not objective.uses_labels:
+            yield (
+                f"data.label_key is {data.label_key!r}, which does nothing for objective.name "
+                f"{name} unless objective.positives is label; leave it out"
+            )
+        if data.label_noise and not objective.uses_labels:
+            yield (
+                f"data.label_noise does nothing for objective.name {name}, which uses no labels; "
+                "leave it out"
+            )
+        if data.classes is not None and not (objective.needs_classes or data.label_noise):
+            yield (
+                f"data.classes does nothing for objective.name {name}, which trains no classifier; "
+                "leave it out"
+            )
+        if self.evaluation.classifier and not objective.classifies:
+            yield (
+                f"evaluation.classifier does nothing for objective.name {name}, which trains no "
+                "classifier; leave it out"
+            )
+        if self.evaluation.classifier and not data.validation:
+            yield "evaluation.classifier does nothing without data.validation"
 
     def _idle_without_images(self, name: str) -> Iterator[str]:
         """Settings about images, for an objective that shows none."""
@@ -155,6 +161,25 @@ class Recipe(Settings):
                 )
         if self.evaluation.classnames and not self.evaluation.zeroshot:
             yield "evaluation.classnames does nothing without evaluation.zeroshot"
+
+    def _frame_faults(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
+        """Windows of frames that the objective does not take, or none of those that it takes."""
+        frames, name, length = self.data.frames, self.objective.name, objective.num_frames
+        if length == 1 and frames is not None:
+            yield (
+                f"data.frames does nothing for objective.name {name}, which takes single images; "
+                "leave it out"
+            )
+        if length > 1 and frames is None:
+            yield (
+                f"objective.name {name} needs windows of {length} frames; set data.frames: "
+                f"{{length: {length}}}"
+            )
+        if length > 1 and frames is not None and frames.length != length:
+            yield (
+                f"objective.frames is {length} and data.frames.length {frames.length}; give both "
+                "the same number"
+            )
 
     def _conflicts(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Combinations that cannot be carried out, or not exactly."""

@@ -38,6 +38,7 @@ FIXED: dict[str, str] = {
     "data.num_samples": "it decides which samples each step has seen",
     "data.label_noise": "it decides what the samples' labels are",
     "data.subset_seed": "it decides which samples each step has seen, and their labels",
+    "data.frames": "it decides which windows each step has seen",
     "objective": "it decides which parameters and states there are",
     "optimizer.name": "the checkpoint holds the state of another optimizer",
     "data.classes": "it decides what the numbers of the classes mean",

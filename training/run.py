@@ -18,6 +18,7 @@ from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.classes import class_names, read_labels
+from clipsys.training.data.frames import FrameWindows, read_windows
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.samples import Batch, Decoder
@@ -67,7 +68,8 @@ class Run:
         model: what is trained, with its tokenizer and preprocessing. Its weights belong to the
             engine: ask `Engine.state_dict` for them.
         shard_set: the training data.
-        order: which sample stands where in each epoch.
+        order: which sample, or which window of frames, stands where in each epoch.
+        windows: windows of frames, of an objective over ordered frames.
         objective: what is minimised.
         classes: labels of the classes that a classifier tells apart, in the order of their
             numbers; empty where the objective needs none.
@@ -85,6 +87,7 @@ class Run:
     model: ModelParts
     shard_set: ShardSet
     order: SampleOrder
+    windows: FrameWindows | None
     objective: Objective[Any]
     classes: tuple[str, ...]
     plan: Plan
@@ -112,6 +115,7 @@ class Run:
             self.shard_set,
             self.order,
             _decoder(self.recipe, self.objective, self.model, self.classes),
+            windows=self.windows,
             cache=data.shard_cache,
             pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
             batch_size=data.batch_size,
@@ -143,13 +147,13 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     if checkpoint is not None:
         begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
     model = _model(begins_with, recipe, objective)
-    shard_set, order, classes = _data(recipe, objective)
+    shard_set, windows, classes, order = _data(recipe, objective)
     validation = _validation(recipe, objective, model, classes)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
-    sizes = Sizes(
-        _width(model), shard_set.num_samples, len(classes) if objective.needs_classes else 0
-    )
+    num_samples = shard_set.num_samples if windows is None else windows.num_windows
+    num_classes = len(classes) if objective.needs_classes else 0
+    sizes = Sizes(_width(model), num_samples, num_classes)
     trained = _trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
@@ -178,6 +182,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         model=model,
         shard_set=shard_set,
         order=order,
+        windows=windows,
         objective=objective,
         classes=classes,
         plan=plan,
@@ -233,15 +238,19 @@ def _width(model: ModelParts) -> int:
 
 def _data(
     recipe: Recipe, objective: Objective[Any]
-) -> tuple[ShardSet, SampleOrder, tuple[str, ...]]:
-    """The training data, the same files on every rank; the order of samples; the classes."""
-    shard_set = on_first_rank(lambda: open_shards(recipe.data))
+) -> tuple[ShardSet, FrameWindows | None, tuple[str, ...], SampleOrder]:
+    """The training data, the same files on every rank: shards, windows, classes, order."""
+    data = recipe.data
+    shard_set = on_first_rank(lambda: open_shards(data))
     local = [shard for shard in shard_set.shards if not is_remote(shard)]
     require_same_files(local, setting="data.train")
+    windows, frames = None, data.frames
+    if frames is not None:
+        windows = on_first_rank(lambda: read_windows(frames, shard_set, data.shard_cache))
     classes, subset = on_first_rank(lambda: _classes_and_subset(recipe, objective, shard_set))
-    order = sample_order(recipe.data, shard_set, recipe.seed, subset)
-    order.steps_per_epoch(recipe.data.batch_size)  # raises where there is not one
-    return shard_set, order, classes
+    order = sample_order(data, shard_set, recipe.seed, windows=windows, subset=subset)
+    order.steps_per_epoch(data.batch_size)  # raises where there is not one
+    return shard_set, windows, classes, order
 
 
 def _classes_and_subset(
@@ -360,7 +369,7 @@ def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) ->
     """Says what the run is and what it takes."""
     data = run.recipe.data
     _logger.info(
-        "%d process(es) on %s, %s, ZeRO stage %d; %s samples in %d shards, %d epochs of %d "
+        "%d process(es) on %s, %s, ZeRO stage %d; %s samples%s in %d shards, %d epochs of %d "
         "steps, %d pairs each, %d rows of logits at once",
         world_size(),
         device.type,
@@ -369,6 +378,7 @@ def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) ->
         f"{run.order.num_positions:,}"
         if run.order.subset is None
         else f"{run.order.num_positions:,} of {run.shard_set.num_samples:,}",
+        "" if run.windows is None else f" ({run.windows.num_windows:,} windows)",
         len(run.shard_set.shards),
         run.recipe.schedule.epochs,
         run.steps_per_epoch,

@@ -143,9 +143,11 @@ class TrainingStep:
         if batch.image_BCHW is None:
             return Inputs((), texts, seeds_B.to(device))
         pixels_BCHW = batch.image_BCHW.to(device, non_blocking=True)
+        # Frames of a row lie side by side.
+        frames = pixels_BCHW.view(len(batch.keys), -1, *pixels_BCHW.shape[1:]).unbind(1)
         views = tuple(
             augment(
-                pixels_BCHW,
+                frames[view.frame],
                 view.augmentation,
                 view.size or self._size,
                 self._mean,

@@ -31,6 +31,14 @@ def shards(
         int | None,
         typer.Option(min=16, metavar="PIXELS", help="Reduce the shorter side; default: as it is."),
     ] = None,
+    frames: Annotated[
+        bool,
+        typer.Option(
+            "--frames",
+            help="SOURCE holds folders of numbered frames: write sequence (the folder) and frame "
+            "(the last number of the name) into the metadata.",
+        ),
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that read and decode.")] = 1,
     path_column: options.PathColumn = "",
     caption_column: options.CaptionColumn = None,
@@ -85,6 +93,7 @@ def shards(
             shuffle_seed=shuffle,
             columns=columns,
             resize=resize,
+            frames=frames,
             workers=workers,
         )
     for info in report.shards:

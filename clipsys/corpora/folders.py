@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,19 +42,29 @@ _COLLECTION = {"manifest.json", "writer.lock", "segments"}
 _logger = logging.getLogger(__name__)
 
 
-def iterate_folder(root: Path, exclude: Sequence[str] = ()) -> Iterator[Record]:
+def iterate_folder(
+    root: Path, exclude: Sequence[str] = (), *, frames: bool = False
+) -> Iterator[Record]:
     """The images below a folder as records, in sorted order.
 
     Args:
         root: its absolute path.
         exclude: patterns besides `DEFAULT_EXCLUDED`; one with a slash is matched against the path
             below ``root``, any other against names of files and folders.
+        frames: the images are numbered frames: their metadata get ``sequence``, the folder below
+            ``root``, and ``frame``, the last number in their name.
+
+    Raises:
+        DataError: the folder cannot be listed, or a frame has no number.
     """
     num_unusable = 0
     for path in _walk(root, exclude):
         parent = path.parent.relative_to(root)
         metadata, captions = _side_texts(path)
         num_unusable += metadata is None
+        if frames:
+            place = {"sequence": parent.as_posix(), "frame": _frame_number(path)}
+            metadata = {**(metadata or {}), **place}
         yield file_record(
             path,
             captions=captions,
@@ -65,6 +76,16 @@ def iterate_folder(root: Path, exclude: Sequence[str] = ()) -> Iterator[Record]:
             num_unusable, ".json file beside an image is", ".json files beside images are"
         )
         _logger.warning("%s: %s not JSON objects with texts as captions, and left out", root, files)
+
+
+def _frame_number(path: Path) -> int:
+    numbers = re.findall(r"[0-9]+", path.stem)
+    if not numbers:
+        raise DataError(
+            f"{path}: its name has no number, by which --frames orders the images of a folder; "
+            "rename it, or move it elsewhere"
+        )
+    return int(numbers[-1])
 
 
 def image_record(path: Path) -> Record:

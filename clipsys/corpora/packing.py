@@ -71,6 +71,7 @@ def pack(
     shuffle_seed: int | None = None,
     columns: Columns = Columns(),
     resize: int | None = None,
+    frames: bool = False,
     workers: int = 1,
 ) -> PackReport:
     """Packs a folder, a table or shards into WebDataset shards with a manifest.
@@ -86,6 +87,7 @@ def pack(
         shuffle_seed: order of the samples; None keeps the order of the source.
         columns: what a table's columns mean.
         resize: pixels of the shorter side to which larger images are reduced, as JPEG.
+        frames: the images of a folder are numbered frames; their metadata say which.
         workers: processes that read and decode.
 
     Raises:
@@ -100,6 +102,8 @@ def pack(
         + ["no images"] * columns.without_images,
         "resize": resize,
     }
+    if frames:
+        settings["frames"] = True
     journal = _Journal(Path(out), prefix, settings)
     journal.load()
     resumed = len(journal.shards)
@@ -108,7 +112,9 @@ def pack(
     def note(shard: str, error: Exception) -> None:
         broken[shard] = shard_failure(shard, error)
 
-    records: Iterable[Record] = iterate_source(source, columns=columns, on_error=note)
+    records: Iterable[Record] = iterate_source(
+        source, columns=columns, frames=frames, on_error=note
+    )
     total = None
     if shuffle_seed is not None or source_kind(source) != "shards":
         listed = list(records)

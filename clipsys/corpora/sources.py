@@ -45,6 +45,7 @@ def iterate_source(
     columns: Columns = Columns(),
     exclude: Sequence[str] = (),
     require: bool = True,
+    frames: bool = False,
     on_error: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[Record]:
     """Reads an image, a folder, a table or shards as records, in a stable order.
@@ -58,19 +59,25 @@ def iterate_source(
         columns: what the columns of a table mean, where their names do not say it.
         exclude: patterns of what a folder leaves out; see `clipsys.corpora.folders`.
         require: raise when there is nothing at all.
+        frames: the images of a folder are numbered frames; see `clipsys.corpora.folders`.
         on_error: called with a shard that breaks off and what happened; the next one follows.
 
     Raises:
         DataError: the source does not exist, holds no image, or its columns are not understood; a
-            shard breaks off and ``on_error`` is not given.
+            shard breaks off and ``on_error`` is not given; frames have no number.
     """
     forget_folders()
     kind = source_kind(source)
     path = Path(expand_path(str(source))).absolute()
+    if frames and kind != "folder":
+        raise DataError(
+            f"{source}: --frames numbers the images of a folder of folders; give other sources "
+            "metadata columns or keys for the sequence and the frame"
+        )
     if kind == "image":
         records = iter([image_record(path)])
     elif kind == "folder":
-        records = iterate_folder(path, exclude)
+        records = iterate_folder(path, exclude, frames=frames)
     elif kind == "table":
         records = _iterate_table(path, columns)
     else:

@@ -19,6 +19,7 @@ import tarfile
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from clipsys.shards.samples import (
     group_members,
     is_image,
     printable,
+    split_name,
 )
 from clipsys.shards.stored_index import ShardIndex, load_index, save_index
 from clipsys.shards.tar_headers import plain_member, walk_members
@@ -174,6 +176,34 @@ class ShardReader:
         if raw["__key__"] in index.repeated:
             raw[REPEATED] = True
         return raw
+
+    def member(self, shard: int, sample: int, suffix: str) -> bytes | None:
+        """One member of a sample, the others not being read; None where it has none.
+
+        Args:
+            shard: number of the shard.
+            sample: number of the sample within it.
+            suffix: the member's ending in lower case, without the dot.
+
+        Raises:
+            DataError: as `read`.
+        """
+        name = self._shards[shard]
+        try:
+            file = self._open(shard)
+            offset, end = self._index(shard).bounds[2 * sample : 2 * sample + 2]
+            while offset < end:
+                found = plain_member(partial(_read_at, file), offset)
+                if found is None:  # left to tarfile
+                    content: bytes | None = self.read(shard, sample).get(suffix)
+                    return content
+                parts = split_name(found.name)
+                if parts is not None and parts[1].lower() == suffix:
+                    return _read_at(file, found.start, found.size)
+                offset = found.end
+        except OSError as error:
+            raise DataError(shard_failure(name, error)) from error
+        return None
 
     def _open(self, shard: int) -> io.FileIO:
         file = self._files.get(shard)

@@ -38,6 +38,19 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "engine": {"zero_stage": 2, "ema_decay": 0.5},
         "evaluation": {"knn": "cls", "match": "family"},
     },
+    "looc": {
+        "objective": {"name": "looc", "head_width": 8, "queue_size": 20, "momentum": 0.9,
+                      "augmentations": ["colour", "geometry"]},
+        "data": {"micro_batch_size": 2},
+        "engine": {"zero_stage": 1},
+        "schedule": {"epochs": 1},
+    },
+    "cpc": {
+        "objective": {"name": "cpc", "frames": 3, "past": 2},
+        "data": {"frames": {"sequence": "clip", "index": "place", "length": 3}},
+        "schedule": {"epochs": 1},
+    },
+    "jigsaw": {"objective": {"name": "jigsaw"}, "schedule": {"epochs": 1}},
     "compact": {"objective": {"name": "compact"}, "schedule": {"epochs": 1}},
     "resnet": {
         "objective": {"name": "simclr"},
@@ -81,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 def test_objectives_without_text_train_from_shards_without_captions(runs: Runs) -> None:
-    for name in ("whole", "killed", "simclr", "compact"):
+    for name in ("whole", "killed", "simclr", "looc", "cpc", "jigsaw", "compact"):
         assert runs.outcomes[name].error == "", name
         before_and_after = [e["loss"] for e in read_metrics(runs.folder / name / "run")
                             if "loss" in e]  # fmt: skip
@@ -156,6 +169,13 @@ def test_heads_are_exported_when_asked_for_and_open_clip_does_not_mind(
     assert all(torch.equal(theirs[name], value) for name, value in ours.items())
     with pytest.raises(TrainingError, match="trained no heads; export without --with-heads"):
         export_model(runs.folder / "compact" / "run", tmp_path / "none", with_heads=True)
+
+
+def test_a_run_over_frames_takes_windows_for_samples(runs: Runs) -> None:
+    # 50 frames in clips of 10: 8 windows of 3 frames in each.
+    assert "50 samples (40 windows) in" in runs.outcomes["cpc"].log
+    steps = [e["step"] for e in read_metrics(runs.folder / "cpc" / "run") if "loss" in e]
+    assert steps[-1] == 5
 
 
 def test_batch_norm_in_a_tower_refuses_micro_batches(runs: Runs) -> None:

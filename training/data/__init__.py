@@ -7,6 +7,7 @@ classes             labels of the samples, and the numbers of the classes
 samples             decoding one sample into a row of a batch
 pixel_cache         decoded images kept for later epochs
 shard_set           the shards of a run, and the order of their samples
+frames              windows of ordered frames in the place of samples
 batches             positions into micro-batches
 loader              worker processes that decode them ahead
 skips               the ledger of samples that could not be used

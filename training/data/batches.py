@@ -6,6 +6,7 @@
     data.batches   cuts positions into micro-batches: number n is a pure function of the recipe,
                    n and the rank
     data.samples   decodes one sample
+    data.frames    makes windows of ordered frames, which then stand in the place of samples
     data.loader    runs it all in worker processes
 
 So the order depends on the seed and the epoch, never on the number of workers or on timing; all
@@ -26,19 +27,24 @@ negative.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
 from clipsys.errors import DataError, TrainingError
 from clipsys.shards.random_access import MAX_OPEN, ShardReader
 from clipsys.shards.remote import ShardCache, is_remote
+from clipsys.training.data.frames import FrameWindows
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.pixel_cache import make_cache
-from clipsys.training.data.samples import Batch, Decoder, Row, Skipped
+from clipsys.training.data.samples import Batch, DecodedImage, Decoder, Row, Skipped
 from clipsys.training.data.shard_set import MIXED_REMOTE_SHARDS, ShardSet
 from clipsys.training.data.subset import Subset
+
+T = TypeVar("T")
 
 #: Bytes of a sample in a batch beside its image: tokens, ids, names.
 _OTHER_BYTES = 2048
@@ -56,6 +62,7 @@ class TrainingBatches(Dataset[Batch]):
         order: SampleOrder,
         decoder: Decoder,
         *,
+        windows: FrameWindows | None = None,
         cache: ShardCache | None = None,
         pixel_cache_bytes: int = 0,
         batch_size: int,
@@ -88,6 +95,7 @@ class TrainingBatches(Dataset[Batch]):
                 limit_bytes=pixel_cache_bytes,
             )
         self._order = order
+        self._windows = windows
         self._decoder = decoder
         self._batch_size = batch_size
         self._local_size = batch_size // world_size
@@ -103,6 +111,8 @@ class TrainingBatches(Dataset[Batch]):
         """Size of a micro-batch, nearly: images, and a little for tokens and the rest."""
         height, width = self._decoder.preprocessing.size
         pixels = 3 * height * width * self._decoder.needs_image
+        if self._windows is not None:
+            pixels *= self._windows.length
         return self._micro_size * (pixels + _OTHER_BYTES)
 
     def __len__(self) -> int:
@@ -135,26 +145,64 @@ class TrainingBatches(Dataset[Batch]):
         """The decoded samples of some positions; None for each that cannot be used."""
         rows: list[Row | None] = []
         skipped: list[Skipped] = []
-        samples = self._order.samples(epoch, first, last)
-        for position, (shard, sample) in enumerate(samples, first):
-            key = f"sample {sample}"
-            try:
-                raw = self._reader.read(shard, sample)
-                key = str(raw["__key__"])
-                rows.append(self._row(raw, epoch, position, self._first_numbers[shard] + sample))
-            except DataError as error:
-                reason = getattr(error, "reason", None) or str(error).rpartition(": ")[2]
-                skipped.append(Skipped(self._shards[shard], key, reason))
-                rows.append(None)
+        for position, (shard, index) in enumerate(self._order.samples(epoch, first, last), first):
+            if self._windows is None:
+                place, *rest = [(shard, index)]
+                number = self._first_numbers[shard] + index
+            else:
+                place, *rest = self._windows.frames(shard, index)
+                number = self._windows.number(shard, index)
+            make = partial(self._row, place, epoch, position, number)
+            row = self._attempt(place, skipped, make)
+            if row is not None and rest:
+                frames = [self._attempt(one, skipped, partial(self._frame, one)) for one in rest]
+                later = tuple(frame for frame in frames if frame is not None)
+                row = replace(row, later=later) if len(later) == len(rest) else None
+            rows.append(row)
         return rows, skipped
 
-    def _row(self, raw: dict[str, Any], epoch: int, position: int, number: int) -> Row:
-        place = number if self._cache_rows is None else self._cache_rows[number]
-        known = None if self._pixels is None else self._pixels.get(place)
+    def _attempt(
+        self, place: tuple[int, int], skipped: list[Skipped], make: Callable[[dict[str, Any]], T]
+    ) -> T | None:
+        """What is made of the sample at a place; where it cannot be used, None and a note."""
+        shard, sample = place
+        key = f"sample {sample}"
+        try:
+            raw = self._reader.read(shard, sample)
+            key = str(raw["__key__"])
+            return make(raw)
+        except DataError as error:
+            reason = getattr(error, "reason", None) or str(error).rpartition(": ")[2]
+            skipped.append(Skipped(self._shards[shard], key, reason))
+            return None
+
+    def _row(
+        self, place: tuple[int, int], epoch: int, position: int, number: int, raw: dict[str, Any]
+    ) -> Row:
+        known = self._known(place)
         row = self._decoder.row(raw, epoch, position, known, number=number)
-        if self._pixels is not None and known is None and row.image is not None:
-            self._pixels.put(place, row.image)
+        if known is None and row.image is not None:
+            self._keep(place, row.image)
         return row
+
+    def _frame(self, place: tuple[int, int], raw: dict[str, Any]) -> DecodedImage:
+        known = self._known(place)
+        if known is None:
+            known = self._decoder.frame(raw)
+            self._keep(place, known)
+        return known
+
+    def _known(self, place: tuple[int, int]) -> DecodedImage | None:
+        return None if self._pixels is None else self._pixels.get(self._cache_row(place))
+
+    def _keep(self, place: tuple[int, int], image: DecodedImage) -> None:
+        if self._pixels is not None:
+            self._pixels.put(self._cache_row(place), image)
+
+    def _cache_row(self, place: tuple[int, int]) -> int:
+        shard, sample = place
+        number = self._first_numbers[shard] + sample
+        return number if self._cache_rows is None else self._cache_rows[number]
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
         """The first usable sample that follows, for a micro-batch that has none."""

@@ -28,6 +28,15 @@ class SourceConfig(Settings):
     )
 
 
+class FramesConfig(Settings):
+    """Ordered frames: rows are windows of consecutive frames of a sequence, not single images."""
+
+    sequence: str = Field("sequence", description="metadata key that names a frame's sequence")
+    index: str = Field("frame", description="metadata key, a number that orders a sequence")
+    length: int = Field(ge=2, description="frames of a window")
+    stride: PositiveInt = Field(1, description="every so many-th frame is one of the window")
+
+
 class DataConfig(Settings):
     """What is trained on."""
 
@@ -108,6 +117,9 @@ class DataConfig(Settings):
         description="seed of num_samples and label_noise; default that of the run. Runs that are "
         "compared see the same samples and labels if it is the same",
     )
+    frames: FramesConfig | None = Field(
+        None, description="what makes windows of frames, for objectives over ordered frames"
+    )
     decode: Literal["fast", "exact"] = Field(
         "fast",
         description="fast: within 40 dB of open_clip's evaluation transform; exact: equal to it",
@@ -146,6 +158,11 @@ class DataConfig(Settings):
             raise ValueError(
                 f"{name} does nothing in an epoch that takes every sample once; "
                 "set data.resampled: true"
+            )
+        if self.frames is not None and self.num_samples is not None:
+            raise ValueError(
+                "data.num_samples draws single samples, and data.frames makes windows of several; "
+                "leave out one of the two"
             )
         if any(weighted) and self.num_samples is not None:
             raise ValueError(

@@ -49,6 +49,11 @@ class SampleOrder:
     subset: Subset | None = field(default=None, repr=False, compare=False)
 
     @property
+    def unit(self) -> str:
+        """What stands at a position, in the plural."""
+        return "samples"
+
+    @property
     def num_positions(self) -> int:
         """Samples of an epoch, before the uneven end is dropped."""
         return self.samples_per_epoch or sum(self.counts)
@@ -66,7 +71,7 @@ class SampleOrder:
                 place = "data.num_samples leaves"
             raise TrainingError(
                 f"data.batch_size is {batch_size}, but {place} only {self.num_positions} "
-                "samples; lower it or add data"
+                f"{self.unit}; lower it or add data"
             )
         return steps
 
@@ -106,6 +111,22 @@ class SampleOrder:
         weights = np.asarray(self.weights or 1.0, dtype=np.float64)
         shares: npt.NDArray[np.float64] = counts * weights / (counts * weights).sum()
         return shares
+
+
+@dataclass(frozen=True)
+class WindowOrder(SampleOrder):
+    """The same over windows of frames, which belong to the shards of their first frames.
+
+    Attributes:
+        windows: fingerprint of the windows.
+    """
+
+    windows: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What stands at a position, in the plural."""
+        return "windows of frames"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -37,7 +37,8 @@ class Batch:
 
     Attributes:
         keys: (B,) sample keys; only shard and key together name a sample.
-        image_BCHW: uint8, not yet augmented or normalised; None where no image is trained.
+        image_BCHW: uint8, not yet augmented or normalised; None where no image is trained. Of
+            windows of T frames (B·T, 3, H, W), those of a row side by side.
         texts: T of int64 (B, L), padded to the model's context length; none where no text is
             trained.
         groups_B: int64; equal ids are positives of each other.
@@ -111,6 +112,7 @@ class Row:
         shard: shard that the sample is in.
         key: key of the sample.
         image: decoded; None where no image is trained.
+        later: the frames that follow ``image`` in its window.
         texts: the chosen ones; None for each that the sample lacks.
         group: equal ids are positives of each other.
         number: number of the sample among all samples of the shards.
@@ -124,6 +126,7 @@ class Row:
     group: int
     number: int
     class_number: int | None = None
+    later: tuple[DecodedImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,14 @@ class Decoder:
             class_number = self._class_number(self.class_numbers, label, identity)
         return Row(shard, sample.key, image, texts, group, number, class_number)
 
+    def frame(self, raw: dict[str, Any]) -> DecodedImage:
+        """The image of a sample, which is a later frame of a window.
+
+        Raises:
+            DataError: no usable image.
+        """
+        return self._image(parse_sample(raw).image, place_of(raw))
+
     def _image(self, data: bytes, place: str) -> DecodedImage:
         group = 0
         if self.positives == "image":
@@ -253,7 +264,9 @@ class Decoder:
         """Stacks rows."""
         return Batch(
             keys=tuple(row.key for row in rows),
-            image_BCHW=_stacked([row.image for row in rows if row.image is not None]),
+            image_BCHW=_stacked(
+                [image for row in rows if row.image for image in (row.image, *row.later)]
+            ),
             texts=tuple(
                 self.tokenizer([text or "" for text in texts])
                 for texts in zip(*(row.texts for row in rows), strict=True)

@@ -6,16 +6,19 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipsys.errors import TrainingError
 from clipsys.shards.counting import count_shards, stated_counts
 from clipsys.shards.reading import expand_shards
 from clipsys.shards.remote import is_remote
 from clipsys.training.data.config import DataConfig
-from clipsys.training.data.order import SampleOrder
+from clipsys.training.data.order import SampleOrder, WindowOrder
 from clipsys.training.data.samples import Skipped
 from clipsys.training.data.subset import Subset
+
+if TYPE_CHECKING:
+    from clipsys.training.data.frames import FrameWindows
 
 _logger = logging.getLogger(__name__)
 
@@ -97,21 +100,31 @@ def open_shards(config: DataConfig) -> ShardSet:
 
 
 def sample_order(
-    config: DataConfig, shard_set: ShardSet, seed: int, subset: Subset | None = None
+    config: DataConfig,
+    shard_set: ShardSet,
+    seed: int,
+    windows: FrameWindows | None = None,
+    subset: Subset | None = None,
 ) -> SampleOrder:
-    """The order that a recipe's ``data`` section asks for, of all samples or of a few."""
-    counts = shard_set.counts if subset is None else tuple(map(len, subset))
+    """The order that a ``data`` section asks for: of samples, of a few, or of windows of frames."""
     weights = None
+    counts = shard_set.counts if windows is None else windows.counts
+    if subset is not None:
+        counts = tuple(map(len, subset))
     if any(source.weight for source in config.sources):
         totals = [0] * len(config.sources)
-        for source, count in zip(shard_set.sources, shard_set.counts, strict=True):
+        for source, count in zip(shard_set.sources, counts, strict=True):
             totals[source] += count
         # A weight is a source's share of what is drawn, however many samples it has.
-        weights = tuple((config.sources[s].weight or 0.0) / totals[s] for s in shard_set.sources)
+        weights = tuple(
+            (config.sources[s].weight or 0.0) / max(1, totals[s]) for s in shard_set.sources
+        )
     drawn = (config.samples_per_epoch or sum(counts)) if config.resampled else None
     mixed = config.shuffle_shards
     if mixed is None and any(is_remote(shard) for shard in shard_set.shards):
         mixed = MIXED_REMOTE_SHARDS
+    if windows is not None:
+        return WindowOrder(counts, seed, mixed, drawn, weights, windows=windows.fingerprint())
     order = SampleOrder(counts, seed, mixed, drawn, weights, subset)
     if order.num_positions < config.batch_size and not config.resampled and subset is None:
         _check_names(shard_set, config)

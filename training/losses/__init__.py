@@ -9,6 +9,8 @@
     key_queue           `moco`, against a queue, and the queue
     supervised          `supcon`, between all rows of a label
     classified          `scl`, cross-entropy of a classifier with `supcon`
+    leave_one_out       `looc`, the same in several spaces
+    predictive          `cpc`, between predicted and true features
 
 Use the names of this package; its modules are internal.
 """
@@ -16,13 +18,17 @@ Use the names of this package; its modules are internal.
 from clipsys.training.losses.classified import scl
 from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoid_loss
 from clipsys.training.losses.key_queue import enqueued, moco
+from clipsys.training.losses.leave_one_out import looc
+from clipsys.training.losses.predictive import cpc
 from clipsys.training.losses.supervised import supcon
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
     "auto_tile_size",
+    "cpc",
     "enqueued",
     "info_nce",
+    "looc",
     "moco",
     "nt_xent",
     "scl",

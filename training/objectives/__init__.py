@@ -4,8 +4,11 @@ protocol            `Objective`, its settings, and what it is given
 registry            objectives by name, our own and those of other packages
 heads               projection heads
 infonce, sigmoid    images with texts
-simclr, moco        images alone
-supcon, classification        images with labels
+simclr, moco, looc  images alone
+supcon              images with labels, classification too
+pretext             what the tasks that need no labels share: rotation, jigsaw, colour
+frame_views         what objectives over ordered frames share: frame_order, cpc
+draws               random numbers of single rows
 """
 
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State

@@ -69,11 +69,13 @@ class View:
         size: (height, width) in pixels; None is the model's image size.
         shares: what is drawn as for the first view, whose augmentation must be the same; the rest
             is drawn anew.
+        frame: which frame of a sample is shown, of an objective over ordered frames.
     """
 
     augmentation: AugmentationConfig
     size: tuple[int, int] | None = None
     shares: frozenset[Family] = frozenset()
+    frame: int = 0
 
 
 class Surroundings(NamedTuple):
@@ -118,6 +120,11 @@ class Objective(Generic[ConfigT]):
     def tile_size(self) -> int | None:
         """Rows of logits that the loss holds at once; None: what suits the device."""
         return None
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a sample: 1, or those of the windows that ``data.frames`` makes."""
+        return 1
 
     @property
     def positives(self) -> Positives:

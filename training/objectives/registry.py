@@ -35,6 +35,12 @@ BUILT_IN = {
     "supcon": "clipsys.training.objectives.supcon:SupCon",
     "scl": "clipsys.training.objectives.scl:SCL",
     "classification": "clipsys.training.objectives.classification:Classification",
+    "looc": "clipsys.training.objectives.looc:LooC",
+    "rotation": "clipsys.training.objectives.rotation:Rotation",
+    "jigsaw": "clipsys.training.objectives.jigsaw:Jigsaw",
+    "colour": "clipsys.training.objectives.colour:Colour",
+    "frame_order": "clipsys.training.objectives.frame_order:FrameOrder",
+    "cpc": "clipsys.training.objectives.cpc:CPC",
 }
 
 

@@ -179,7 +179,7 @@ class Validation:
                 figures |= {f"knn/{name}": value for name, value in nearest.items()}
             if self._classified:
                 assert self._classifier is not None
-                scores_NC = self._scores(self._classifier, model, image_of)
+                scores_NC = self._scores(self._classifier, model, image_of, engine.device)
                 figures |= classifier_figures(scores_NC, self._classified, self._classifier)
             if self._labels:
                 image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
@@ -193,10 +193,10 @@ class Validation:
         classifier: Classifier,
         model: TrainedModel,
         image_of: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
     ) -> Floats:
         """(N, C) scores of all samples of data.validation."""
         tokens_NL = self._tokens
-        device = next(model.parameters()).device
 
         def encode(rows: torch.Tensor) -> torch.Tensor:
             views = (image_of(self._pixels[rows]),) if self._pixels.numel() else ()

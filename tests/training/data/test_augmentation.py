@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from clipsys.training.data.augmentation import AugmentationConfig, augment, to_input
+from clipsys.training.data import augmentation
+from clipsys.training.data.augmentation import (
+    AugmentationConfig,
+    Family,
+    Shared,
+    augment,
+    to_input,
+)
 from tests.conftest import noise_image
 
 _ZERO, _ONE = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
@@ -221,3 +230,63 @@ def test_erasing_equals_a_rectangle_drawn_by_hand() -> None:
                 )
                 expected = 0.0 if inside and chance[number] < 0.5 else 1.0
                 assert (actual[number, :, row, column] == expected).all()
+
+
+_EVERYTHING = AugmentationConfig(
+    crop_scale=(0.3, 1), flip=0.5, rotation_degrees=20, brightness=0.3, contrast=0.3,
+    saturation=0.3, hue=0.1, greyscale=0.3, blur=0.5, erasing=0.5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", get_args(Family))
+def test_views_share_the_draws_of_a_family_and_no_others(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str | None, torch.Tensor]] = []
+
+    class _Noted(augmentation._Draws):
+        def uniform(self, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+            values = super().uniform(low, high)
+            drawn.append((self.family, values))
+            return values
+
+    monkeypatch.setattr(augmentation, "_Draws", _Noted)
+    pixels = _pixels()
+    _augment(_EVERYTHING, pixels, 1)
+    first, drawn = drawn, []
+    shared = Shared(torch.Generator().manual_seed(1), frozenset({family}))
+    generator = torch.Generator().manual_seed(2)
+    augment(pixels, _EVERYTHING, (32, 32), _ZERO, _ONE, generator, shared)
+    assert {one for one, _ in first} == set(get_args(Family))
+    for (name, values), (other_name, others) in zip(first, drawn, strict=True):
+        assert name == other_name
+        assert torch.equal(values, others) == (name == family)
+
+
+def test_a_view_that_shares_everything_is_the_same_view() -> None:
+    pixels, generator = _pixels(), torch.Generator().manual_seed(2)
+    shared = Shared(torch.Generator().manual_seed(1), frozenset(get_args(Family)))
+    view = augment(pixels, _EVERYTHING, (32, 32), _ZERO, _ONE, generator, shared)
+    assert torch.equal(view, _augment(_EVERYTHING, pixels, 1))
+
+
+_ONLY: dict[str, dict[str, Any]] = {
+    "geometry": {"crop_scale": (0.3, 0.9)},
+    "rotation": {"rotation_degrees": 30},
+    "colour": {"brightness": 0.5, "hue": 0.3, "colour_jitter_share": 1.0},
+    "blur": {"blur": 1.0},
+    "erasing": {"erasing": 1.0},
+}
+
+
+@pytest.mark.parametrize("family", get_args(Family))
+def test_what_only_one_family_changes_is_the_same_for_views_that_share_it(family: Family) -> None:
+    config = AugmentationConfig(**{**_NOTHING, **_ONLY[family]})
+    pixels = _pixels()
+    query = _augment(config, pixels, 1)
+    for shares in get_args(Family):
+        shared = Shared(torch.Generator().manual_seed(1), frozenset({shares}))
+        generator = torch.Generator().manual_seed(2)
+        key = augment(pixels, config, (32, 32), _ZERO, _ONE, generator, shared)
+        is_same = [torch.equal(*pair) for pair in zip(query, key, strict=True)]
+        assert is_same == [shares == family] * len(pixels)

@@ -21,9 +21,17 @@ def _recipe(**sections: Any) -> Recipe:
     return load_settings(Recipe, {"data": {"train": "x", "batch_size": 8}, **sections})
 
 
+#: What the recipe of an objective needs besides its name.
+_NEEDED: dict[str, dict[str, Any]] = {
+    "looc": {"augmentation": {"hue": 0.1}},
+    "frame_order": {"data": {"train": "x", "batch_size": 8, "frames": {"length": 4}}},
+    "cpc": {"data": {"train": "x", "batch_size": 8, "frames": {"length": 5}}},
+}
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_resolved_recipe_of_each_objective_reads_back_the_same(name: str, tmp_path: Path) -> None:
-    recipe = _recipe(objective={"name": name})
+    recipe = _recipe(objective={"name": name}, **_NEEDED.get(name, {}))
     assert recipe.objective.name == name
     (tmp_path / "config.yaml").write_text(dump_settings(recipe), encoding="utf-8")
     assert load_settings(Recipe, tmp_path / "config.yaml") == recipe
@@ -71,6 +79,10 @@ def test_wrong_settings_are_named_with_their_place(section: Any, message: str) -
         ({"evaluation": {"zeroshot": "x"}}, "evaluation.zeroshot needs text"),
         ({"data": {"train": "x", "batch_size": 1}}, "leaves objective.name simclr no negatives"),
         ({"optimizer": {"name": "lamb"}}, "which flattens parameters"),
+        (
+            {"data": {"train": "x", "batch_size": 8, "frames": {"length": 3}}},
+            "data.frames does nothing for objective.name simclr, which takes single images",
+        ),
     ],
 )
 def test_what_contradicts_an_objective_without_text_is_refused(
