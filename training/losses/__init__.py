@@ -14,6 +14,7 @@
     memory_bank         `bank_softmax` and `bank_nce`, against a bank of all samples, and the bank
     queued_pairs        `queued_info_nce`, between images and texts of the batch and of queues
     supervised          `supcon`, between all rows of a label
+    classified          `scl`, cross-entropy of a classifier with `supcon`
     leave_one_out       `looc`, the same in several spaces
     predictive          `cpc`, between predicted and true features
     distances           means over the distances of all rows
@@ -25,6 +26,7 @@
 Use the names of this package; its modules are internal.
 """
 
+from clipsys.training.losses.classified import scl
 from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoid_loss
 from clipsys.training.losses.extra_texts import neg_clip
 from clipsys.training.losses.key_queue import enqueued, moco
@@ -72,6 +74,7 @@ __all__ = [
     "neg_clip",
     "nt_xent",
     "queued_info_nce",
+    "scl",
     "sigmoid_loss",
     "supcon",
     "swav",

@@ -53,13 +53,17 @@ class HeadConfig(ObjectiveConfig):
         return width if self.head == "none" else self.head_width
 
 
-class ProjectionConfig(HeadConfig):
-    """Settings of an objective that compares projected features at a temperature."""
+class TemperatureConfig(ObjectiveConfig):
+    """Settings of an objective with a temperature of its own."""
 
     temperature: PositiveFloat = Field(0.1, description="what cosines are divided by")
     learn_temperature: bool = Field(
         False, description="train the temperature, from the one that is set"
     )
+
+
+class ProjectionConfig(HeadConfig, TemperatureConfig):
+    """Settings of an objective that compares projected features at a temperature."""
 
 
 def projection(settings: HeadConfig, width: int) -> nn.Module | None:
@@ -94,10 +98,17 @@ def mlp(
 def projection_heads(settings: HeadConfig, width: int) -> nn.ModuleDict:
     """The projection, and the temperature if there is one that is learned."""
     module = projection(settings, width)
-    heads = nn.ModuleDict({} if module is None else {PROJECTION: module})
-    if isinstance(settings, ProjectionConfig) and settings.learn_temperature:
-        heads[_TEMPERATURE] = _LogScale(1 / settings.temperature)
-    return heads
+    heads: dict[str, nn.Module] = {} if module is None else {PROJECTION: module}
+    if isinstance(settings, TemperatureConfig):
+        heads |= temperature_heads(settings)
+    return nn.ModuleDict(heads)
+
+
+def temperature_heads(settings: TemperatureConfig) -> dict[str, nn.Module]:
+    """The temperature as a head, if it is learned."""
+    if not settings.learn_temperature:
+        return {}
+    return {_TEMPERATURE: _LogScale(1 / settings.temperature)}
 
 
 class _LogScale(nn.Module):
@@ -119,7 +130,7 @@ def project(settings: HeadConfig, towers: Towers, image_BCHW: torch.Tensor) -> t
     return nn.functional.normalize(features_of(settings, towers, image_BCHW), dim=-1)
 
 
-def learned_scale(settings: ProjectionConfig, towers: Towers) -> dict[str, torch.Tensor]:
+def learned_scale(settings: TemperatureConfig, towers: Towers) -> dict[str, torch.Tensor]:
     """The inverse temperature among the shared outputs, if it is learned."""
     if not settings.learn_temperature:
         return {}
@@ -127,7 +138,7 @@ def learned_scale(settings: ProjectionConfig, towers: Towers) -> dict[str, torch
 
 
 def temperature_of(
-    settings: ProjectionConfig, shared: dict[str, torch.Tensor]
+    settings: TemperatureConfig, shared: dict[str, torch.Tensor]
 ) -> float | torch.Tensor:
     """The temperature of this step: the learned one or the fixed one."""
     return 1 / shared["logit_scale"] if "logit_scale" in shared else settings.temperature

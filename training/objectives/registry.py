@@ -39,6 +39,7 @@ BUILT_IN = {
     "moco_v3": "clipsys.training.objectives.moco_v3:MoCoV3",
     "memory_bank": "clipsys.training.objectives.memory_bank:MemoryBank",
     "supcon": "clipsys.training.objectives.supcon:SupCon",
+    "scl": "clipsys.training.objectives.scl:SCL",
     "classification": "clipsys.training.objectives.classification:Classification",
     "barlow_twins": "clipsys.training.objectives.barlow_twins:BarlowTwins",
     "vicreg": "clipsys.training.objectives.vicreg:VICReg",
