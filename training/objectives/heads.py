@@ -99,7 +99,7 @@ def projection_heads(settings: HeadConfig, width: int) -> nn.ModuleDict:
     """The projection, and the temperature if there is one that is learned."""
     module = projection(settings, width)
     heads: dict[str, nn.Module] = {} if module is None else {PROJECTION: module}
-    if isinstance(settings, TemperatureConfig):
+    if isinstance(settings, ProjectionConfig):
         heads |= temperature_heads(settings)
     return nn.ModuleDict(heads)
 

@@ -16,7 +16,7 @@ from clipsys.training.distributed.collectives import rank, world_size
 from clipsys.training.losses import enqueued, swav
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
-from clipsys.training.objectives.heads import HeadConfig, heads_of, project
+from clipsys.training.objectives.heads import HeadConfig, projection_heads, project
 from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
 
 _PROTOTYPES = "prototypes"
@@ -121,7 +121,7 @@ class SwAV(Objective[SwAVConfig]):
 
     def heads(self, sizes: Sizes) -> nn.ModuleDict:
         """The projection and the prototypes."""
-        heads = heads_of(self.settings, sizes.width)
+        heads = projection_heads(self.settings, sizes.width)
         width = self.settings.projected_width(sizes.width)
         heads[_PROTOTYPES] = _Prototypes(self.settings.num_prototypes, width)
         return heads
