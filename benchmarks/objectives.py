@@ -97,9 +97,7 @@ class Lines:
             file.write(json.dumps(line) + "\n")
 
 
-def train(
-    method: str, parts: list[str], images: ImageSet, work: Path, done: Lines
-) -> None:
+def train(method: str, parts: list[str], images: ImageSet, work: Path, done: Lines) -> None:
     """Runs the cells of a method that are not done yet."""
 
     def run(cell: Cell) -> dict[str, Any]:

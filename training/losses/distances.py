@@ -43,12 +43,12 @@ class Terms(NamedTuple):
 
     Attributes:
         total: sum of the terms.
-        count: their number.
+        num_terms: their number.
         slope_TC: the derivative of the sum towards each distance.
     """
 
     total: torch.Tensor
-    count: torch.Tensor
+    num_terms: torch.Tensor
     slope_TC: torch.Tensor
 
 
@@ -104,7 +104,7 @@ def _mean_with_gradients(
         tile = _tile(anchor_BD[rows], other_CD, label_C, start + first)
         terms = loss(tile)
         total += terms.total
-        count += terms.count
+        count += terms.num_terms
         if needs_gradients:
             # The direction between equal rows is undefined; their part of the gradient is 0.
             weight_TC = torch.where(tile.distance_TC > 0, terms.slope_TC / tile.distance_TC, 0)

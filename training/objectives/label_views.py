@@ -14,7 +14,7 @@ from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.data.samples import Positives
 from clipsys.training.model.outputs import Inputs, Outputs, Sizes
 from clipsys.training.model.towers import Towers
-from clipsys.training.objectives.heads import HeadConfig, features_of, heads_of
+from clipsys.training.objectives.heads import HeadConfig, features_of, projection_heads
 from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
 
 
@@ -48,7 +48,7 @@ class LabelViewsObjective(Objective[LabelConfigT]):
 
     def heads(self, sizes: Sizes) -> nn.ModuleDict:
         """The projection."""
-        return heads_of(self.settings, sizes.width)
+        return projection_heads(self.settings, sizes.width)
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
         """Projections of all views, which pass the tower together."""

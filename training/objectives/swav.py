@@ -16,7 +16,7 @@ from clipsys.training.distributed.collectives import rank, world_size
 from clipsys.training.losses import enqueued, swav
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
-from clipsys.training.objectives.heads import HeadConfig, projection_heads, project
+from clipsys.training.objectives.heads import HeadConfig, project, projection_heads
 from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
 
 _PROTOTYPES = "prototypes"
