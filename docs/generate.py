@@ -131,7 +131,7 @@ PUBLIC = {
     "clipsys": "Models, encoders, zero-shot classification and the tree of errors.",
     "clipsys.training.losses": "Losses over the rows of every rank, exact in value and gradient.",
     "clipsys.training.objectives": "What an objective of another package is made of "
-    "([objectives](objectives.md)).",
+    "([how](writing-objectives.md)).",
     "clipsys.retrieval": "Collections and searching them.",
 }
 
