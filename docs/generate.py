@@ -97,6 +97,8 @@ def _type(schema: dict[str, Any]) -> str:
 def _default(value: object) -> str:
     if value is PydanticUndefined:
         return "required"
+    if isinstance(value, BaseModel):  # a section of its own; what it has from elsewhere is left out
+        value = value.model_dump(mode="json", exclude_defaults=True)
     return "`" + json.dumps(value, ensure_ascii=False) + "`"
 
 
