@@ -209,7 +209,7 @@ class Recipe(Settings):
             yield (
                 f"engine.zero_stage is {stage}, which flattens parameters, and optimizer.name "
                 f"{self.optimizer.name} needs the norm of each; use engine.zero_stage 0 or "
-                "optimizer.name adamw"
+                f"optimizer.name {self.optimizer.without_norms}"
             )
         micro, batch = self.data.micro_batch_size, self.data.batch_size
         if micro and not objective.cacheable:

@@ -118,7 +118,9 @@ class DataConfig(Settings):
         "compared see the same samples and labels if it is the same",
     )
     frames: FramesConfig | None = Field(
-        None, description="what makes windows of frames, for objectives over ordered frames"
+        None,
+        description="windows of ordered frames in the place of single images, for objectives over "
+        "frames: {sequence: metadata key, index: metadata key, length: frames, stride: 1}",
     )
     decode: Literal["fast", "exact"] = Field(
         "fast",

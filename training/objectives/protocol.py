@@ -184,6 +184,12 @@ class Objective(Generic[ConfigT]):
         """
         raise NotImplementedError
 
+    def figures(
+        self, outputs: Outputs, targets: Rows, labels: Labels, state: State
+    ) -> dict[str, torch.Tensor]:
+        """What is logged of a step beside its loss: this rank's shares of means over the batch."""
+        return {}
+
     def scores(self, towers: Towers, inputs: Inputs) -> torch.Tensor:
         """(B, C) logits of the classes, of an objective that trains a classifier."""
         raise NotImplementedError
