@@ -1,4 +1,4 @@
-"""Whole runs on texts without images: a classifier with SCL, a text tower of Hugging Face, a kill."""
+"""Whole runs on texts without images: SCL, a text tower of Hugging Face, and a kill."""
 
 from __future__ import annotations
 
