@@ -375,7 +375,7 @@ def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) ->
         device.type,
         precision,
         run.recipe.engine.zero_stage,
-        f"{run.order.num_positions:,}"
+        f"{run.shard_set.num_samples:,}"
         if run.order.subset is None
         else f"{run.order.num_positions:,} of {run.shard_set.num_samples:,}",
         "" if run.windows is None else f" ({run.windows.num_windows:,} windows)",
