@@ -27,7 +27,7 @@ negative.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.pixel_cache import make_cache
 from clipsys.training.data.samples import Batch, DecodedImage, Decoder, Row, Skipped
 from clipsys.training.data.shard_set import MIXED_REMOTE_SHARDS, ShardSet
+from clipsys.training.data.subset import Subset
 
 T = TypeVar("T")
 
@@ -83,9 +84,15 @@ class TrainingBatches(Dataset[Batch]):
         starts = itertools.accumulate(shard_set.counts, initial=0)
         self._first_numbers = tuple(starts)
         self._pixels = None
+        #: Of a subset, where each sample's image lies in the cache.
+        self._cache_rows: dict[int, int] | None = None
         if epochs > 1 and decoder.needs_image:
+            self._cache_rows = _numbered(order.subset, self._first_numbers)
+            num_images = shard_set.num_samples
             self._pixels = make_cache(
-                shard_set.num_samples, decoder.preprocessing.size, limit_bytes=pixel_cache_bytes
+                num_images if self._cache_rows is None else len(self._cache_rows),
+                decoder.preprocessing.size,
+                limit_bytes=pixel_cache_bytes,
             )
         self._order = order
         self._windows = windows
@@ -186,15 +193,16 @@ class TrainingBatches(Dataset[Batch]):
         return known
 
     def _known(self, place: tuple[int, int]) -> DecodedImage | None:
-        shard, sample = place
-        return (
-            None if self._pixels is None else self._pixels.get(self._first_numbers[shard] + sample)
-        )
+        return None if self._pixels is None else self._pixels.get(self._cache_row(place))
 
     def _keep(self, place: tuple[int, int], image: DecodedImage) -> None:
-        shard, sample = place
         if self._pixels is not None:
-            self._pixels.put(self._first_numbers[shard] + sample, image)
+            self._pixels.put(self._cache_row(place), image)
+
+    def _cache_row(self, place: tuple[int, int]) -> int:
+        shard, sample = place
+        number = self._first_numbers[shard] + sample
+        return number if self._cache_rows is None else self._cache_rows[number]
 
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
         """The first usable sample that follows, for a micro-batch that has none."""
@@ -207,3 +215,15 @@ class TrainingBatches(Dataset[Batch]):
             f"step {step}: none of the {self._micro_size} samples of this rank can be used; "
             f"first: {bad.shard}#{bad.key}: {bad.reason}"
         )
+
+
+def _numbered(subset: Subset | None, first_numbers: Sequence[int]) -> dict[int, int] | None:
+    """The place within a subset of each of its samples, by its number among all samples."""
+    if subset is None:
+        return None
+    numbers = (
+        first + sample
+        for first, of_shard in zip(first_numbers, subset, strict=False)
+        for sample in of_shard
+    )
+    return {number: place for place, number in enumerate(numbers)}

@@ -15,6 +15,7 @@ from clipsys.shards.remote import is_remote
 from clipsys.training.data.config import DataConfig
 from clipsys.training.data.order import SampleOrder, WindowOrder
 from clipsys.training.data.samples import Skipped
+from clipsys.training.data.subset import Subset
 
 if TYPE_CHECKING:
     from clipsys.training.data.frames import FrameWindows
@@ -99,11 +100,17 @@ def open_shards(config: DataConfig) -> ShardSet:
 
 
 def sample_order(
-    config: DataConfig, shard_set: ShardSet, seed: int, windows: FrameWindows | None = None
+    config: DataConfig,
+    shard_set: ShardSet,
+    seed: int,
+    windows: FrameWindows | None = None,
+    subset: Subset | None = None,
 ) -> SampleOrder:
-    """The order that a recipe's ``data`` section asks for: of samples, or of windows of frames."""
+    """The order that a ``data`` section asks for: of samples, of a few, or of windows of frames."""
     weights = None
     counts = shard_set.counts if windows is None else windows.counts
+    if subset is not None:
+        counts = tuple(map(len, subset))
     if any(source.weight for source in config.sources):
         totals = [0] * len(config.sources)
         for source, count in zip(shard_set.sources, counts, strict=True):
@@ -117,9 +124,9 @@ def sample_order(
     if mixed is None and any(is_remote(shard) for shard in shard_set.shards):
         mixed = MIXED_REMOTE_SHARDS
     if windows is not None:
-        return WindowOrder(counts, seed, mixed, drawn, weights, windows.fingerprint())
-    order = SampleOrder(counts, seed, mixed, drawn, weights)
-    if order.num_positions < config.batch_size and not config.resampled:
+        return WindowOrder(counts, seed, mixed, drawn, weights, windows=windows.fingerprint())
+    order = SampleOrder(counts, seed, mixed, drawn, weights, subset)
+    if order.num_positions < config.batch_size and not config.resampled and subset is None:
         _check_names(shard_set, config)
     return order
 

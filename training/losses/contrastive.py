@@ -72,11 +72,11 @@ def info_nce(
     Raises:
         ConfigError: shapes do not fit, or ``tile_size`` is not positive.
     """
-    _check("info_nce", image_features, text_features, groups, tile_size)
+    check_pairs("info_nce", image_features, text_features, groups, tile_size)
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     image_BD, text_BD = image_features.to(dtype), text_features.to(dtype)
     scale = logit_scale.to(dtype).reshape(())
-    pairing = _pairing(groups, len(image_BD), group, ignore=ignore_groups)
+    pairing = pairing_of(groups, len(image_BD), group, ignore=ignore_groups)
     num_rows = len(image_BD) * world_size(group)
     rows = tile_size or auto_tile_size(num_rows, image_BD.device)
     if world_size(group) == 1:
@@ -86,12 +86,12 @@ def info_nce(
     # Both towers in one collective: each one makes the ranks wait for the slowest.
     both_N2D = gather_rows(torch.cat([image_BD, text_BD], dim=1), group)
     image_ND, text_ND = both_N2D.chunk(2, dim=1)
-    image_to_text = _cross_entropy(image_BD, text_ND, scale, pairing, rows)
-    text_to_image = _cross_entropy(text_BD, image_ND, scale, pairing, rows)
+    image_to_text = cross_entropy(image_BD, text_ND, scale, pairing, rows)
+    text_to_image = cross_entropy(text_BD, image_ND, scale, pairing, rows)
     return (image_to_text + text_to_image) / 2
 
 
-def _cross_entropy(
+def cross_entropy(
     query_BD: torch.Tensor,
     key_ND: torch.Tensor,
     scale: torch.Tensor,
@@ -156,11 +156,11 @@ def sigmoid_loss(
     Raises:
         ConfigError: shapes do not fit, or ``tile_size`` is not positive.
     """
-    _check("sigmoid_loss", image_features, text_features, groups, tile_size)
+    check_pairs("sigmoid_loss", image_features, text_features, groups, tile_size)
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     image_BD = image_features.to(dtype)
     text_ND = gather_rows(text_features.to(dtype), group)
-    pairing = _pairing(groups, len(image_BD), group, ignore=ignore_groups)
+    pairing = pairing_of(groups, len(image_BD), group, ignore=ignore_groups)
     rows = tile_size or auto_tile_size(len(text_ND), image_BD.device)
     return differentiable(
         partial(sigmoid, pairing=pairing, tile_size=rows),
@@ -171,26 +171,32 @@ def sigmoid_loss(
     )
 
 
-def _pairing(
+def pairing_of(
     groups: torch.Tensor | None,
     local_size: int,
     group: dist.ProcessGroup | None,
     *,
     ignore: bool,
 ) -> Pairing:
+    """Which texts of all ranks belong to this rank's images."""
     start = rank(group) * local_size
     if groups is None:
         return Pairing(start)
     return Pairing(start, gather_rows(groups.to(torch.int64), group), ignore)
 
 
-def _check(
+def check_pairs(
     name: str,
     image_BD: torch.Tensor,
     text_BD: torch.Tensor,
     groups: torch.Tensor | None,
     tile_size: int | None,
 ) -> None:
+    """Checks what the losses of pairs are given.
+
+    Raises:
+        ConfigError: shapes do not fit, or ``tile_size`` is not positive.
+    """
     if image_BD.ndim != 2 or image_BD.shape != text_BD.shape or len(image_BD) == 0:
         raise ConfigError(
             f"{name}: image features {tuple(image_BD.shape)} and text features "

@@ -38,7 +38,8 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-Compute = Callable[..., tuple[torch.Tensor, "Gradients | None"]]
+#: Gives the value and gradients towards its tensors, in their order.
+Compute = Callable[..., tuple[torch.Tensor, "tuple[torch.Tensor | None, ...] | None"]]
 
 #: From so many rows on a tile of `one_way` keeps them whole.
 _WHOLE_ROWS = 160
@@ -79,7 +80,7 @@ def one_way(
     tile_size: int,
 ) -> tuple[torch.Tensor, Gradients | None]:
     """Mean over queries of the cross-entropy over all keys against evenly spread positives."""
-    positives = _Positives(query_RD, key_CD, pairing)
+    positives = _Positives(query_RD, key_CD[pairing.paired], pairing.of_paired())
     mean = 1 / len(query_RD)
     entropy = scale.new_zeros((), dtype=torch.float64)
     query_gradient_RD = torch.zeros_like(query_RD) if needs_gradients else query_RD
@@ -89,7 +90,7 @@ def one_way(
     whole = tile_size >= _WHOLE_ROWS
     tiles = LogitTiles(query_RD, key_CD, scale, tile_size, pairing, whole_rows=whole)
     for rows in tiles.rows():
-        weight_TU, largest_T1, sum_T1 = _row_softmax(tiles, rows)
+        weight_TU, largest_T1, sum_T1 = row_softmax(tiles, rows)
         entropy += (sum_T1.log() + largest_T1).sum(dtype=torch.float64)
         if not needs_gradients:
             continue
@@ -103,13 +104,13 @@ def one_way(
     if not needs_gradients:
         return value.to(query_RD.dtype), None
     query_gradient_RD.sub_(positives.mean_key_RD, alpha=mean)
-    key_gradient_CD.sub_(positives.spread_queries(), alpha=mean)
+    key_gradient_CD[pairing.paired].sub_(positives.spread_queries(), alpha=mean)
     return value.to(query_RD.dtype), scaled_gradients(
         query_RD, query_gradient_RD, key_gradient_CD, scale
     )
 
 
-def _row_softmax(tiles: LogitTiles, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_softmax(tiles: LogitTiles, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """exp(logit - largest) of the last tile (T, U); the largest logit and the sum (T, 1) of all.
 
     The sum is kept relative to the largest logit so far (Milakov and Gimelshein 2018).

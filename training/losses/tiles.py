@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,16 +26,29 @@ class Pairing:
         ignore: others of a query's group are left out of its loss; else they are positives.
         masked: query r never meets key ``masked + r`` (its own self, among keys that are queries
             too); None: every query meets every key.
+        num_paired: keys from here on are no query's own: negatives of all queries but those of
+            their group, which never meet them; None: all keys are paired.
     """
 
     start: int = 0
     ids_C: torch.Tensor | None = None
     ignore: bool = False
     masked: int | None = None
+    num_paired: int | None = None
 
     def own(self, num_queries: int) -> slice:
         """The queries' own keys."""
         return slice(self.start, self.start + num_queries)
+
+    @property
+    def paired(self) -> slice:
+        """The keys that are some query's own."""
+        return slice(self.num_paired)
+
+    def of_paired(self) -> Pairing:
+        """The same queries among the paired keys alone."""
+        ids_C = None if self.ids_C is None else self.ids_C[self.paired]
+        return replace(self, ids_C=ids_C, num_paired=None)
 
 
 class LogitTiles:
@@ -88,6 +101,8 @@ class LogitTiles:
         torch.mm(query_TD, key_UD.T, out=logits_TU)
         if self._pairing.ignore:
             logits_TU.masked_fill_(_ignored(rows, columns, self._pairing), -math.inf)
+        elif self._pairing.num_paired is not None and self._pairing.ids_C is not None:
+            logits_TU.masked_fill_(_own_unpaired(rows, columns, self._pairing), -math.inf)
         if self._pairing.masked is not None:
             _mask(logits_TU, rows, columns, self._pairing.masked)
         return logits_TU
@@ -124,3 +139,12 @@ def _ignored(rows: slice, columns: slice, pairing: Pairing) -> torch.Tensor:
     own_T = key_C[rows.start + pairing.start : rows.stop + pairing.start]
     same_TU = pairing.ids_C[own_T, None] == pairing.ids_C[None, columns]
     return same_TU & (own_T[:, None] != key_C[None, columns])
+
+
+def _own_unpaired(rows: slice, columns: slice, pairing: Pairing) -> torch.Tensor:
+    """(T, U) bool: keys that are no query's own, but of the row's group."""
+    assert pairing.ids_C is not None and pairing.num_paired is not None
+    id_T = pairing.ids_C[rows.start + pairing.start : rows.stop + pairing.start]
+    same_TU = id_T[:, None] == pairing.ids_C[None, columns]
+    same_TU[:, : max(0, pairing.num_paired - columns.start)] = False
+    return same_TU

@@ -131,6 +131,16 @@ class Objective(Generic[ConfigT]):
         """Which samples get equal ids in `Labels.groups_B`."""
         return "pair"
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels of samples make a difference."""
+        return self.needs_classes or self.positives == "label"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it trains a classifier, whose `scores` can be asked for."""
+        return type(self).scores is not Objective.scores
+
     def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
         """The views of each image, from the recipe's ``augmentation``.
 
