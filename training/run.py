@@ -166,6 +166,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         embed_dim=sizes.width,
         image_size=_loading_size(recipe, model.preprocessing) if views else (0, 0),
         tile_size=tile_size,
+        num_frames=objective.num_frames,
     )
     engine = Engine(
         trained,
