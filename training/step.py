@@ -107,6 +107,7 @@ class TrainingStep:
             self._joined([batch.samples_B for batch in batches]),
             self._joined([batch.classes_B for batch in batches]),
             self._presence(batches),
+            self._joined([batch.further_groups_BT for batch in batches]),
         )
         return lambda outputs, targets, state: self._objective.loss(outputs, targets, labels, state)
 

@@ -6,6 +6,7 @@ heads               projection heads
 infonce, sigmoid    images with texts
 simclr, moco, looc  images alone
 reweighted          hard_infonce, hard_simclr: negatives weighted by their hardness
+extra_texts         negclip, mined_infonce: texts without an image as further negatives
 supcon              images with labels, classification too
 pretext             what the tasks that need no labels share: rotation, jigsaw, colour
 frame_views         what objectives over ordered frames share: frame_order, cpc

@@ -33,6 +33,8 @@ BUILT_IN = {
     "simclr": "clipsys.training.objectives.simclr:SimCLR",
     "hard_infonce": "clipsys.training.objectives.reweighted:HardInfoNCE",
     "hard_simclr": "clipsys.training.objectives.reweighted:HardSimCLR",
+    "negclip": "clipsys.training.objectives.extra_texts:NegCLIP",
+    "mined_infonce": "clipsys.training.objectives.extra_texts:MinedInfoNCE",
     "moco": "clipsys.training.objectives.moco:MoCo",
     "supcon": "clipsys.training.objectives.supcon:SupCon",
     "classification": "clipsys.training.objectives.classification:Classification",
