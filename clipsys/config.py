@@ -296,12 +296,17 @@ def _nearest(known: Sequence[str], location: tuple[str, ...]) -> str | None:
     return near[0] if near else None
 
 
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
 def _paths(model: type[Settings], document: object, prefix: str = "") -> Iterator[str]:
     """Every setting that a document may have, by its dotted name."""
     for name, info in model.model_fields.items():
         yield prefix + name
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, Settings):
+        # A section that may be left out is a union with None.
+        inner = next(filter(_is_section, (info.annotation, *get_args(info.annotation))), None)
+        if inner is not None:
             section = document.get(name) if isinstance(document, Mapping) else None
             variants = next((one for one in info.metadata if isinstance(one, Variants)), None)
             chosen = variants.choose(section) if variants else None

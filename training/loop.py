@@ -299,6 +299,8 @@ class TrainingLoop:
                 "image_to_text/recall@10",
                 "zeroshot/accuracy@1",
                 "knn/accuracy@1",
+                "classifier/accuracy@1",
+                "classifier/macro_f1",
             )
             texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
             epoch = self.step / self.run.steps_per_epoch

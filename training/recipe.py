@@ -56,6 +56,7 @@ class Recipe(Settings):
         )
         faults = (
             *self._idle_settings(objective),
+            *self._idle_labels(objective),
             *self._idle_with_data(objective),
             *self._frame_faults(objective),
             *self._conflicts(objective),
@@ -68,16 +69,6 @@ class Recipe(Settings):
     def _idle_settings(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
         """Settings that would silently do nothing."""
         data, model, name = self.data, self.model, self.objective.name
-        if objective.positives != "label" and not objective.needs_classes and data.label_key:
-            yield (
-                f"data.label_key is {data.label_key!r}, which does nothing for objective.name "
-                f"{name} unless objective.positives is label; leave it out"
-            )
-        if data.classes is not None and not objective.needs_classes:
-            yield (
-                f"data.classes does nothing for objective.name {name}, which trains no classifier; "
-                "leave it out"
-            )
         if not objective.views(self.augmentation):
             yield from self._idle_without_images(name)
         if not objective.needs_bias and model.initial_logit_bias is not None:
@@ -107,6 +98,32 @@ class Recipe(Settings):
                 "would be trained; leave one out"
             )
 
+    def _idle_labels(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
+        """Settings about labels and classifiers, for an objective that has no use for them."""
+        data, name = self.data, self.objective.name
+        if data.label_key and not objective.uses_labels:
+            yield (
+                f"data.label_key is {data.label_key!r}, which does nothing for objective.name "
+                f"{name} unless objective.positives is label; leave it out"
+            )
+        if data.label_noise and not objective.uses_labels:
+            yield (
+                f"data.label_noise does nothing for objective.name {name}, which uses no labels; "
+                "leave it out"
+            )
+        if data.classes is not None and not (objective.needs_classes or data.label_noise):
+            yield (
+                f"data.classes does nothing for objective.name {name}, which trains no classifier; "
+                "leave it out"
+            )
+        if self.evaluation.classifier and not objective.classifies:
+            yield (
+                f"evaluation.classifier does nothing for objective.name {name}, which trains no "
+                "classifier; leave it out"
+            )
+        if self.evaluation.classifier and not data.validation:
+            yield "evaluation.classifier does nothing without data.validation"
+
     def _idle_without_images(self, name: str) -> Iterator[str]:
         """Settings about images, for an objective that shows none."""
         if self.augmentation != AugmentationConfig():
@@ -119,6 +136,9 @@ class Recipe(Settings):
             ("data.load_size", self.data.load_size),
             ("model.patch_dropout", self.model.patch_dropout or None),
             ("evaluation.knn", self.evaluation.knn),
+            ("evaluation.match", self.evaluation.match),
+            ("evaluation.captions", _unless(self.evaluation.captions, "all")),
+            ("evaluation.duplicates", _unless(self.evaluation.duplicates, "equal")),
         ):
             if value is not None:
                 yield (
@@ -189,7 +209,7 @@ class Recipe(Settings):
             yield (
                 f"engine.zero_stage is {stage}, which flattens parameters, and optimizer.name "
                 f"{self.optimizer.name} needs the norm of each; use engine.zero_stage 0 or "
-                "optimizer.name adamw"
+                f"optimizer.name {self.optimizer.without_norms}"
             )
         micro, batch = self.data.micro_batch_size, self.data.batch_size
         if micro and not objective.cacheable:
@@ -228,3 +248,7 @@ class Recipe(Settings):
     def run_folder(self) -> Path:
         """Where the run is stored."""
         return Path(self.output)
+
+
+def _unless(value: str, default: str) -> str | None:
+    return None if value == default else value

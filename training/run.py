@@ -17,14 +17,16 @@ from clipsys.models.open_clip_models import ModelParts
 from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import TrainingBatches
-from clipsys.training.data.classes import class_names
+from clipsys.training.data.classes import class_names, read_labels
 from clipsys.training.data.frames import FrameWindows, read_windows
 from clipsys.training.data.further_texts import StatedNegatives, check_negatives_key
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
+from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Batch, Decoder
-from clipsys.training.data.shard_set import ShardSet, open_shards, sample_order
+from clipsys.training.data.shard_set import ShardSet, open_shards
 from clipsys.training.data.skips import SkipLedger
+from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from clipsys.training.distributed.agreement import (
     on_every_rank,
     require_equal,
@@ -53,6 +55,7 @@ from clipsys.training.plan import Plan, plan_run
 from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
 from clipsys.training.step import TrainingStep
+from clipsys.training.validation.classifier import Classifier
 from clipsys.training.validation.measuring import Validation
 
 _logger = logging.getLogger(__name__)
@@ -142,13 +145,13 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     if checkpoint is not None:
         begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
     model = _model(begins_with, recipe, objective)
-    shard_set, windows, order = _shards(recipe)
-    validation = _validation(recipe, objective, model)
+    shard_set, windows, classes, order = _data(recipe, objective)
+    validation = _validation(recipe, objective, model, classes)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
-    classes = _classes(recipe, objective, shard_set)
     num_samples = shard_set.num_samples if windows is None else windows.num_windows
-    sizes = Sizes(_width(model), num_samples, len(classes))
+    num_classes = len(classes) if objective.needs_classes else 0
+    sizes = Sizes(_width(model), num_samples, num_classes)
     trained = _trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
@@ -161,6 +164,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         embed_dim=sizes.width,
         image_size=_loading_size(recipe, model.preprocessing) if views else (0, 0),
         tile_size=tile_size,
+        num_frames=objective.num_frames,
     )
     decoder = _decoder(recipe, objective, model, classes)
     if objective.negatives_key is not None:
@@ -211,7 +215,13 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
 
 def _model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]) -> ModelParts:
     """The model that every rank begins with, with what the objective does not train frozen."""
-    model = on_every_rank(lambda: initial_model(settings, with_bias=objective.needs_bias))
+    model = on_every_rank(
+        lambda: initial_model(
+            settings,
+            with_bias=objective.needs_bias,
+            trains_images=bool(objective.views(recipe.augmentation)),
+        )
+    )
     require_equal(
         {"a model with the fingerprint": fingerprint(model, weights=bool(settings.pretrained))},
         remedy="give every machine the same model.architecture and model.pretrained",
@@ -230,30 +240,64 @@ def _width(model: ModelParts) -> int:
     return int(model.config["embed_dim"])
 
 
-def _shards(recipe: Recipe) -> tuple[ShardSet, FrameWindows | None, SampleOrder]:
-    """The training data, the same files on every rank, and the order of samples or of windows."""
-    shard_set = on_first_rank(lambda: open_shards(recipe.data))
+def _data(
+    recipe: Recipe, objective: Objective[Any]
+) -> tuple[ShardSet, FrameWindows | None, tuple[str, ...], SampleOrder]:
+    """The training data, the same files on every rank: shards, windows, classes, order."""
+    data = recipe.data
+    shard_set = on_first_rank(lambda: open_shards(data))
     local = [shard for shard in shard_set.shards if not is_remote(shard)]
     require_same_files(local, setting="data.train")
-    windows, frames = None, recipe.data.frames
+    windows, frames = None, data.frames
     if frames is not None:
-        cache = recipe.data.shard_cache
-        windows = on_first_rank(lambda: read_windows(frames, shard_set, cache))
-    order = sample_order(recipe.data, shard_set, recipe.seed, windows)
-    order.steps_per_epoch(recipe.data.batch_size)  # raises where there is not one
-    return shard_set, windows, order
+        windows = on_first_rank(lambda: read_windows(frames, shard_set, data.shard_cache))
+    classes, subset = on_first_rank(lambda: _classes_and_subset(recipe, objective, shard_set))
+    order = sample_order(data, shard_set, recipe.seed, windows=windows, subset=subset)
+    order.steps_per_epoch(data.batch_size)  # raises where there is not one
+    return shard_set, windows, classes, order
 
 
-def _validation(recipe: Recipe, objective: Objective[Any], model: ModelParts) -> Validation:
+def _classes_and_subset(
+    recipe: Recipe, objective: Objective[Any], shard_set: ShardSet
+) -> tuple[tuple[str, ...], Subset | None]:
+    """The classes, where they are needed, and the samples that are trained on, if not all are."""
+    data = recipe.data
+    needs_classes = objective.needs_classes or data.label_noise > 0
+    needs_draw = data.num_samples is not None
+    labels = None
+    if objective.uses_labels and (needs_draw or (needs_classes and data.classes is None)):
+        labels = read_labels(data, shard_set)
+    classes = class_names(data, shard_set, labels) if needs_classes else ()
+    if data.num_samples is None:
+        return classes, None
+    strata = None if labels is None else labels.among(classes) if classes else labels.of_shards
+    seed = _subset_seed(recipe)
+    return classes, draw_subset(shard_set.counts, data.num_samples, seed, strata)
+
+
+def _subset_seed(recipe: Recipe) -> int:
+    seed = recipe.data.subset_seed
+    return recipe.seed if seed is None else seed
+
+
+def _validation(
+    recipe: Recipe, objective: Objective[Any], model: ModelParts, classes: tuple[str, ...]
+) -> Validation:
     """The validation data, the same on every rank."""
+    has_text = objective.num_texts > 0
+    classifier = None
+    if recipe.evaluation.classifier:
+        classifier = Classifier(objective.scores, classes, recipe.data.label_key, has_text)
     validation = on_every_rank(
         lambda: Validation(
             recipe.evaluation,
             recipe.data.validation,
             model.preprocessing,
             model.tokenizer,
-            has_text=objective.num_texts > 0,
+            has_text=has_text,
+            has_images=bool(objective.views(recipe.augmentation)),
             caption_key=recipe.data.caption_key,
+            classifier=classifier,
         )
     )
     require_equal(
@@ -261,13 +305,6 @@ def _validation(recipe: Recipe, objective: Objective[Any], model: ModelParts) ->
         remedy="give every machine the same data.validation and evaluation.zeroshot",
     )
     return validation
-
-
-def _classes(recipe: Recipe, objective: Objective[Any], shard_set: ShardSet) -> tuple[str, ...]:
-    """The classes of the training data, the same on every rank; none where they are not needed."""
-    if not objective.needs_classes:
-        return ()
-    return on_first_rank(lambda: class_names(recipe.data, shard_set))
 
 
 def _trained_model(
@@ -323,7 +360,12 @@ def _decoder(
         needs_image=bool(objective.views(recipe.augmentation)),
         needs_caption=objective.num_texts > 0,
         caption_key=data.caption_key,
-        class_numbers={name: number for number, name in enumerate(classes)} or None,
+        class_numbers={name: number for number, name in enumerate(classes)}
+        if objective.needs_classes
+        else None,
+        label_noise=LabelNoise(data.label_noise, _subset_seed(recipe), classes)
+        if data.label_noise
+        else None,
         further=None
         if objective.negatives_key is None
         else StatedNegatives(objective.negatives_key, objective.num_texts - 1),
@@ -401,7 +443,9 @@ def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) ->
         device.type,
         precision,
         run.recipe.engine.zero_stage,
-        f"{run.shard_set.num_samples:,}",
+        f"{run.shard_set.num_samples:,}"
+        if run.order.subset is None
+        else f"{run.order.num_positions:,} of {run.shard_set.num_samples:,}",
         "" if run.windows is None else f" ({run.windows.num_windows:,} windows)",
         len(run.shard_set.shards),
         run.recipe.schedule.epochs,

@@ -24,7 +24,7 @@ from clipsys.training.data.samples import Batch
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Loss, MakeInputs
 from clipsys.training.engine.gradient_check import NonFiniteGradientError
-from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
 from clipsys.training.objectives import Labels, Objective
 
 #: Apart from each other for the seeds of views; the first view's share is 0.
@@ -37,7 +37,8 @@ class StepFigures:
 
     Attributes:
         loss: loss of the whole batch, before the update.
-        scalars: values that the loss was computed with, by name: ``logit_scale``, ``logit_bias``.
+        scalars: values that the loss was computed with, by name: ``logit_scale``, ``logit_bias``,
+            and what the objective measures besides: ``accuracy``.
         gradient_norm: global, before clipping.
         num_skipped: samples that could not be used.
     """
@@ -75,8 +76,9 @@ class TrainingStep:
                 they were.
         """
         inputs = self._seeded_inputs(batches, step)
-        found = self._engine.accumulate(inputs, self._loss(batches))
-        value, num_skipped = self._over_ranks(found.loss, batches, step)
+        measured: dict[str, torch.Tensor] = {}
+        found = self._engine.accumulate(inputs, self._loss(batches, measured))
+        value, num_skipped, figures = self._over_ranks(found.loss, measured, batches, step)
         try:
             norm = self._engine.update(lr_factor)
         except NonFiniteGradientError as error:
@@ -85,14 +87,14 @@ class TrainingStep:
                 "engine.precision fp32; the last checkpoint is kept"
             ) from error
         scalars = {name: float(one) for name, one in found.shared.items() if one.numel() == 1}
-        return StepFigures(value, scalars, norm, num_skipped)
+        return StepFigures(value, scalars | figures, norm, num_skipped)
 
     def losses_in(self, precisions: Sequence[str], batch: Batch, step: int) -> list[float]:
         """Loss of one micro-batch over all ranks in fp32 or bf16, without an update.
 
         Every rank calls it. `__call__` draws the same random numbers afterwards.
         """
-        losses, loss = [], self._loss([batch])
+        losses, loss = [], self._loss([batch], {})
         for precision in precisions:
             (inputs,) = self._seeded_inputs([batch], step)
             share = self._engine.loss_in(precision, inputs, loss)
@@ -101,7 +103,8 @@ class TrainingStep:
             losses.append(float(share) / world_size())
         return losses
 
-    def _loss(self, batches: Sequence[Batch]) -> Loss:
+    def _loss(self, batches: Sequence[Batch], measured: dict[str, torch.Tensor]) -> Loss:
+        """The objective's loss; each call puts what else it measures into ``measured``."""
         labels = Labels(
             self._joined([batch.groups_B for batch in batches]),
             self._joined([batch.samples_B for batch in batches]),
@@ -109,7 +112,13 @@ class TrainingStep:
             self._presence(batches),
             self._joined([batch.further_groups_BT for batch in batches]),
         )
-        return lambda outputs, targets, state: self._objective.loss(outputs, targets, labels, state)
+
+        def loss(outputs: Outputs, targets: Rows, state: State) -> tuple[torch.Tensor, State]:
+            with torch.no_grad():
+                measured.update(self._objective.figures(outputs, targets, labels, state))
+            return self._objective.loss(outputs, targets, labels, state)
+
+        return loss
 
     def _joined(self, parts: Sequence[torch.Tensor | None]) -> Any:
         present = [part for part in parts if part is not None]
@@ -161,15 +170,20 @@ class TrainingStep:
         return Inputs(views, texts, seeds_B.to(device))
 
     def _over_ranks(
-        self, share: torch.Tensor, batches: Sequence[Batch], step: int
-    ) -> tuple[float, int]:
-        """The loss averaged over ranks, and how many samples all ranks had to skip.
+        self,
+        share: torch.Tensor,
+        measured: dict[str, torch.Tensor],
+        batches: Sequence[Batch],
+        step: int,
+    ) -> tuple[float, int, dict[str, float]]:
+        """The loss and other figures averaged over ranks, and how many samples were skipped.
 
-        One collective for both: each one makes the ranks wait for the slowest. Every rank stops if
+        One collective for all: each one makes the ranks wait for the slowest. Every rank stops if
         any rank's loss is not finite.
         """
         skipped = sum(len(batch.skipped) for batch in batches)
-        totals = torch.stack([share, share.new_tensor(skipped)])
+        figures = [one.to(share) for one in measured.values()]
+        totals = torch.stack([share, share.new_tensor(skipped), *figures])
         if world_size() > 1:
             dist.all_reduce(totals)
         value = float(totals[0]) / world_size()
@@ -182,7 +196,8 @@ class TrainingStep:
                 f"(samples {', '.join(keys[:4])}, …); lower optimizer.lr or use engine.precision "
                 "fp32; the last checkpoint is kept"
             )
-        return value, int(totals[1])
+        means = (float(total) / world_size() for total in totals[2:])
+        return value, int(totals[1]), dict(zip(measured, means, strict=True))
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

@@ -72,8 +72,10 @@ def columns_of(
     caption_column: Sequence[str] | None,
     label_column: str,
     encoding: str,
+    *,
+    without_images: bool = False,
 ) -> Columns:
-    """What the four options of tables say, for sources of which one has to be a table, if any.
+    """What the options of tables say, for sources of which one has to be a table, if any.
 
     Raises:
         ConfigError: an option is given, and no source is a table.
@@ -82,7 +84,9 @@ def columns_of(
     from clipsys.corpora.columns import Columns
     from clipsys.corpora.sources import source_kind
 
-    columns = Columns(path_column, tuple(caption_column or ()), label_column, encoding)
+    columns = Columns(
+        path_column, tuple(caption_column or ()), label_column, encoding, without_images
+    )
     if columns.options and sources:  # without any, those that a collection knows
         columns.check_used([source_kind(source) for source in sources])
     return columns

@@ -44,6 +44,9 @@ def shards(
     caption_column: options.CaptionColumn = None,
     label_column: options.LabelColumn = "",
     encoding: options.Encoding = "",
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="The rows of the table are texts without images.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the shards SOURCE instead; no OUT.")
     ] = False,
@@ -57,6 +60,7 @@ def shards(
 ) -> None:
     """Pack images and captions into WebDataset shards; or check, or list, existing ones.
 
+    With --no-images a table of texts and labels is packed, for training on texts alone.
     A pack that was interrupted goes on when the same command is repeated.
     """
     if (verify or manifest) and out is not None:
@@ -75,7 +79,11 @@ def shards(
     from clipsys.files.drive_faults import drive_errors_explained
 
     remedy = "make room and repeat the command, which goes on from here"
-    columns = options.columns_of([source], path_column, caption_column, label_column, encoding)
+    if no_images and resize is not None:
+        raise typer.BadParameter("does nothing with --no-images", param_hint="--resize")
+    columns = options.columns_of(
+        [source], path_column, caption_column, label_column, encoding, without_images=no_images
+    )
     with drive_errors_explained(out, DataError, remedy):
         report = pack(
             source,
@@ -146,10 +154,15 @@ def _verify_shards(source: str, workers: int, as_json: bool) -> None:
             print(f"  {_first_few(group)}")
         if len(report.repeated) > _SHOWN:
             print(f"  and {len(report.repeated) - _SHOWN} more; --json lists all")
+        if not report.sound and report.without_image:
+            count = len(report.without_image)
+            print(f"{count} without an image, unlike others: {_first_few(report.without_image)}")
         if report.same_image:
             print(f"{len(report.same_image)} images occur with several texts (no fault)")
         if report.sound:
-            print("all images decode, all samples have a text, none occurs twice")
+            texts = "all samples are texts without images"
+            images = "all images decode, all samples have a text, none occurs twice"
+            print(texts if report.without_image else images)
     if not report.sound:
         raise DataError(f"{source}: the shards are not sound")
 

@@ -45,12 +45,14 @@ class Columns:
         captions: columns with captions, the most important first.
         label: column with the class label.
         encoding: of a CSV, TSV or JSON Lines file; UTF-8, or what a byte order mark says, if empty.
+        without_images: each row is a text, and columns that might name a file are metadata.
     """
 
     path: str = ""
     captions: tuple[str, ...] = ()
     label: str = ""
     encoding: str = ""
+    without_images: bool = False
 
     @property
     def options(self) -> list[str]:
@@ -60,6 +62,7 @@ class Columns:
             "--caption-column": self.captions,
             "--label-column": self.label,
             "--encoding": self.encoding,
+            "--no-images": self.without_images,
         }
         return [name for name, value in given.items() if value]
 
@@ -145,6 +148,8 @@ def find_roles(
     """
     captions = tuple(_named(table, names, name) for name in columns.captions)
     label = _named(table, names, columns.label) if columns.label else None
+    if columns.without_images:
+        return _roles_of_texts(table, names, columns, captions, label)
     if columns.path:
         named = _named(table, names, columns.path)
         path, image = (None, named) if named in images else (named, None)
@@ -163,6 +168,34 @@ def find_roles(
         captions or tuple(name for name in others if is_caption_name(name)),
         label or _first_known(others, LABEL_COLUMNS),
     )
+
+
+def _roles_of_texts(
+    table: Path,
+    names: Sequence[str],
+    columns: Columns,
+    captions: tuple[str, ...],
+    label: str | None,
+) -> Roles:
+    """The roles in a table whose rows are texts.
+
+    Raises:
+        ConfigError: a column of images is named.
+        DataError: no column is the text.
+    """
+    if columns.path:
+        raise ConfigError(
+            f"--path-column {columns.path} names images, which --no-images leaves out; give one of "
+            "the two"
+        )
+    captions = captions or tuple(name for name in names if is_caption_name(name))
+    if not captions:
+        raise DataError(
+            f"{table}: no column is the text; the columns are {', '.join(names)}; expected one of "
+            f"{', '.join(CAPTION_COLUMNS)}, or name it with --caption-column"
+        )
+    others = [name for name in names if name not in captions]
+    return Roles(None, None, captions, label or _first_known(others, LABEL_COLUMNS))
 
 
 def check_unique(table: Path, names: Sequence[str], columns: Columns) -> None:
@@ -211,5 +244,6 @@ def _no_image(table: Path, names: Sequence[str]) -> str:
         return f"{table}: column {address!r} holds URLs and no column holds files; {FETCH_FIRST}"
     return (
         f"{table}: no column names the image file; the columns are {', '.join(names)}; expected "
-        f"one of {', '.join(PATH_COLUMNS)}, or name it with --path-column"
+        f"one of {', '.join(PATH_COLUMNS)}, or name it with --path-column (`clipsys shards "
+        "--no-images` packs texts alone)"
     )

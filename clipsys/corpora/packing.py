@@ -77,7 +77,7 @@ def pack(
     """Packs a folder, a table or shards into WebDataset shards with a manifest.
 
     Each image is decoded once, so that none that cannot be used gets in. Without ``resize`` they
-    keep their bytes.
+    keep their bytes. A table of texts (``columns.without_images``) becomes samples without images.
 
     Args:
         source: what `clipsys.corpora.sources.iterate_source` reads.
@@ -98,7 +98,8 @@ def pack(
         "source": str(source),
         "shard_bytes": shard_bytes,
         "shuffle_seed": shuffle_seed,
-        "columns": [columns.path, list(columns.captions), columns.label],
+        "columns": [columns.path, list(columns.captions), columns.label]
+        + ["no images"] * columns.without_images,
         "resize": resize,
     }
     if frames:
@@ -140,8 +141,9 @@ def pack(
     skipped = Counter(reason for _, reason in journal.skipped)
     if not written:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        what = "texts" if columns.without_images else "images"
         raise DataError(
-            f"{source}: none of the {journal.taken} images can be used ({reasons}); "
+            f"{source}: none of the {journal.taken} {what} can be used ({reasons}); "
             f"the first is {journal.skipped[0][0]}"
         )
     journal.list_skipped()
@@ -174,7 +176,7 @@ def _prepare(
 ) -> tuple[int, str, Sample | str]:
     """The sample as it is packed, or why it cannot be used; runs in a worker."""
     number, uri, sample = task
-    if isinstance(sample, str):
+    if isinstance(sample, str) or not sample.suffix:  # unusable, or a text alone
         return number, uri, sample
     try:
         if resize is None:

@@ -25,6 +25,7 @@ class Record:
         captions: all of them, the most important first.
         label: class label; in a folder, the name of the subfolder.
         metadata: other columns or fields, with JSON values.
+        has_image: whether it has an image at all; a row of a table may be a text alone.
         size_bytes, mtime_ns: of the file, to recognise it unchanged without reading it; None where
             the image is not a file of its own.
     """
@@ -36,6 +37,14 @@ class Record:
     metadata: dict[str, Any] = field(default_factory=dict)
     size_bytes: int | None = None
     mtime_ns: int | None = None
+    has_image: bool = True
+
+
+def text_record(
+    uri: str, captions: tuple[str, ...], label: str | None, metadata: dict[str, Any]
+) -> Record:
+    """The record of a text without an image."""
+    return Record(uri, bytes, captions, label, metadata, has_image=False)
 
 
 def file_record(
@@ -101,9 +110,13 @@ def to_sample(record: Record, key: str) -> Sample:
     Raises:
         DataError: the image cannot be read, or a text cannot be written into a shard.
     """
+    if not record.has_image and not record.captions:
+        raise SampleError(f"{record.uri}: the row has no text", reason="no caption")
     suffix = Path(record.uri.rpartition("#")[0] or record.uri).suffix.lower().lstrip(".")
     if f".{suffix}" not in EXTENSIONS:
         suffix = "jpg"  # a shard or table member: the ending only has to say "image"
+    if not record.has_image:
+        suffix = ""
     sample = Sample(key, record.read(), suffix, record.captions, record.label, record.metadata)
     try:
         check_texts(sample)

@@ -20,7 +20,7 @@ from clipsys.corpora.columns import FETCH_FIRST, Columns, Roles, find_roles, is_
 from clipsys.corpora.delimited import JSON_SUFFIXES, Row, read_text_rows
 from clipsys.corpora.parquet_cells import ImageCell, ParquetRow, ParquetTable, read_cell
 from clipsys.corpora.real_paths import real_path
-from clipsys.corpora.records import Record, file_record
+from clipsys.corpora.records import Record, file_record, text_record
 from clipsys.errors import ConfigError, DataError
 
 __all__ = [
@@ -127,11 +127,15 @@ def _text_records(path: Path, columns: Columns) -> Iterator[Record]:
     rows = list(read_text_rows(path, columns))
     if not rows:
         below = "" if path.suffix.lower() in JSON_SUFFIXES else " below the header"
-        raise DataError(f"{path}: has no rows; expected one an image{below}")
+        what = "text" if columns.without_images else "image"
+        raise DataError(f"{path}: has no rows; expected one an {what}{below}")
     # In JSON Lines each row has names of its own.
     names = list(dict.fromkeys(name for row in rows for name in row.cells))
     roles = find_roles(path, names, columns)
     clean = _as_json if path.suffix.lower() in JSON_SUFFIXES else _as_cell
+    if columns.without_images:
+        yield from (_of_text(f"{path}#{row.number}", row.cells, roles, clean) for row in rows)
+        return
     grouped: dict[Path, list[Row]] = {}
     files: dict[str, Path] = {}
     for row in rows:
@@ -181,6 +185,9 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
     num_rows = 0
     for row in table.rows(roles.image):
         num_rows += 1
+        if columns.without_images:
+            yield _of_text(f"{path}#{row.number}", row.cells, roles, _as_json)
+            continue
         for place, cell in enumerate(_images(row, roles)):
             element = place if roles.image in table.list_names else None
             member = _member(table, roles.image, row.number, element)
@@ -260,6 +267,12 @@ def _of_file(file: Path, rows: list[dict[str, Any]], roles: Roles, clean: _Clean
         captions=_captions(rows, roles),
         label=_label(rows[0], roles),
         metadata=_metadata(rows[0], roles, clean),
+    )
+
+
+def _of_text(uri: str, row: dict[str, Any], roles: Roles, clean: _Clean) -> Record:
+    return text_record(
+        uri, _captions([row], roles), _label(row, roles), _metadata(row, roles, clean)
     )
 
 

@@ -17,7 +17,14 @@ from clipsys.shards.manifest import MANIFEST_NAME, ShardInfo, read_manifest
 from clipsys.shards.random_access import repeated_keys
 from clipsys.shards.reading import expand_shards, iterate_raw, shard_failure
 from clipsys.shards.remote import is_remote
-from clipsys.shards.samples import REPEATED, check_key, parse_sample, place_of
+from clipsys.shards.samples import (
+    REPEATED,
+    check_key,
+    has_image,
+    parse_sample,
+    place_of,
+    require_captions,
+)
 from clipsys.shards.writing import hash_file
 
 
@@ -31,6 +38,7 @@ class CheckReport:
         unusable: samples by the reason why they cannot be used.
         without_text: samples with neither caption nor label.
         repeated: groups of samples with the same image and the same text.
+        without_image: texts alone; a fault where other samples have an image.
         same_image: groups of samples with the same image and different texts, as corpora with
             several captions have them; no fault.
     """
@@ -40,19 +48,21 @@ class CheckReport:
     shard_faults: list[str] = field(default_factory=list)
     unusable: dict[str, list[str]] = field(default_factory=dict)
     without_text: list[str] = field(default_factory=list)
+    without_image: list[str] = field(default_factory=list)
     repeated: list[list[str]] = field(default_factory=list)
     same_image: list[list[str]] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.shard_faults or self.unusable or self.without_text or self.repeated)
+        faults = self.shard_faults or self.unusable or self.without_text or self.repeated
+        return not faults and len(self.without_image) in (0, self.num_samples)
 
 
 @dataclass(frozen=True)
 class _Finding:
     place: str
-    image_hash: str
+    image_hash: str  # empty for a text alone
     text_hash: str
     has_text: bool
     reason: str | None
@@ -82,6 +92,9 @@ def check_shards(source: str | Path | Sequence[str | Path], *, workers: int = 1)
                 continue
             if not finding.has_text:
                 report.without_text.append(finding.place)
+            if not finding.image_hash:  # equal texts are no fault: they may be what was written
+                report.without_image.append(finding.place)
+                continue
             places[finding.image_hash, finding.text_hash].append(finding.place)
             images[finding.image_hash].add(finding.text_hash)
     report.repeated = [group for group in places.values() if len(group) > 1]
@@ -113,7 +126,10 @@ def _examine(raw: dict[str, Any]) -> _Finding:
     place = place_of(raw)
     try:
         check_key(raw)
-        sample = parse_sample(raw)
+        sample = parse_sample(raw, needs_image=has_image(raw))
+        if not sample.suffix:
+            require_captions(sample, raw)
+            return _Finding(place, "", "", True, None)
     except SampleError as error:
         return _Finding(place, "", "", False, error.reason)
     reason = None

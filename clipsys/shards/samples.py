@@ -7,6 +7,8 @@ Members of a tar that share a name up to the first dot, and lie side by side, ar
     000041.json    {"captions": ["…", "…"], …}; what is not captions is metadata
     000041.cls     optional class label
 
+A sample may be a text alone, for objectives that look at no image.
+
 Of several images the one whose name has no further dot is taken, ``000041.png`` before
 ``000041.depth.png``; of several such images (``.jpg`` and ``.jpeg``) the first in the tar. A single
 ``000041.seg.png`` is the image; several, and none without a further dot, make the sample unusable.
@@ -85,6 +87,11 @@ def split_name(name: str) -> tuple[str, str] | None:
 def is_image(suffix: str) -> bool:
     """Whether a member with this ending, which may have further dots, is an image."""
     return suffix.rpartition(".")[2].lower() in _IMAGE_SUFFIXES
+
+
+def has_image(raw: dict[str, Any]) -> bool:
+    """Whether a raw sample has a member that is an image."""
+    return any(is_image(name) for name in raw if not name.startswith("__"))
 
 
 def group_members(members: Iterable[tuple[str, bytes]], url: str) -> Iterator[dict[str, Any]]:

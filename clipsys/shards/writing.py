@@ -107,7 +107,9 @@ class _TarWriter:
         self._writer.close()
 
     def write(self, sample: Sample) -> None:
-        members: dict[str, Any] = {"__key__": sample.key, sample.suffix: sample.image}
+        members: dict[str, Any] = {"__key__": sample.key}
+        if sample.suffix:
+            members[sample.suffix] = sample.image
         if sample.captions:
             members["txt"] = sample.captions[0].encode()
         if sample.label is not None:

@@ -178,6 +178,13 @@ def test_a_run_over_frames_takes_windows_for_samples(runs: Runs) -> None:
     assert steps[-1] == 5
 
 
+def test_what_an_objective_measures_is_logged_as_the_mean_over_ranks(runs: Runs) -> None:
+    logged = [e for e in read_metrics(runs.folder / "jigsaw" / "run") if "loss" in e]
+    # Of the eight images of a batch, which two ranks share.
+    assert all(float(8 * e["accuracy"]).is_integer() and 0 <= e["accuracy"] <= 1 for e in logged)
+    assert not any("accuracy" in e for e in read_metrics(runs.folder / "looc" / "run"))
+
+
 def test_batch_norm_in_a_tower_refuses_micro_batches(runs: Runs) -> None:
     message = runs.outcomes["resnet"].error
     assert "data.micro_batch_size is 2, but clip.visual.bn1 is batch normalisation" in message

@@ -31,7 +31,7 @@ import bisect
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -55,6 +55,7 @@ from clipsys.training.data.samples import (
     Skipped,
 )
 from clipsys.training.data.shard_set import MIXED_REMOTE_SHARDS, ShardSet
+from clipsys.training.data.subset import Subset
 
 T = TypeVar("T")
 
@@ -98,9 +99,15 @@ class TrainingBatches(Dataset[Batch]):
         starts = itertools.accumulate(shard_set.counts, initial=0)
         self._first_numbers = tuple(starts)
         self._pixels = None
+        #: Of a subset, where each sample's image lies in the cache.
+        self._cache_rows: dict[int, int] | None = None
         if epochs > 1 and decoder.needs_image:
+            self._cache_rows = _numbered(order.subset, self._first_numbers)
+            num_images = shard_set.num_samples
             self._pixels = make_cache(
-                shard_set.num_samples, decoder.preprocessing.size, limit_bytes=pixel_cache_bytes
+                num_images if self._cache_rows is None else len(self._cache_rows),
+                decoder.preprocessing.size,
+                limit_bytes=pixel_cache_bytes,
             )
         self._order = order
         self._windows = windows
@@ -219,25 +226,30 @@ class TrainingBatches(Dataset[Batch]):
         return known
 
     def _known(self, place: tuple[int, int]) -> DecodedImage | None:
-        shard, sample = place
-        return (
-            None if self._pixels is None else self._pixels.get(self._first_numbers[shard] + sample)
-        )
+        return None if self._pixels is None else self._pixels.get(self._cache_row(place))
 
     def _keep(self, place: tuple[int, int], image: DecodedImage) -> None:
-        shard, sample = place
         if self._pixels is not None:
-            self._pixels.put(self._first_numbers[shard] + sample, image)
+            self._pixels.put(self._cache_row(place), image)
+
+    def _cache_row(self, place: tuple[int, int]) -> int:
+        shard, sample = place
+        number = self._first_numbers[shard] + sample
+        return number if self._cache_rows is None else self._cache_rows[number]
 
     @property
     def decoder(self) -> Decoder:
         """What makes rows of samples."""
         return self._decoder
 
+    @property
+    def sample_numbers(self) -> Sequence[int]:
+        """The samples that are trained on, by their numbers among all of the shards."""
+        members = _numbered(self._order.subset, self._first_numbers)
+        return range(self._first_numbers[-1]) if members is None else tuple(members)
+
     def sample_row(self, number: int, draw: int, skipped: list[Skipped]) -> Row | None:
         """One sample by its number; None, with a note, where it cannot be used."""
-        if number >= self._first_numbers[-1]:
-            return None
         shard = bisect.bisect_right(self._first_numbers, number) - 1
         place = shard, number - self._first_numbers[shard]
         # Positions of training are not negative: the captions are drawn apart from theirs.
@@ -278,7 +290,7 @@ class SampleShare(Dataset[Batch]):
         self._batches = batches.between(0, 0, None)
         self._draw, self._size = draw, batch_size
         self._rank, self._world_size = rank, world_size
-        self._num_samples = batches._first_numbers[-1]
+        self._numbers = batches.sample_numbers
 
     @property
     def batch_bytes(self) -> int:
@@ -286,7 +298,7 @@ class SampleShare(Dataset[Batch]):
         return self._batches.batch_bytes * self._size // self._batches._micro_size + 1
 
     def __len__(self) -> int:
-        return math.ceil(self._num_samples / (self._size * self._world_size))
+        return math.ceil(len(self._numbers) / (self._size * self._world_size))
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))
@@ -294,12 +306,29 @@ class SampleShare(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         """Batch ``number``."""
         first = number * self._size * self._world_size + self._rank
-        numbers = range(first, first + self._size * self._world_size, self._world_size)
+        places = range(first, first + self._size * self._world_size, self._world_size)
         skipped: list[Skipped] = []
-        rows = [self._batches.sample_row(one, self._draw, skipped) for one in numbers]
+        rows = [
+            self._batches.sample_row(self._numbers[place], self._draw, skipped)
+            if place < len(self._numbers)
+            else None
+            for place in places
+        ]
         return self._batches.decoder.batch([row or self._empty() for row in rows], skipped)
 
     def _empty(self) -> Row:
         decoder = self._batches.decoder
         pixels = np.zeros((3, *decoder.preprocessing.size), np.uint8)
         return Row("", "", DecodedImage(pixels, 0), ("",), NO_GROUP, NO_SAMPLE)
+
+
+def _numbered(subset: Subset | None, first_numbers: Sequence[int]) -> dict[int, int] | None:
+    """The place within a subset of each of its samples, by its number among all samples."""
+    if subset is None:
+        return None
+    numbers = (
+        first + sample
+        for first, of_shard in zip(first_numbers, subset, strict=False)
+        for sample in of_shard
+    )
+    return {number: place for place, number in enumerate(numbers)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clipsys.errors import ConfigError, DataError, SampleError
@@ -16,11 +18,61 @@ from clipsys.training.data.shard_set import ShardSet
 _logger = logging.getLogger(__name__)
 
 
-def class_names(config: DataConfig, shard_set: ShardSet) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class SampleLabels:
+    """The labels of all samples.
+
+    Attributes:
+        of_shards: for each shard the label of each sample; None where it has none.
+        first_fault: why the first of those has none; empty where all have one.
+    """
+
+    of_shards: tuple[tuple[str | None, ...], ...]
+    first_fault: str = ""
+
+    def among(self, classes: Sequence[str]) -> tuple[tuple[str | None, ...], ...]:
+        """The same, without labels that are none of some classes."""
+        known = set(classes)
+        return tuple(
+            tuple(label if label in known else None for label in labels)
+            for labels in self.of_shards
+        )
+
+
+def read_labels(config: DataConfig, shard_set: ShardSet) -> SampleLabels:
+    """Reads every sample once for its label."""
+    found: list[tuple[str | None, ...]] = []
+    first_fault = ""
+    reader = ShardReader(shard_set.shards, shard_set.counts, cache=config.shard_cache)
+    with progress("Reading labels", shard_set.num_samples, unit="samples") as advance:
+        for shard, count in enumerate(shard_set.counts):
+            labels: list[str | None] = []
+            for number in range(count):
+                advance(1)
+                try:
+                    raw = reader.read(shard, number)
+                    # Whether its image can be used shows when it is trained on.
+                    sample = parse_sample(raw, needs_image=False)
+                    labels.append(label_of(sample, config.label_key, place_of(raw)))
+                except SampleError as error:  # counted and skipped in training
+                    labels.append(None)
+                    first_fault = first_fault or str(error)
+            found.append(tuple(labels))
+    return SampleLabels(tuple(found), first_fault)
+
+
+def class_names(
+    config: DataConfig, shard_set: ShardSet, labels: SampleLabels | None = None
+) -> tuple[str, ...]:
     """The labels of the classes in the order of their numbers.
 
     Those of ``data.classes``, else those that the samples have: numbers in the order of their
     values, other labels in the order of their letters.
+
+    Args:
+        config: the recipe's section.
+        shard_set: the training data.
+        labels: labels of the samples, where they have been read already.
 
     Raises:
         ConfigError: ``data.classes`` names a label twice, or cannot be read.
@@ -28,22 +80,10 @@ def class_names(config: DataConfig, shard_set: ShardSet) -> tuple[str, ...]:
     """
     if config.classes is not None:
         return _listed(config.classes)
-    found: set[str] = set()
-    first_fault = ""
-    reader = ShardReader(shard_set.shards, shard_set.counts, cache=config.shard_cache)
-    with progress("Reading labels", shard_set.num_samples, unit="samples") as advance:
-        for shard, count in enumerate(shard_set.counts):
-            for number in range(count):
-                advance(1)
-                try:
-                    raw = reader.read(shard, number)
-                    # Whether its image can be used shows when it is trained on.
-                    sample = parse_sample(raw, needs_image=False)
-                    found.add(label_of(sample, config.label_key, place_of(raw)))
-                except SampleError as error:  # counted and skipped in training
-                    first_fault = first_fault or str(error)
+    labels = labels or read_labels(config, shard_set)
+    found = {label for of_shard in labels.of_shards for label in of_shard if label is not None}
     if len(found) < 2:
-        why = first_fault or f"every label is {next(iter(found), None)!r}"
+        why = labels.first_fault or f"every label is {next(iter(found), None)!r}"
         raise DataError(
             f"data.train: a classifier needs two classes or more, and the samples have "
             f"{len(found)}: {why}"

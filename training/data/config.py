@@ -100,8 +100,27 @@ class DataConfig(Settings):
         "line, for objectives that train a classifier; default those of the training samples, "
         "which are read once at the start",
     )
+    num_samples: PositiveInt | None = Field(
+        None,
+        description="train on this many samples, drawn once; where the objective uses labels, each "
+        "label has its share of them, and at least one; default all",
+    )
+    label_noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability that a training sample has another label than its own, each one "
+        "as likely, in every epoch the same",
+    )
+    subset_seed: NonNegativeInt | None = Field(
+        None,
+        description="seed of num_samples and label_noise; default that of the run. Runs that are "
+        "compared see the same samples and labels if it is the same",
+    )
     frames: FramesConfig | None = Field(
-        None, description="what makes windows of frames, for objectives over ordered frames"
+        None,
+        description="windows of ordered frames in the place of single images, for objectives over "
+        "frames: {sequence: metadata key, index: metadata key, length: frames, stride: 1}",
     )
     decode: Literal["fast", "exact"] = Field(
         "fast",
@@ -141,5 +160,19 @@ class DataConfig(Settings):
             raise ValueError(
                 f"{name} does nothing in an epoch that takes every sample once; "
                 "set data.resampled: true"
+            )
+        if self.frames is not None and self.num_samples is not None:
+            raise ValueError(
+                "data.num_samples draws single samples, and data.frames makes windows of several; "
+                "leave out one of the two"
+            )
+        if any(weighted) and self.num_samples is not None:
+            raise ValueError(
+                "data.num_samples draws from all sources alike, and data.train weighs them; leave "
+                "out one of the two"
+            )
+        if self.subset_seed is not None and self.num_samples is None and not self.label_noise:
+            raise ValueError(
+                "data.subset_seed does nothing without data.num_samples or data.label_noise"
             )
         return self

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from clipsys.errors import TrainingError
+from clipsys.training.data.subset import Subset
 
 Ints = npt.NDArray[np.int64]
 
@@ -35,6 +36,8 @@ class SampleOrder:
         samples_per_epoch: with it, samples are drawn with replacement; None takes each once.
         weights: per shard, how often its samples are drawn, relative to one another; None draws
             all samples alike. For ``samples_per_epoch`` only.
+        subset: for each shard the numbers of its samples that are trained on, as many as
+            ``counts`` says; None takes all.
     """
 
     counts: tuple[int, ...]
@@ -42,6 +45,8 @@ class SampleOrder:
     shuffle_shards: int | None = None
     samples_per_epoch: int | None = None
     weights: tuple[float, ...] | None = None
+    # The caches below depend on the counts alone, and need not hash a million numbers.
+    subset: Subset | None = field(default=None, repr=False, compare=False)
 
     @property
     def unit(self) -> str:
@@ -62,6 +67,8 @@ class SampleOrder:
         steps = self.num_positions // batch_size
         if steps == 0:
             place = "an epoch has" if self.samples_per_epoch else "the shards hold"
+            if self.subset is not None and not self.samples_per_epoch:
+                place = "data.num_samples leaves"
             raise TrainingError(
                 f"data.batch_size is {batch_size}, but {place} only {self.num_positions} "
                 f"{self.unit}; lower it or add data"
@@ -70,7 +77,8 @@ class SampleOrder:
 
     def fingerprint(self) -> str:
         """Equal for equal orders."""
-        return hashlib.blake2b(repr(self).encode(), digest_size=16).hexdigest()
+        described = repr(self) if self.subset is None else f"{self!r}{self.subset!r}"
+        return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
     def samples(self, epoch: int, first: int, last: int) -> list[tuple[int, int]]:
         """(shard, sample within the shard) at the positions from ``first`` to before ``last``."""
@@ -81,6 +89,8 @@ class SampleOrder:
                 found += zip(*(column.tolist() for column in numbers.T), strict=True)
             if stop >= last:
                 break
+        if self.subset is not None:
+            return [(shard, self.subset[shard][sample]) for shard, sample in found]
         return found
 
     def _members(self, epoch: int, window: int) -> list[int]:

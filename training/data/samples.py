@@ -16,6 +16,7 @@ from clipsys.images.decoding import decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
 from clipsys.shards.samples import NUMBER, Sample, parse_sample, place_of, require_captions
+from clipsys.training.data.subset import LabelNoise
 
 Pixels = npt.NDArray[np.uint8]
 Positives = Literal["pair", "image", "caption", "label"]
@@ -186,6 +187,7 @@ class Decoder:
         caption_key: metadata key of the captions.
         class_numbers: number of each class by its label; None where classes are not needed.
         further: where texts beside the caption come from; None: there are none.
+        label_noise: replaces labels; None leaves them.
     """
 
     preprocessing: Preprocessing
@@ -201,6 +203,7 @@ class Decoder:
     caption_key: str | None = None
     class_numbers: Mapping[str, int] | None = None
     further: FurtherTexts | None = None
+    label_noise: LabelNoise | None = None
 
     def row(
         self,
@@ -235,12 +238,13 @@ class Decoder:
         # A sample is its shard and its number there: keys occur in several shards.
         shard = str(raw.get("__url__"))
         identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
-        group = self._group(sample, caption, image, identity)
+        group = self._group(sample, caption, image, identity, number)
         further = self._further(sample, number, f"{self.seed}/{epoch}/{position}/further")
         texts = (caption, *(one and one.text for one in further)) if self.needs_caption else ()
         class_number = None
         if self.class_numbers is not None:
-            class_number = self._class_number(self.class_numbers, sample, identity)
+            label = self._label(sample, identity, number)
+            class_number = self._class_number(self.class_numbers, label, identity)
         return Row(
             *(shard, sample.key, image, texts, group, number, class_number),
             further_groups=tuple(NO_GROUP if one is None else one.group for one in further),
@@ -281,18 +285,26 @@ class Decoder:
         return self.preprocessing.fast_pixels(stored)
 
     def _group(
-        self, sample: Sample, caption: str, image: DecodedImage | None, identity: str
+        self,
+        sample: Sample,
+        caption: str,
+        image: DecodedImage | None,
+        identity: str,
+        number: int,
     ) -> int:
         if self.positives == "image" and image is not None:
             return image.group
         if self.positives == "caption":
             return group_id(normalise_caption(caption))
         if self.positives == "label":
-            return group_id(label_of(sample, self.label_key, identity))
+            return group_id(self._label(sample, identity, number))
         return group_id(identity)
 
-    def _class_number(self, numbers: Mapping[str, int], sample: Sample, identity: str) -> int:
+    def _label(self, sample: Sample, identity: str, number: int) -> str:
         label = label_of(sample, self.label_key, identity)
+        return self.label_noise.of(label, number) if self.label_noise else label
+
+    def _class_number(self, numbers: Mapping[str, int], label: str, identity: str) -> int:
         if label not in numbers:
             raise SampleError(
                 f"{identity}: the label {label!r} is none of the {len(numbers)} classes of "

@@ -81,6 +81,39 @@ class _GatherRows(torch.autograd.Function):
         return total_NX[start : start + ctx.num_rows], None
 
 
+def sum_over_ranks(local: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum of every rank's tensor, on all ranks.
+
+    Differentiable: backward *sums* what all ranks' losses contribute, as that of `gather_rows`.
+    With a loss that every rank computes alike from the sum, and gradients averaged over ranks, that
+    is the gradient of one process. An all-reduce outside of autograd, as in the authors' code of
+    Barlow Twins, gives that gradient divided by the number of ranks.
+    """
+    if world_size(group) == 1:
+        return local
+    if not local.requires_grad:
+        total = local.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+    summed: torch.Tensor = _SumOverRanks.apply(local, group)
+    return summed
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.group = group
+        total = local.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
 def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
     """Averages tensors over ranks, in place; doing it twice changes no bit.
 

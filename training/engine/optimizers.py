@@ -17,15 +17,25 @@ from torch import nn
 from clipsys.config import Settings
 from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 
+#: Settings that not every optimizer has, with the names of those that do.
+_SETTINGS_OF = {
+    "betas": ("adamw", "lamb"),
+    "eps": ("adamw", "lamb"),
+    "momentum": ("sgd", "lars"),
+    "trust_coefficient": ("lars",),
+}
+
 
 class OptimizerConfig(Settings):
     """What turns gradients into steps; no decay for norms, biases, positions and temperature.
 
-    AdamW: Loshchilov & Hutter 2019. LAMB: You et al. 2020, for batches of many thousands; only
-    with ``engine.zero_stage`` 0. SGD: with momentum, its decay added to the gradient.
+    AdamW: Loshchilov & Hutter 2019. LAMB: You et al. 2020, and LARS: You et al. 2017, for batches
+    of many thousands; only with ``engine.zero_stage`` 0. SGD: with momentum, its decay added to the
+    gradient. LARS is SGD with a rate of its own for each matrix and kernel, as SimCLR, SwAV and
+    Barlow Twins use it.
     """
 
-    name: Literal["adamw", "lamb", "sgd"] = Field("adamw", description="which optimizer")
+    name: Literal["adamw", "lamb", "lars", "sgd"] = Field("adamw", description="which optimizer")
     lr: PositiveFloat = Field(5e-4, description="peak learning rate")
     betas: tuple[float, float] = Field(
         (0.9, 0.98), description="decay of the two moments; adamw and lamb"
@@ -33,7 +43,10 @@ class OptimizerConfig(Settings):
     eps: PositiveFloat = Field(
         1e-6, description="added to the root of the second moment; adamw and lamb"
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="of the gradient; sgd")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of the gradient; sgd and lars")
+    trust_coefficient: PositiveFloat = Field(
+        1e-3, description="a step's norm relative to that of its weights, at a rate of 1; lars"
+    )
     weight_decay: float = Field(0.2, ge=0, description="of matrices and kernels only")
     logit_scale_lr_factor: PositiveFloat = Field(
         1.0, description="learning rate of temperature and bias, relative to lr"
@@ -55,8 +68,9 @@ class OptimizerConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
-        idle = ("betas", "eps") if self.name == "sgd" else ("momentum",)
-        for field in idle:
+        for field, names in _SETTINGS_OF.items():
+            if self.name in names:
+                continue
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise ValueError(f"{field} does nothing for {self.name}; leave it out")
         return self
@@ -65,11 +79,16 @@ class OptimizerConfig(Settings):
     def needs_whole_tensors(self) -> bool:
         """Whether a step depends on norms of whole parameters.
 
-        LAMB scales each parameter's step by the ratio of its norm to its update's. ZeRO 1 to 3,
-        and the fp32 masters of half-precision parameters, hand the optimizer one flat tensor of a
-        whole group, or a piece of one: one ratio for all, and another one on each rank.
+        LAMB and LARS scale each parameter's step by the ratio of its norm to its update's. ZeRO 1
+        to 3, and the fp32 masters of half-precision parameters, hand the optimizer one flat tensor
+        of a whole group, or a piece of one: one ratio for all, and another one on each rank.
         """
-        return self.name == "lamb"
+        return self.name in ("lamb", "lars")
+
+    @property
+    def without_norms(self) -> str:
+        """The nearest optimizer that needs no norms of whole parameters."""
+        return "sgd" if self.name == "lars" else "adamw"
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -81,14 +100,20 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
         return torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
-    from timm.optim import Lamb
+    from timm.optim import Lamb, Lars
 
-    # timm's takes a weight decay of 0 for "not a matrix, no trust ratio"; a recipe without decay
-    # would silently be Adam. Its own clipping is the engine's business.
-    groups = [{**group, "always_adapt": group["decays"]} for group in groups]
-    optimizer: torch.optim.Optimizer = Lamb(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None
-    )
+    # timm's take a weight decay of 0 for "not a matrix, no trust ratio"; a recipe without decay
+    # would silently be Adam or SGD. LAMB's own clipping is the engine's business.
+    groups = [{**group, "always_adapt": group["adapts"]} for group in groups]
+    optimizer: torch.optim.Optimizer
+    if config.name == "lamb":
+        optimizer = Lamb(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None
+        )
+    else:
+        optimizer = Lars(
+            groups, lr=config.lr, momentum=config.momentum, trust_coeff=config.trust_coefficient
+        )
     return optimizer
 
 
@@ -101,6 +126,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     tower; what they list in ``no_weight_decay()`` (prototypes) does not decay. Frozen parameters
     are in no group.
 
+    LAMB adapts what decays. LARS adapts every tensor of two dimensions or more, as the codes of
+    MoCo v3 and SwAV do: at its rates of 1 and more, prototypes and positions that were not adapted
+    would be thrown far off.
+
     Args:
         model: open_clip's CLIP or CustomTextCLIP, or a module that has it as ``clip`` and an
             objective's heads as ``heads``.
@@ -108,7 +137,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     Returns:
         Groups for a torch optimizer, each with ``params``, ``weight_decay``, ``lr_factor`` and
-        ``decays``.
+        ``decays``; those of LAMB and LARS with ``adapts`` too.
 
     Raises:
         ConfigError: ``layer_decay`` is set, and the layers of a tower are not known.
@@ -120,7 +149,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         for tower in get_args(Tower):
             depth_of |= tower_depths(clip, tower, setting="optimizer.layer_decay")
     heads = getattr(model, "heads", None) if clip is inner else None
-    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, bool, bool], dict[str, Any]] = {}
     for name, parameter, may_decay in (*_trained(clip), *(_trained(heads) if heads else ())):
         # An objective's own temperature is one like the model's.
         is_scale = name in TEMPERATURE_NAMES or name.endswith(".log_scale")
@@ -130,13 +159,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             else (config.layer_decay or 1.0) ** depth_of.get(name, 0)
         )
         decays = parameter.ndim >= 2 and may_decay
+        adapts = parameter.ndim >= 2 if config.name == "lars" else decays
         group = groups.setdefault(
-            (is_scale, factor, decays),
+            (is_scale, factor, decays, adapts),
             {
                 "params": [],
                 "weight_decay": config.weight_decay if decays else 0.0,
                 "lr_factor": factor,
                 "decays": decays,
+                **({"adapts": adapts} if config.needs_whole_tensors else {}),
             },
         )
         group["params"].append(parameter)

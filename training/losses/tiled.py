@@ -38,7 +38,8 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-Compute = Callable[..., tuple[torch.Tensor, "Gradients | None"]]
+#: Gives the value and gradients towards its tensors, in their order.
+Compute = Callable[..., tuple[torch.Tensor, "tuple[torch.Tensor | None, ...] | None"]]
 
 #: From so many rows on a tile of `one_way` keeps them whole.
 _WHOLE_ROWS = 160
@@ -89,7 +90,7 @@ def one_way(
     whole = tile_size >= _WHOLE_ROWS
     tiles = LogitTiles(query_RD, key_CD, scale, tile_size, pairing, whole_rows=whole)
     for rows in tiles.rows():
-        weight_TU, largest_T1, sum_T1 = _row_softmax(tiles, rows)
+        weight_TU, largest_T1, sum_T1 = row_softmax(tiles, rows)
         entropy += (sum_T1.log() + largest_T1).sum(dtype=torch.float64)
         if not needs_gradients:
             continue
@@ -109,7 +110,7 @@ def one_way(
     )
 
 
-def _row_softmax(tiles: LogitTiles, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_softmax(tiles: LogitTiles, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """exp(logit - largest) of the last tile (T, U); the largest logit and the sum (T, 1) of all.
 
     The sum is kept relative to the largest logit so far (Milakov and Gimelshein 2018).

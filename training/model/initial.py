@@ -31,6 +31,15 @@ from clipsys.training.model.pretrained import config_of_weights, load_weights
 #: pairs are negatives, and a scale of 10.
 SIGMOID_BIAS, SIGMOID_SCALE = -10.0, 10.0
 DEFAULT_ARCHITECTURE = "ViT-B-32"
+#: The image tower of a model whose architecture names none, where no image is trained: open_clip
+#: has no model without one. It keeps its random weights (about 0.1 M).
+SMALLEST_IMAGE_TOWER: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 32,
+    "width": 64,
+    "head_width": 64,
+    "layers": 1,
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -76,12 +85,16 @@ class ModelConfig(Settings):
     )
 
 
-def initial_model(settings: ModelConfig, *, with_bias: bool = False) -> ModelParts:
+def initial_model(
+    settings: ModelConfig, *, with_bias: bool = False, trains_images: bool = True
+) -> ModelParts:
     """Makes the model, with random weights or pretrained ones.
 
     Args:
         settings: the recipe's section.
         with_bias: whether the objective needs a model with a ``logit_bias``.
+        trains_images: whether images pass the model; else an architecture may leave out its
+            ``vision_cfg``, and gets the smallest tower that open_clip can make.
 
     Raises:
         ModelError: the architecture or the weights are not known or do not load.
@@ -89,6 +102,8 @@ def initial_model(settings: ModelConfig, *, with_bias: bool = False) -> ModelPar
         ConfigError: a tower to be locked has no blocks that could stay unlocked, or
             ``model.preprocess`` does not fit.
     """
+    if not trains_images:
+        settings = _with_image_tower(settings)
     source = load_model(settings.pretrained) if settings.pretrained else None
     config = _configuration(settings, source, with_bias=with_bias)
     parts = build_model(
@@ -107,6 +122,14 @@ def initial_model(settings: ModelConfig, *, with_bias: bool = False) -> ModelPar
     if settings.unlocked_text_blocks is not None:
         lock_tower(parts.model, "text", settings.unlocked_text_blocks)
     return parts
+
+
+def _with_image_tower(settings: ModelConfig) -> ModelConfig:
+    asked = settings.architecture
+    if asked is None or isinstance(asked, str) or "vision_cfg" in asked or settings.pretrained:
+        return settings
+    complete = {**asked, "vision_cfg": dict(SMALLEST_IMAGE_TOWER)}
+    return settings.model_copy(update={"architecture": complete})
 
 
 def resumed_settings(settings: ModelConfig, model_folder: Path) -> ModelConfig:

@@ -1,8 +1,8 @@
 """Projection heads: what objectives over images put between a tower and their loss.
 
 A head is trained beside the towers, takes part in ZeRO, averages and checkpoints, and is not part
-of the exported model unless the recipe sets that. No head has batch normalisation: a row would
-depend on what else passes at once, and micro-batches would change the result.
+of the exported model unless that is asked for. Batch normalisation is an option: it takes the
+statistics of all ranks, so that the result does not depend on their number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
+from clipsys.training.model.batch_norm import GlobalBatchNorm
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.protocol import ObjectiveConfig
 
@@ -21,28 +22,30 @@ PROJECTION = "projection"
 _TEMPERATURE = "temperature"
 
 
-class ProjectionConfig(ObjectiveConfig):
-    """Settings of an objective on projected features."""
+class HeadConfig(ObjectiveConfig):
+    """Settings of an objective that puts a projection between the tower and its loss."""
 
-    temperature: PositiveFloat = Field(0.1, description="what cosines are divided by")
-    learn_temperature: bool = Field(
-        False, description="train the temperature, from the one that is set"
-    )
     head: Literal["mlp", "linear", "none"] = Field(
-        "mlp", description="what projects the tower's features: two layers, one, or nothing"
+        "mlp", description="what projects the tower's features: several layers, one, or nothing"
     )
+    head_layers: int = Field(2, ge=2, description="layers of head: mlp")
     head_hidden: PositiveInt | None = Field(
-        None, description="width of the hidden layer of head: mlp; default that of the features"
+        None, description="width of the hidden layers of head: mlp; default that of the features"
+    )
+    head_norm: Literal["none", "batch"] = Field(
+        "none",
+        description="what stands behind each hidden layer of head: mlp; batch normalisation takes "
+        "the statistics of all processes and does not go with data.micro_batch_size",
     )
     head_width: PositiveInt = Field(128, description="width of the projection")
 
     @model_validator(mode="after")
-    def _check(self) -> ProjectionConfig:
-        if self.head_hidden is not None and self.head != "mlp":
-            raise ValueError(f"head_hidden does nothing while head is {self.head}; leave it out")
-        default = type(self).model_fields["head_width"].default
-        if self.head == "none" and self.head_width != default:
-            raise ValueError("head_width does nothing while head is none; leave it out")
+    def _check_head(self) -> HeadConfig:
+        idle = {"head_layers", "head_hidden", "head_norm"} if self.head != "mlp" else set()
+        idle |= {"head_width"} if self.head == "none" else set()
+        for name in sorted(idle):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} does nothing while head is {self.head}; leave it out")
         return self
 
     def projected_width(self, width: int) -> int:
@@ -50,19 +53,62 @@ class ProjectionConfig(ObjectiveConfig):
         return width if self.head == "none" else self.head_width
 
 
-def projection_heads(settings: ProjectionConfig, width: int) -> nn.ModuleDict:
-    """The projection, and the temperature if it is learned."""
-    heads: dict[str, nn.Module] = {}
+class TemperatureConfig(ObjectiveConfig):
+    """Settings of an objective with a temperature of its own."""
+
+    temperature: PositiveFloat = Field(0.1, description="what cosines are divided by")
+    learn_temperature: bool = Field(
+        False, description="train the temperature, from the one that is set"
+    )
+
+
+class ProjectionConfig(HeadConfig, TemperatureConfig):
+    """Settings of an objective that compares projected features at a temperature."""
+
+
+def projection(settings: HeadConfig, width: int) -> nn.Module | None:
+    """What projects features of ``width``; None where nothing does."""
+    if settings.head == "none":
+        return None
     if settings.head == "linear":
-        heads[PROJECTION] = nn.Linear(width, settings.head_width)
-    elif settings.head == "mlp":
-        hidden = settings.head_hidden or width
-        heads[PROJECTION] = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, settings.head_width)
-        )
-    if settings.learn_temperature:
-        heads[_TEMPERATURE] = _LogScale(1 / settings.temperature)
+        return nn.Linear(width, settings.head_width)
+    return mlp(
+        width,
+        settings.head_hidden or width,
+        settings.head_width,
+        layers=settings.head_layers,
+        norm=settings.head_norm,
+    )
+
+
+def mlp(
+    width: int, hidden: int, out: int, *, layers: int = 2, norm: Literal["none", "batch"] = "none"
+) -> nn.Sequential:
+    """Linear layers with rectifiers between them, and with a norm before each of these."""
+    parts: list[nn.Module] = []
+    for number in range(layers - 1):
+        # A bias before a norm is subtracted again with the mean.
+        parts.append(nn.Linear(hidden if number else width, hidden, bias=norm == "none"))
+        if norm == "batch":
+            parts.append(GlobalBatchNorm(hidden))
+        parts.append(nn.ReLU())
+    return nn.Sequential(*parts, nn.Linear(hidden, out))
+
+
+def projection_heads(settings: HeadConfig, width: int) -> nn.ModuleDict:
+    """The projection, and the temperature if there is one that is learned."""
+    module = projection(settings, width)
+    heads: dict[str, nn.Module] = {} if module is None else {PROJECTION: module}
+    if isinstance(settings, ProjectionConfig):
+        heads |= temperature_heads(settings)
     return nn.ModuleDict(heads)
+
+
+def temperature_heads(settings: TemperatureConfig) -> dict[str, nn.Module]:
+    """The temperature as a head, if it is learned."""
+    if not settings.learn_temperature:
+        return {}
+    return {_TEMPERATURE: _LogScale(1 / settings.temperature)}
 
 
 class _LogScale(nn.Module):
@@ -73,15 +119,18 @@ class _LogScale(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(scale)))
 
 
-def project(settings: ProjectionConfig, towers: Towers, image_BCHW: torch.Tensor) -> torch.Tensor:
-    """Unit-norm projections of images, float32."""
+def features_of(settings: HeadConfig, towers: Towers, image_BCHW: torch.Tensor) -> torch.Tensor:
+    """Projections of images as the head gives them, float32."""
     features_BD = towers.image_features(image_BCHW)
-    if settings.head != "none":
-        features_BD = towers.head(PROJECTION, features_BD)
-    return nn.functional.normalize(features_BD, dim=-1)
+    return features_BD if settings.head == "none" else towers.head(PROJECTION, features_BD)
 
 
-def learned_scale(settings: ProjectionConfig, towers: Towers) -> dict[str, torch.Tensor]:
+def project(settings: HeadConfig, towers: Towers, image_BCHW: torch.Tensor) -> torch.Tensor:
+    """Unit-norm projections of images, float32."""
+    return nn.functional.normalize(features_of(settings, towers, image_BCHW), dim=-1)
+
+
+def learned_scale(settings: TemperatureConfig, towers: Towers) -> dict[str, torch.Tensor]:
     """The inverse temperature among the shared outputs, if it is learned."""
     if not settings.learn_temperature:
         return {}
@@ -89,7 +138,7 @@ def learned_scale(settings: ProjectionConfig, towers: Towers) -> dict[str, torch
 
 
 def temperature_of(
-    settings: ProjectionConfig, shared: dict[str, torch.Tensor]
+    settings: TemperatureConfig, shared: dict[str, torch.Tensor]
 ) -> float | torch.Tensor:
     """The temperature of this step: the learned one or the fixed one."""
     return 1 / shared["logit_scale"] if "logit_scale" in shared else settings.temperature

@@ -73,3 +73,10 @@ class PretextObjective(Objective[PretextConfigT]):
         """The mean over rows and questions."""
         scores_BTC, answers_BT = outputs.rows["scores"], outputs.rows["answers"]
         return F.cross_entropy(scores_BTC.flatten(0, 1), answers_BT.flatten()), state
+
+    def figures(
+        self, outputs: Outputs, targets: Rows, labels: Labels, state: State
+    ) -> dict[str, torch.Tensor]:
+        """``accuracy``: the share of right answers."""
+        right_BT = outputs.rows["scores"].argmax(dim=2) == outputs.rows["answers"]
+        return {"accuracy": right_BT.float().mean()}

@@ -145,6 +145,16 @@ class Objective(Generic[ConfigT]):
         """How texts beside the caption are mined, `num_texts` - 1 each time; None: they are not."""
         return None
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels of samples make a difference."""
+        return self.needs_classes or self.positives == "label"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it trains a classifier, whose `scores` can be asked for."""
+        return type(self).scores is not Objective.scores
+
     def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
         """The views of each image, from the recipe's ``augmentation``.
 
@@ -187,6 +197,12 @@ class Objective(Generic[ConfigT]):
         is gathered enters it in rank order. Neither ``state`` nor a tensor in it is written into.
         """
         raise NotImplementedError
+
+    def figures(
+        self, outputs: Outputs, targets: Rows, labels: Labels, state: State
+    ) -> dict[str, torch.Tensor]:
+        """What is logged of a step beside its loss: this rank's shares of means over the batch."""
+        return {}
 
     def scores(self, towers: Towers, inputs: Inputs) -> torch.Tensor:
         """(B, C) logits of the classes, of an objective that trains a classifier."""

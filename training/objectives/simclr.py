@@ -9,18 +9,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.losses import nt_xent
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
+from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import (
     ProjectionConfig,
     learned_scale,
-    project,
-    projection_heads,
     temperature_of,
 )
-from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
+from clipsys.training.objectives.protocol import Labels, Surroundings
+from clipsys.training.objectives.two_views import TwoViewObjective
 
 
 class SimCLRConfig(ProjectionConfig):
@@ -32,7 +30,7 @@ class SimCLRConfig(ProjectionConfig):
     name: Literal["simclr"] = Field("simclr", description="which objective")
 
 
-class SimCLR(Objective[SimCLRConfig]):
+class SimCLR(TwoViewObjective[SimCLRConfig]):
     """NT-Xent between two views of each image.
 
     Inputs:
@@ -54,19 +52,13 @@ class SimCLR(Objective[SimCLRConfig]):
 
     config = SimCLRConfig
 
-    def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
-        """Two, drawn alike."""
-        return View(augmentation), View(augmentation)
-
-    def heads(self, sizes: Sizes) -> nn.ModuleDict:
-        """The projection, and the temperature if it is learned."""
-        return projection_heads(self.settings, sizes.width)
-
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
-        """Projections of both views, which pass the tower together."""
-        first_BD, second_BD = project(self.settings, towers, torch.cat(inputs.views)).chunk(2)
-        rows = {"first": first_BD, "second": second_BD}
-        return Outputs(rows, learned_scale(self.settings, towers))
+        """Unit-norm projections of both views."""
+        rows = super().forward(towers, inputs).rows
+        normalised = {
+            name: nn.functional.normalize(row_BD, dim=-1) for name, row_BD in rows.items()
+        }
+        return Outputs(normalised, learned_scale(self.settings, towers))
 
     def loss(
         self, outputs: Outputs, targets: Rows, labels: Labels, state: State

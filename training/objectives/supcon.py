@@ -19,6 +19,7 @@ from clipsys.training.objectives.heads import (
     ProjectionConfig,
     learned_scale,
     project,
+    projection,
     projection_heads,
     temperature_of,
 )
@@ -86,11 +87,9 @@ class SupCon(Objective[SupConConfig]):
     def heads(self, sizes: Sizes) -> nn.ModuleDict:
         """The projection, that of texts, and the temperature if it is learned."""
         heads = projection_heads(self.settings, sizes.width)
-        if self.settings.texts and self.settings.head != "none":
-            own = projection_heads(
-                self.settings.model_copy(update={"learn_temperature": False}), sizes.width
-            )
-            heads[_TEXT_PROJECTION] = next(iter(own.values()))
+        of_texts = projection(self.settings, sizes.width) if self.settings.texts else None
+        if of_texts is not None:
+            heads[_TEXT_PROJECTION] = of_texts
         return heads
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:

@@ -40,4 +40,9 @@ class EvaluationConfig(Settings):
         description="label that the nearest neighbours of each image predict: a metadata key, or "
         "cls for the .cls member; images that match do not vote for each other",
     )
+    classifier: bool = Field(
+        False,
+        description="accuracy, precision, recall and F1 of the classifier that the objective "
+        "trains, on the labels of data.validation",
+    )
     batch_size: PositiveInt = Field(128, description="images encoded at once, on each rank")

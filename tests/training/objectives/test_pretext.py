@@ -182,6 +182,10 @@ def test_the_loss_is_the_mean_over_rows_and_questions() -> None:
         for turn in range(4)
     ]
     torch.testing.assert_close(value.double(), torch.stack(terms).mean(), rtol=1e-6, atol=1e-7)
+    best = outputs.rows["scores"].argmax(dim=2).tolist()
+    right = [best[row][turn] == turn for row in range(3) for turn in range(4)]
+    figures = objective.figures(outputs, {}, labels, {})
+    assert float(figures["accuracy"]) == pytest.approx(sum(right) / 12)
 
 
 def test_rotation_refuses_images_that_are_not_square() -> None:
@@ -231,6 +235,13 @@ def test_rotation_refuses_images_that_are_not_square() -> None:
                 "data": {"train": "x", "batch_size": 8, "frames": {"length": 3}},
             },
             "objective.frames is 4 and data.frames.length 3; give both the same number",
+        ),
+        (
+            {
+                "objective": {"name": "cpc"},
+                "data": {"train": "x", "batch_size": 8, "frames": {"lenght": 5}},
+            },
+            "data.frames.lenght is not a setting; did you mean data.frames.length",
         ),
         (
             {"objective": {"name": "cpc", "frames": 3, "past": 3}},
