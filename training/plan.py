@@ -92,6 +92,7 @@ def plan_run(
     embed_dim: int,
     image_size: tuple[int, int],
     tile_size: int,
+    num_frames: int = 1,
 ) -> Plan:
     """Works out what a run takes.
 
@@ -104,6 +105,7 @@ def plan_run(
         embed_dim: D.
         image_size: (height, width) of the decoded images.
         tile_size: T.
+        num_frames: images of a sample: more than one for windows of frames.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     copied = sum(p.numel() for n, p in model.named_parameters() if n.startswith(MOMENTUM_PREFIX))
@@ -129,7 +131,7 @@ def plan_run(
         buckets_bytes=width * num_buckets(engine) * bucket_elements(engine, trained, width=width),
         offloaded_bytes=optimizer * engine.offload_optimizer + weights * engine.offload_parameters,
         loss_bytes=4 * batch * (4 * embed_dim + 2 * min(tile_size, share)),
-        images_bytes=share * 3 * image_size[0] * image_size[1],
+        images_bytes=share * num_frames * 3 * image_size[0] * image_size[1],
         micro_batches=share // (recipe.data.micro_batch_size or share),
         warnings=tuple(_warnings(recipe, num_samples)),
     )

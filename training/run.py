@@ -21,8 +21,9 @@ from clipsys.training.data.classes import class_names, read_labels
 from clipsys.training.data.frames import FrameWindows, read_windows
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
+from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Batch, Decoder
-from clipsys.training.data.shard_set import ShardSet, open_shards, sample_order
+from clipsys.training.data.shard_set import ShardSet, open_shards
 from clipsys.training.data.skips import SkipLedger
 from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from clipsys.training.distributed.agreement import (
@@ -166,6 +167,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         embed_dim=sizes.width,
         image_size=_loading_size(recipe, model.preprocessing) if views else (0, 0),
         tile_size=tile_size,
+        num_frames=objective.num_frames,
     )
     engine = Engine(
         trained,

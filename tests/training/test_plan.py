@@ -22,12 +22,19 @@ def _recipe(**sections: Any) -> Recipe:
     return Recipe(data=data, **sections)
 
 
-def _plan(recipe: Recipe, *, precision: str = "fp32", world_size: int = 2, frozen: bool = False):
+def _plan(
+    recipe: Recipe,
+    *,
+    precision: str = "fp32",
+    world_size: int = 2,
+    frozen: bool = False,
+    num_frames: int = 1,
+):
     model = build_model(TINY_MODEL).model
     model.visual.requires_grad_(not frozen)
     return plan_run(
         recipe, model, precision=precision, world_size=world_size, num_samples=1_000,
-        embed_dim=32, image_size=(32, 48), tile_size=16,
+        embed_dim=32, image_size=(32, 48), tile_size=16, num_frames=num_frames,
     )  # fmt: skip
 
 
@@ -44,6 +51,7 @@ def test_zero_divides_what_each_stage_promises() -> None:
     assert [p.gradients_bytes for p in plans] == [size, size, size / 2, size / 2]
     assert [p.weights_bytes for p in plans] == [size, size, size, size / 2]
     assert plans[0].images_bytes == 32 * 3 * 32 * 48
+    assert _plan(_recipe(), num_frames=5).images_bytes == 5 * plans[0].images_bytes
 
 
 def test_buckets_are_no_larger_than_the_gradients_and_can_be_set() -> None:

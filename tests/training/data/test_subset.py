@@ -15,8 +15,9 @@ from clipsys.shards.writing import write_shards
 from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.config import DataConfig
 from clipsys.training.data.order import SampleOrder
+from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Decoder
-from clipsys.training.data.shard_set import open_shards, sample_order
+from clipsys.training.data.shard_set import open_shards
 from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from tests.conftest import write_training_shards
 

@@ -237,6 +237,13 @@ def test_rotation_refuses_images_that_are_not_square() -> None:
             "objective.frames is 4 and data.frames.length 3; give both the same number",
         ),
         (
+            {
+                "objective": {"name": "cpc"},
+                "data": {"train": "x", "batch_size": 8, "frames": {"lenght": 5}},
+            },
+            "data.frames.lenght is not a setting; did you mean data.frames.length",
+        ),
+        (
             {"objective": {"name": "cpc", "frames": 3, "past": 3}},
             "past is 3 of 3 frames, which leaves none to predict",
         ),
