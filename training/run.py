@@ -266,7 +266,7 @@ def _classes_and_subset(
     needs_draw = data.num_samples is not None
     labels = None
     if objective.uses_labels and (needs_draw or (needs_classes and data.classes is None)):
-        labels = read_labels(data, shard_set)
+        labels = read_labels(data, shard_set, needs_caption=objective.num_texts > 0)
     classes = class_names(data, shard_set, labels) if needs_classes else ()
     if data.num_samples is None:
         return classes, None

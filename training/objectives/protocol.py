@@ -152,8 +152,8 @@ class Objective(Generic[ConfigT]):
 
     @property
     def classifies(self) -> bool:
-        """Whether it trains a classifier, whose `scores` can be asked for."""
-        return type(self).scores is not Objective.scores
+        """Whether it trains a classifier of the labels, whose `scores` can be asked for."""
+        return self.needs_classes and type(self).scores is not Objective.scores
 
     def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
         """The views of each image, from the recipe's ``augmentation``.
