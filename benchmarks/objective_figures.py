@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,11 +57,3 @@ def _figures(
 def _of_known(test: LabelledVectors, known: set[str]) -> LabelledVectors:
     """Without images of classes that have no training image."""
     return test.take(np.flatnonzero([label in known for label in test.labels]))
-
-
-def summary(done, figures, images):
-    return {}
-
-
-def picture(done, figures, images, work, out):
-    pass

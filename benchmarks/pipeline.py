@@ -47,8 +47,9 @@ from clipsys.shards.samples import Sample, parse_sample
 from clipsys.shards.writing import write_shards
 from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.config import DataConfig
+from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Decoder
-from clipsys.training.data.shard_set import open_shards, sample_order
+from clipsys.training.data.shard_set import open_shards
 
 SIZE = 224
 RUNS = (3, 10)

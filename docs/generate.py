@@ -97,6 +97,8 @@ def _type(schema: dict[str, Any]) -> str:
 def _default(value: object) -> str:
     if value is PydanticUndefined:
         return "required"
+    if isinstance(value, BaseModel):  # a section of its own; what it has from elsewhere is left out
+        value = value.model_dump(mode="json", exclude_defaults=True)
     return "`" + json.dumps(value, ensure_ascii=False) + "`"
 
 
@@ -131,7 +133,7 @@ PUBLIC = {
     "clipsys": "Models, encoders, zero-shot classification and the tree of errors.",
     "clipsys.training.losses": "Losses over the rows of every rank, exact in value and gradient.",
     "clipsys.training.objectives": "What an objective of another package is made of "
-    "([objectives](objectives.md)).",
+    "([how](writing-objectives.md)).",
     "clipsys.retrieval": "Collections and searching them.",
 }
 

@@ -21,8 +21,9 @@ from clipsys.training.data.classes import class_names, read_labels
 from clipsys.training.data.frames import FrameWindows, read_windows
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
+from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Batch, Decoder
-from clipsys.training.data.shard_set import ShardSet, open_shards, sample_order
+from clipsys.training.data.shard_set import ShardSet, open_shards
 from clipsys.training.data.skips import SkipLedger
 from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from clipsys.training.distributed.agreement import (
@@ -376,7 +377,7 @@ def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) ->
         device.type,
         precision,
         run.recipe.engine.zero_stage,
-        f"{run.order.num_positions:,}"
+        f"{run.shard_set.num_samples:,}"
         if run.order.subset is None
         else f"{run.order.num_positions:,} of {run.shard_set.num_samples:,}",
         "" if run.windows is None else f" ({run.windows.num_windows:,} windows)",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import io
 import json
 import signal
@@ -8,12 +9,15 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from clipsys.corpora.columns import Columns
 from clipsys.corpora.packing import pack
 from clipsys.corpora.sources import iterate_source
-from clipsys.errors import DataError
+from clipsys.errors import ClipsysError, DataError
 from clipsys.shards.manifest import read_manifest
 from clipsys.shards.random_access import index_shard
 from clipsys.shards.reading import expand_shards, iterate_samples
@@ -231,3 +235,52 @@ def test_shards_are_packed_anew(many: Path, tmp_path: Path) -> None:
     )
     assert first == second
     assert sum(info.num_samples for info in read_manifest(tmp_path / "second")) == 28
+
+
+_ROWS = "stars,review,link\n5,It is a good film,http://a\n1,Dull,\n5,It is a good film,\n2,,x\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_table_of_texts_is_packed_without_images(kind: str, tmp_path: Path) -> None:
+    table = tmp_path / f"reviews.{kind}"
+    rows = list(csv.DictReader(io.StringIO(_ROWS)))
+    if kind == "jsonl":
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    else:
+        table.write_text(_ROWS.replace(",", "\t" if kind == "tsv" else ","), encoding="utf-8")
+    columns = Columns(captions=("review",), label="stars", without_images=True)
+    report = pack(table, tmp_path / "out", columns=columns)
+    assert report.skipped == {"no caption": 1}
+    with tarfile.open(tmp_path / "out" / "shard-00000.tar") as tar:
+        names = tar.getnames()
+        text = tar.extractfile("000000000.txt")
+        assert text is not None and text.read() == b"It is a good film"
+    # The last two have no link, so no metadata.
+    assert names == [f"{n:09d}.{ending}" for n in range(3)
+                     for ending in ("cls", "json", "txt") if (n, ending) not in
+                     ((1, "json"), (2, "json"))]  # fmt: skip
+    assert [info.num_samples for info in read_manifest(tmp_path / "out")] == [3]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (Columns(without_images=True), "no column is the text; the columns are stars, review, lin"),
+        (Columns("link", ("review",), without_images=True), "--path-column link names images"),
+        (Columns(captions=("review",)), "no column holds files"),
+    ],
+)
+def test_a_table_of_texts_needs_to_say_so(columns: Columns, message: str, tmp_path: Path) -> None:
+    table = tmp_path / "reviews.csv"
+    table.write_text(_ROWS, encoding="utf-8")
+    with pytest.raises(ClipsysError, match=message):
+        pack(table, tmp_path / "out", columns=columns)
+
+
+def test_texts_without_any_text_are_an_error(tmp_path: Path) -> None:
+    table = tmp_path / "reviews.csv"
+    table.write_text("text,label\n,1\n,2\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"none of the 2 texts can be used \(2 no caption\)"):
+        pack(table, tmp_path / "out", columns=Columns(without_images=True))

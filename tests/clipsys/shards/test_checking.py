@@ -103,3 +103,23 @@ def test_packing_without_a_target_is_wrong_usage(capsys: pytest.CaptureFixture[s
     status, _, err = run("shards", "somewhere", capsys=capsys)
     assert status == 2
     assert "name the folder to write into" in err
+
+
+def test_texts_without_images_are_sound_unless_others_have_one(tmp_path: Path) -> None:
+    texts = [Sample(f"{n}", b"", "", ("the same text",), "good") for n in range(3)]
+    write_shards(texts, tmp_path / "texts")
+    report = check_shards(tmp_path / "texts")
+    assert report.sound and len(report.without_image) == report.num_samples == 3
+    done = run("shards", "--verify", tmp_path / "texts")
+    assert "all samples are texts without images" in done.stdout
+    write_shards([*texts, Sample("9", _image(0), "png", ("a",))], tmp_path / "mixed")
+    report = check_shards(tmp_path / "mixed")
+    assert not report.sound and len(report.without_image) == 3
+    done = run("shards", "--verify", tmp_path / "mixed")
+    assert "3 without an image, unlike others" in done.stdout
+
+
+def test_a_sample_with_neither_image_nor_text_is_unusable(tmp_path: Path) -> None:
+    write_shards([Sample("1", b"", "", (), "label"), Sample("2", b"", "", ("t",))], tmp_path)
+    report = check_shards(tmp_path)
+    assert not report.sound and list(report.unusable) == ["no caption"]

@@ -16,8 +16,9 @@ from clipsys.models.open_clip_models import build_model
 from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.classes import class_names
 from clipsys.training.data.config import DataConfig
+from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Decoder
-from clipsys.training.data.shard_set import open_shards, sample_order
+from clipsys.training.data.shard_set import open_shards
 from tests.conftest import TINY_MODEL
 
 

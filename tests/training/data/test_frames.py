@@ -22,8 +22,9 @@ from clipsys.shards.writing import write_shards
 from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.config import DataConfig, FramesConfig
 from clipsys.training.data.frames import FrameWindows, read_windows
+from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Batch, Decoder
-from clipsys.training.data.shard_set import ShardSet, open_shards, sample_order
+from clipsys.training.data.shard_set import ShardSet, open_shards
 from tests.conftest import encode_png, no_tokenizer, noise_image
 
 #: Frames of each sequence; the last one is too short for a window of 3 frames.

@@ -10,7 +10,8 @@ from clipsys.config import load_settings
 from clipsys.errors import ConfigError, TrainingError
 from clipsys.training.data.config import DataConfig
 from clipsys.training.data.order import SampleOrder, _window_bounds, step_seed
-from clipsys.training.data.shard_set import ShardSet, sample_order
+from clipsys.training.data.ordering import sample_order
+from clipsys.training.data.shard_set import ShardSet
 
 _COUNTS = (5, 1, 7, 3, 9, 2, 4)
 _ALL = {(shard, sample) for shard, count in enumerate(_COUNTS) for sample in range(count)}

@@ -193,7 +193,7 @@ def _on_rank(rank: int, world_size: int) -> list[tuple[float, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_the_loss_and_the_gradient_of_one(world_size: int) -> None:
     """pytorch-metric-learning 363 and 732: its mean over ranks is the loss times their number.
 

@@ -149,7 +149,7 @@ def _on_rank(rank: int, world_size: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_the_loss_and_the_gradients_of_one(world_size: int) -> None:
     """stable-pretraining 409: targets that count this rank's rows only give another loss."""
     alone, shares = _on_rank(0, 1), run_ranks(_on_rank, world_size)

@@ -93,6 +93,7 @@ def test_a_label_of_its_own_for_each_sample_is_nt_xent() -> None:
 
 def test_anchors_without_a_positive_are_left_out_of_the_mean() -> None:
     """SupContrast 141: they gave NaN there, and count as zeros now."""
+    """SupContrast 141: they gave NaN, and count as zeros now: its loss falls with their share."""
     features = _features(6, views=1)
     labels = torch.tensor([0, 0, 1, 2, 3, 4])
     pairs = torch.stack([naive_supcon(features, labels, 0.1, "out")])

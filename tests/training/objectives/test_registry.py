@@ -101,7 +101,7 @@ def test_what_an_objective_does_not_train_is_frozen() -> None:
     assert trained == {"visual.weight", "visual.bias"}
 
 
-_PAGE = Path(__file__).resolve().parents[3] / "docs" / "objectives.md"
+_PAGE = Path(__file__).resolve().parents[3] / "docs" / "writing-objectives.md"
 #: The page's example, a whole objective of another package.
 THIRD_PARTY = _PAGE.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
 
