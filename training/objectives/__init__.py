@@ -10,6 +10,7 @@ reweighted          hard_infonce, hard_simclr: negatives weighted by their hardn
 supcon              images with labels, classification too
 label_views         what objectives over pairs of labelled images share: triplet, margin
 n_pair, nce         images against others, with or without labels
+scl, sentence_order, masked_words    texts alone
 pretext             what the tasks that need no labels share: rotation, jigsaw, colour
 frame_views         what objectives over ordered frames share: frame_order, cpc
 draws               random numbers of single rows

@@ -132,6 +132,11 @@ class Objective(Generic[ConfigT]):
         return "pair"
 
     @property
+    def takes_sentences(self) -> bool:
+        """Whether its texts are sentences of the caption: two neighbours, then others."""
+        return False
+
+    @property
     def uses_labels(self) -> bool:
         """Whether labels of samples make a difference."""
         return self.needs_classes or self.positives == "label"
