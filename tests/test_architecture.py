@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data", "model", "journal", "manifest"),
         ("losses",),
         ("engine",),
+        ("mining",),
         ("objectives",),
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from clipsys.training.checkpoints import Checkpoints
 from clipsys.training.data.batches import TrainingBatches
 from clipsys.training.data.classes import class_names, read_labels
 from clipsys.training.data.frames import FrameWindows, read_windows
+from clipsys.training.data.further_texts import StatedNegatives, check_negatives_key
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.ordering import sample_order
@@ -38,6 +39,7 @@ from clipsys.training.distributed.collectives import (
 )
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.losses import auto_tile_size
+from clipsys.training.mining.miner import Miner
 from clipsys.training.model.initial import (
     ModelConfig,
     fingerprint,
@@ -81,6 +83,8 @@ class Run:
         validation: measurements on the way.
         checkpoints: states that ``--resume`` continues from.
         skips: samples that could not be used.
+        decoder: makes rows of samples.
+        miner: mines hard negatives; None where the objective has none.
         checks_precision: whether the first loss is compared with that in fp32.
     """
 
@@ -98,6 +102,8 @@ class Run:
     validation: Validation
     checkpoints: Checkpoints
     skips: SkipLedger
+    decoder: Decoder
+    miner: Miner | None = None
     checks_precision: bool = False
 
     @property
@@ -110,22 +116,13 @@ class Run:
         """Steps of all epochs."""
         return self.steps_per_epoch * self.recipe.schedule.epochs
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from a step on, to the end of the run."""
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
+        """This rank's micro-batches from a step on, to the end of the run or the next mining."""
+        if self.miner is not None:
+            return self.miner.batches(start_step)
         data = self.recipe.data
-        dataset = TrainingBatches(
-            self.shard_set,
-            self.order,
-            _decoder(self.recipe, self.objective, self.model, self.classes),
-            windows=self.windows,
-            cache=data.shard_cache,
-            pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
-            batch_size=data.batch_size,
-            micro_batch_size=data.micro_batch_size,
-            rank=rank(),
-            world_size=world_size(),
-            epochs=self.recipe.schedule.epochs,
-            start_step=start_step,
+        dataset = _dataset(
+            self.recipe, self.shard_set, self.order, self.windows, self.decoder, start_step
         )
         return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
 
@@ -171,6 +168,9 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         tile_size=tile_size,
         num_frames=objective.num_frames,
     )
+    decoder = _decoder(recipe, objective, model, classes)
+    if objective.negatives_key is not None:
+        _announce_negatives(recipe, shard_set, objective.negatives_key)
     engine = Engine(
         trained,
         config=recipe.engine,
@@ -206,6 +206,8 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
             epoch_samples=order.num_positions,
             writes=rank() == 0,
         ),
+        decoder=decoder,
+        miner=_miner(recipe, objective, model, shard_set, order, decoder),
         checks_precision=asked == "auto" and recipe.engine.precision == "bf16",
     )
     if rank() == 0:
@@ -367,6 +369,70 @@ def _decoder(
         label_noise=LabelNoise(data.label_noise, _subset_seed(recipe), classes)
         if data.label_noise
         else None,
+        further=None
+        if objective.negatives_key is None
+        else StatedNegatives(objective.negatives_key, objective.num_texts - 1),
+    )
+
+
+def _announce_negatives(recipe: Recipe, shard_set: ShardSet, key: str) -> None:
+    """Says how many samples have a wrong caption; refuses a key that none has."""
+    share = on_first_rank(lambda: check_negatives_key(recipe.data, shard_set, key))
+    if rank() == 0:
+        _logger.info("about %.0f%% of the samples have texts at %s", 100 * share, key)
+
+
+def _dataset(
+    recipe: Recipe,
+    shard_set: ShardSet,
+    order: SampleOrder,
+    windows: FrameWindows | None,
+    decoder: Decoder,
+    start_step: int,
+) -> TrainingBatches:
+    """This rank's micro-batches from a step on."""
+    data = recipe.data
+    return TrainingBatches(
+        shard_set,
+        order,
+        decoder,
+        windows=windows,
+        cache=data.shard_cache,
+        pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
+        batch_size=data.batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        epochs=recipe.schedule.epochs,
+        start_step=start_step,
+    )
+
+
+def _miner(
+    recipe: Recipe,
+    objective: Objective[Any],
+    model: ModelParts,
+    shard_set: ShardSet,
+    order: SampleOrder,
+    decoder: Decoder,
+) -> Miner | None:
+    """What mines hard negatives, where the objective asks for them."""
+    if objective.mining is None:
+        return None
+    data = recipe.data
+    return Miner(
+        objective.mining,
+        _dataset(recipe, shard_set, order, None, decoder, 0),
+        model.preprocessing,
+        run=recipe.run_folder,
+        num_negatives=objective.num_texts - 1,
+        steps_per_epoch=order.steps_per_epoch(data.batch_size),
+        epochs=recipe.schedule.epochs,
+        num_samples=shard_set.num_samples,
+        width=_width(model),
+        batch_size=recipe.evaluation.batch_size,
+        workers=data.workers,
+        timeout_s=data.timeout_s,
     )
 
 

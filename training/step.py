@@ -110,6 +110,7 @@ class TrainingStep:
             self._joined([batch.samples_B for batch in batches]),
             self._joined([batch.classes_B for batch in batches]),
             self._presence(batches),
+            self._joined([batch.further_groups_BT for batch in batches]),
         )
 
         def loss(outputs: Outputs, targets: Rows, state: State) -> tuple[torch.Tensor, State]:

@@ -7,6 +7,7 @@ two_views           what objectives over pairs of views share: simclr, barlow_tw
 infonce, sigmoid    images with texts; infonce_queue and slip too
 simclr, moco, looc  images alone; moco_v3 and memory_bank too
 reweighted          hard_infonce, hard_simclr: negatives weighted by their hardness
+extra_texts         negclip, mined_infonce: texts without an image as further negatives
 supcon              images with labels, classification too
 label_views         what objectives over pairs of labelled images share: triplet, margin
 n_pair, nce         images against others, with or without labels

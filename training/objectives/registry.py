@@ -33,6 +33,8 @@ BUILT_IN = {
     "simclr": "clipsys.training.objectives.simclr:SimCLR",
     "hard_infonce": "clipsys.training.objectives.reweighted:HardInfoNCE",
     "hard_simclr": "clipsys.training.objectives.reweighted:HardSimCLR",
+    "negclip": "clipsys.training.objectives.extra_texts:NegCLIP",
+    "mined_infonce": "clipsys.training.objectives.extra_texts:MinedInfoNCE",
     "infonce_queue": "clipsys.training.objectives.infonce_queue:InfoNCEQueue",
     "slip": "clipsys.training.objectives.slip:SLIP",
     "moco": "clipsys.training.objectives.moco:MoCo",

@@ -161,9 +161,26 @@ def make_batch(objective: Any, step: int) -> tuple[Inputs, Labels]:
     inputs, labels = batch(step, len(views), [view.size or (32, 32) for view in views])
     texts = tuple(inputs.texts[0].roll(number, 0) for number in range(objective.num_texts))
     inputs = inputs._replace(texts=texts)
+    if objective.negatives_key is not None or objective.mining is not None:
+        inputs, labels = _with_further_texts(inputs, labels, step)
     if objective.positives != "label":
         labels = labels._replace(groups_B=labels.samples_B)
     return inputs, labels if objective.needs_classes else labels._replace(classes_B=None)
+
+
+def _with_further_texts(inputs: Inputs, labels: Labels, step: int) -> tuple[Inputs, Labels]:
+    """Other texts but the first; some are absent, some are of samples of the batch."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    first, *others = inputs.texts
+    shape = BATCH, len(others)
+    texts = [text[torch.randperm(BATCH, generator=generator)] for text in others]
+    for text in texts:
+        text[:, 1] = torch.randint(1, 49, (BATCH,), generator=generator)
+    present = torch.rand(BATCH, 1 + len(others), generator=generator) < 0.7
+    present[:, 0] = True
+    groups = torch.randint(-1, SIZES.num_samples, shape, generator=generator)
+    labels = labels._replace(present_BT=present, further_groups_BT=groups)
+    return inputs._replace(texts=(first, *texts)), labels
 
 
 def make_model(objective: Any, precision: str = "fp32") -> TrainedModel:
