@@ -16,6 +16,7 @@ from clipsys.images.decoding import decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
 from clipsys.shards.samples import NUMBER, Sample, parse_sample, place_of, require_captions
+from clipsys.training.data.sentences import draw_sentences
 from clipsys.training.data.subset import LabelNoise
 
 Pixels = npt.NDArray[np.uint8]
@@ -188,6 +189,7 @@ class Decoder:
         class_numbers: number of each class by its label; None where classes are not needed.
         further: where texts beside the caption come from; None: there are none.
         label_noise: replaces labels; None leaves them.
+        num_sentences: how many sentences of a caption are the texts; 0: the whole caption is one.
     """
 
     preprocessing: Preprocessing
@@ -204,6 +206,7 @@ class Decoder:
     class_numbers: Mapping[str, int] | None = None
     further: FurtherTexts | None = None
     label_noise: LabelNoise | None = None
+    num_sentences: int = 0
 
     def row(
         self,
@@ -240,7 +243,12 @@ class Decoder:
         identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
         group = self._group(sample, caption, image, identity, number)
         further = self._further(sample, number, f"{self.seed}/{epoch}/{position}/further")
-        texts = (caption, *(one and one.text for one in further)) if self.needs_caption else ()
+        texts: tuple[str | None, ...] = (
+            (caption, *(one and one.text for one in further)) if self.needs_caption else ()
+        )
+        if self.num_sentences:
+            draw = group_id(f"{self.seed}/{epoch}/{position}/sentences")
+            texts = draw_sentences(caption, self.num_sentences, draw, place_of(raw))
         class_number = None
         if self.class_numbers is not None:
             label = self._label(sample, identity, number)
