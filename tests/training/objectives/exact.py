@@ -379,7 +379,9 @@ def _compare(case: Case, expected: Result, shares: list[Result], tolerance: floa
                 # over twelve rows magnifies that.
                 limit = tolerance if name.startswith("0/") else _GROWTH * tolerance
                 assert distance(share.gradients[name], gradient) < limit, (case, name)
-        assert set(share.weights) == set(expected.weights), case
+        # Of the momentum towers the parameters: their running statistics are copies.
+        found = {name for name in share.weights if not _is_copied_statistic(name)}
+        assert found == set(expected.weights), case
         for name, weight in expected.weights.items():
             # AdamW takes a step of full length where a gradient is all but zero.
             np.testing.assert_allclose(
@@ -394,6 +396,11 @@ def _compare(case: Case, expected: Result, shares: list[Result], tolerance: floa
             )
             # Equal on every rank to the last bit: each goes on with its own copy.
             np.testing.assert_array_equal(share.state[name], shares[0].state[name])
+
+
+def _is_copied_statistic(name: str) -> bool:
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return name.startswith("momentum.") and name.endswith(statistics)
 
 
 def _save_and_load(
