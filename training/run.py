@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from clipsys.training.model.outputs import Sizes
 from clipsys.training.model.token_ids import token_ids
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
-from clipsys.training.objectives import Objective, make_objective
+from clipsys.training.objectives import Objective, View, make_objective
 from clipsys.training.plan import Plan, plan_run
 from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
@@ -156,6 +156,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     sizes = Sizes(_width(model), num_samples, num_classes, tokens)
     trained = _trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
+    check_view_sizes(model.model, views, model.preprocessing.size)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
     plan = plan_run(  # before the engine partitions the model
         recipe,
@@ -338,6 +339,30 @@ def _check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
                 "normalisation, which would take its statistics over a micro-batch: another "
                 "result; leave data.micro_batch_size out, or use a model without batch norm"
             )
+
+
+def check_view_sizes(clip: nn.Module, views: Sequence[View], model_size: tuple[int, int]) -> None:
+    """Tries the image tower on views of another size than the model's; nothing changes in it.
+
+    Raises:
+        ConfigError: the tower takes its own size alone, as transformers with learned positions do.
+    """
+    visual: Any = clip.visual
+    sizes = {view.size for view in views if view.size is not None} - {model_size}
+    was_training = visual.training
+    visual.eval()
+    try:
+        for height, width in sizes:
+            with torch.no_grad():
+                visual(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"the image tower ({type(visual).__name__}) does not take views of {height} x {width} "
+            f"pixels, only of {model_size[0]} x {model_size[1]}; leave objective.local_size out, "
+            "or use a model that takes any size, such as a convolutional one of timm"
+        ) from error
+    finally:
+        visual.train(was_training)
 
 
 def _loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, int]:
