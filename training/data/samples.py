@@ -48,7 +48,7 @@ class Batch:
         groups_B: int64; equal ids are positives of each other.
         samples_B: int64; the number of each sample among all samples of the shards.
         classes_B: int64; the number of each sample's class; None where classes are not needed.
-        present_BT: bool; whether a sample has its t-th text; None where all have all.
+        present_BT: bool; whether a sample has its t-th text; None where there is one at most.
         skipped: samples of this batch that were replaced by a neighbour.
         shards: (B,) the shard of each sample.
         captions: (B,) the first text of each sample, before it was tokenized.
@@ -376,6 +376,10 @@ def _stacked(images: Sequence[DecodedImage]) -> torch.Tensor | None:
 
 
 def _presence(texts: Sequence[tuple[str | None, ...]]) -> torch.Tensor | None:
-    """(B, T), or None where every sample has every text."""
-    present = [[text is not None for text in of_one] for of_one in texts]
-    return None if all(map(all, present)) else torch.tensor(present)
+    """(B, T); None where samples have one text at most, which none lacks.
+
+    Not where all of these samples have all: objectives gather it, and on every rank or none.
+    """
+    if len(texts[0]) < 2:
+        return None
+    return torch.tensor([[text is not None for text in of_one] for of_one in texts])
