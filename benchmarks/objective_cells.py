@@ -69,17 +69,30 @@ class Method:
     augmentation: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: A queue of eight batches, and a momentum for runs of 100 to 200 steps.
-_QUEUE = {"temperature": 0.2, "head_width": 64, "momentum": 0.95, "queue_size": 1024}
+_TURNED = {"crop_scale": [0.5, 1.0], "brightness": 0.0, "contrast": 0.0}
+_HEAD = {"head_width": 64}
+_TWO_VIEWS = {"temperature": 0.2, **_HEAD}
+#: A queue of eight batches, and a momentum for runs of about 100 steps.
+_QUEUE = {**_TWO_VIEWS, "momentum": 0.95, "queue_size": 1024}
+_WIDE = {"head_hidden": 512, "head_width": 512}
 METHODS = {
     "classification": Method(1, supervised=True),
-    "supcon": Method(2, {"temperature": 0.1, "head_width": 64}, supervised=True),
-    "simclr": Method(2, {"temperature": 0.2, "head_width": 64}),
+    "supcon": Method(2, {"temperature": 0.1, **_HEAD}, supervised=True),
+    "triplet": Method(1, _HEAD, supervised=True),
+    "margin": Method(1, _HEAD, supervised=True),
+    "n_pair": Method(2, _HEAD, supervised=True),
+    "nce": Method(2, _TWO_VIEWS),
+    "simclr": Method(2, _TWO_VIEWS),
+    "hard_simclr": Method(2, _HEAD),
     "moco": Method(2, _QUEUE),
+    "moco_v3": Method(4, {**_TWO_VIEWS, "momentum": 0.95}),
+    "memory_bank": Method(1, _HEAD),
+    "barlow_twins": Method(2, _WIDE),
+    "vicreg": Method(2, _WIDE),
     "looc": Method(3, {**_QUEUE, "augmentations": ["colour"]}),
-    "rotation": Method(4),
+    "rotation": Method(4, augmentation={**_TURNED, **_KEEPS_COLOURS}),
     "jigsaw": Method(1, {"tiles": 2, "num_permutations": 24}),
-    "colour": Method(1, augmentation=_KEEPS_COLOURS),
+    "colour": Method(1, augmentation={**_TURNED, **_KEEPS_COLOURS}),
 }
 
 

@@ -63,13 +63,23 @@ def _objectives() -> list[str]:
 
 
 def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
-    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    header = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    return [*header, *_rows(model, "", skip)]
+
+
+def _rows(model: type[BaseModel], prefix: str, skip: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+    """One row a setting; a section inside one has its own in the place of its row."""
+    rows = []
     schema = model.model_json_schema()["properties"]
     for name, info in model.model_fields.items():
-        if name not in skip:
+        default = info.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            rows += _rows(type(default), f"{prefix}{name}.")
+        elif name not in skip:
             kind = _type(schema[name]).replace("|", "\\|")
-            default = _default(info.get_default(call_default_factory=True))
-            rows.append(f"| `{name}` | {kind} | {default} | {info.description or ''} |")
+            rows.append(
+                f"| `{prefix}{name}` | {kind} | {_default(default)} | {info.description or ''} |"
+            )
     return rows
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, the newest few kept, found again for `--resume`.
 
 RUN/checkpoints/step-00001200/     DeepSpeed's state of all ranks, the averaged weights,
-                                   model/, a model folder that open_clip loads, and
+                                   model/, a model folder that open_clip loads, mined/, the hard
+                                   negatives of an objective that mines them, and
                                    checkpoint.json, the manifest of all these files
 RUN/checkpoints/latest             the name of the newest complete one
 """
@@ -12,6 +13,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from clipsys.config import Settings
 from clipsys.errors import TrainingError
 from clipsys.files.drive_faults import drive_errors_explained
+from clipsys.files.links import link_or_copy
 from clipsys.models.open_clip_models import ModelParts, save_model
 from clipsys.training.distributed.collectives import (
     gather_objects,
@@ -101,8 +104,17 @@ class Checkpoints:
         state: TrainState,
         parts: ModelParts,
         provenance: dict[str, Any],
+        attachments: Mapping[str, Path] | None = None,
     ) -> Path:
-        """Writes a checkpoint, from every rank together. It counts only when it is complete."""
+        """Writes a checkpoint, from every rank together. It counts only when it is complete.
+
+        Args:
+            engine: what is saved.
+            state: the rest of what a run goes on from.
+            parts: the model that the engine trains.
+            provenance: what the model folder says of its origin.
+            attachments: files that belong to it, by their path in it; never written into again.
+        """
         name = _name_of(state.step)
         partial = f"{name}.partial"
         on_first_rank(lambda: shutil.rmtree(self.folder / partial, ignore_errors=True))
@@ -120,6 +132,9 @@ class Checkpoints:
                 written = self.folder / partial
                 target = written / "model"
                 save_model(parts, target, weights=weights, heads=heads, provenance=provenance)
+                for place, path in (attachments or {}).items():
+                    (written / place).parent.mkdir(exist_ok=True)
+                    link_or_copy(path, written / place)
                 rest = set(list_files(written)) - files.keys()
                 Manifest(
                     step=state.step,

@@ -4,6 +4,7 @@ RUN/config.yaml       the resolved recipe, below what was changed by a resumed r
 RUN/metrics.jsonl     loss, rate, temperature, validation figures
 RUN/skipped.jsonl     samples that could not be used, with the reason
 RUN/checkpoints/      what --resume goes on from
+RUN/mining/           the hard negatives in use, of an objective that mines them
 RUN/tensorboard/
 RUN/curves.png
 RUN/model/            the trained model, when the run is complete
@@ -133,6 +134,8 @@ class TrainingLoop:
             )
         self.step = state.step
         self.run.skips.resume(state.step, state.skipped)
+        if self.run.miner is not None:
+            self.run.miner.resume(self.run.checkpoints.folder / resumption.name, state.step)
         _logger.info("resuming after step %d of %d", self.step, self.run.total_steps)
         if state.world_size != world_size():
             _logger.info(
@@ -165,6 +168,9 @@ class TrainingLoop:
         run.engine.train()
         remaining = run.total_steps - self.step
         self._window = _Window()
+        if self._mining_is_due():
+            with self._pause():
+                self._mine()
         batches = run.batches(self.step)
         title = "Training" if rank() == 0 else None
         clock = StepClock(remaining_steps=remaining, batch_size=self.recipe.data.batch_size)
@@ -181,6 +187,12 @@ class TrainingLoop:
                 if self._due(self.recipe.evaluation.every_epochs):
                     with self._pause():
                         self._evaluate()
+                # Before saving: a resumed run goes on with the list of its checkpoint.
+                if self._mining_is_due():
+                    batches.close()
+                    with self._pause():
+                        self._mine()
+                    batches = run.batches(self.step)
                 if self._saving_is_due() and self.step < run.total_steps:
                     with self._pause():
                         self._save()
@@ -205,6 +217,18 @@ class TrainingLoop:
         config = self.recipe.checkpoint
         inside = bool(config.every_steps) and self.step % config.every_steps == 0
         return inside or self._due(config.every_epochs)
+
+    def _mining_is_due(self) -> bool:
+        miner = self.run.miner
+        return miner is not None and miner.is_due(self.step)
+
+    def _mine(self) -> None:
+        assert self.run.miner is not None
+        figures = self.run.miner.mine(self.run.engine, self.step)
+        if self._journal:
+            self._journal.write(
+                self.step, {f"mining/{name}": value for name, value in figures.items()}
+            )
 
     def _train_step(self, batches: Sequence[Batch]) -> None:
         factor = lr_factor(self.step, self.run.total_steps, self.recipe.schedule)
@@ -284,7 +308,11 @@ class TrainingLoop:
 
     def _save(self) -> Path:
         return self.run.checkpoints.save(
-            self.run.engine, self._state(), self.run.model, self._provenance()
+            self.run.engine,
+            self._state(),
+            self.run.model,
+            self._provenance(),
+            {} if self.run.miner is None else self.run.miner.attachments(),
         )
 
     def _provenance(self) -> dict[str, Any]:

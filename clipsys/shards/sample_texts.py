@@ -124,7 +124,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _texts(value: object) -> list[str]:
+def _texts(value: object, setting: str = "data.caption_key") -> list[str]:
     """The captions that a metadata value holds: one or a list; numbers count, null is none."""
     found = []
     for one in value if isinstance(value, list) else [value]:
@@ -136,23 +136,34 @@ def _texts(value: object) -> list[str]:
             shown = repr(one)
             raise SampleError(
                 f"a caption is {shown[:60]}{'…' if len(shown) > 60 else ''}, not a text; name the "
-                "metadata key that holds the texts (data.caption_key)",
+                f"metadata key that holds the texts ({setting})",
                 reason="caption is not a text",
             )
     return found
 
 
-def captions_at(metadata: dict[str, Any], path: str) -> list[str]:
-    """The texts at a key of the metadata; dots lead into objects, and into each of a list."""
+def captions_at(
+    metadata: dict[str, Any], path: str, setting: str = "data.caption_key"
+) -> list[str]:
+    """The texts at a key of the metadata; dots lead into objects, and into each of a list.
+
+    Args:
+        metadata: of a sample.
+        path: the key.
+        setting: that names it, for messages.
+
+    Raises:
+        SampleError: what is there is no text.
+    """
     if path in metadata:
-        return [text for text in _texts(metadata[path]) if text]
+        return [text for text in _texts(metadata[path], setting) if text]
     values: list[Any] = [metadata]
     for part in path.split("."):
         objects = [
             one for value in values for one in (value if isinstance(value, list) else [value])
         ]
         values = [one[part] for one in objects if isinstance(one, dict) and part in one]
-    return [text for value in values for text in _texts(value) if text]
+    return [text for value in values for text in _texts(value, setting) if text]
 
 
 def check_length(text: str) -> None:

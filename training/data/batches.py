@@ -6,6 +6,7 @@
     data.batches   cuts positions into micro-batches: number n is a pure function of the recipe,
                    n and the rank
     data.samples   decodes one sample
+    data.further_texts  finds texts of a sample beside its caption
     data.frames    makes windows of ordered frames, which then stand in the place of samples
     data.loader    runs it all in worker processes
 
@@ -26,12 +27,16 @@ negative.
 
 from __future__ import annotations
 
+import bisect
+import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from clipsys.errors import DataError, TrainingError
@@ -40,7 +45,15 @@ from clipsys.shards.remote import ShardCache, is_remote
 from clipsys.training.data.frames import FrameWindows
 from clipsys.training.data.order import SampleOrder
 from clipsys.training.data.pixel_cache import make_cache
-from clipsys.training.data.samples import Batch, DecodedImage, Decoder, Row, Skipped
+from clipsys.training.data.samples import (
+    NO_GROUP,
+    Batch,
+    DecodedImage,
+    Decoder,
+    FurtherTexts,
+    Row,
+    Skipped,
+)
 from clipsys.training.data.shard_set import MIXED_REMOTE_SHARDS, ShardSet
 from clipsys.training.data.subset import Subset
 
@@ -48,6 +61,8 @@ T = TypeVar("T")
 
 #: Bytes of a sample in a batch beside its image: tokens, ids, names.
 _OTHER_BYTES = 2048
+#: The number of a row that no sample stands behind.
+NO_SAMPLE = -1
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -106,6 +121,23 @@ class TrainingBatches(Dataset[Batch]):
         self._start_step = start_step
         self._remaining_steps = max(0, self._steps_per_epoch * epochs - start_step)
 
+    def between(
+        self, start_step: int, epochs: int, further: FurtherTexts | None
+    ) -> TrainingBatches:
+        """The same data from a step on to the end of an epoch, with other texts beside captions.
+
+        Both share the decoded images that are stored.
+        """
+        other = copy.copy(self)
+        other._decoder = replace(self._decoder, further=further)
+        other._start_step = start_step
+        other._remaining_steps = max(0, self._steps_per_epoch * epochs - start_step)
+        return other
+
+    def shares(self, draw: int, batch_size: int, rank: int, world_size: int) -> SampleShare:
+        """Every sample once, divided among ranks; see `SampleShare`."""
+        return SampleShare(self, draw, batch_size, rank, world_size)
+
     @property
     def batch_bytes(self) -> int:
         """Size of a micro-batch, nearly: images, and a little for tokens and the rest."""
@@ -113,7 +145,8 @@ class TrainingBatches(Dataset[Batch]):
         pixels = 3 * height * width * self._decoder.needs_image
         if self._windows is not None:
             pixels *= self._windows.length
-        return self._micro_size * (pixels + _OTHER_BYTES)
+        others = 1 if self._decoder.further is None else 1 + self._decoder.further.count
+        return self._micro_size * (pixels + others * _OTHER_BYTES)
 
     def __len__(self) -> int:
         return self._remaining_steps * self._micro_steps
@@ -204,6 +237,24 @@ class TrainingBatches(Dataset[Batch]):
         number = self._first_numbers[shard] + sample
         return number if self._cache_rows is None else self._cache_rows[number]
 
+    @property
+    def decoder(self) -> Decoder:
+        """What makes rows of samples."""
+        return self._decoder
+
+    @property
+    def sample_numbers(self) -> Sequence[int]:
+        """The samples that are trained on, by their numbers among all of the shards."""
+        members = _numbered(self._order.subset, self._first_numbers)
+        return range(self._first_numbers[-1]) if members is None else tuple(members)
+
+    def sample_row(self, number: int, draw: int, skipped: list[Skipped]) -> Row | None:
+        """One sample by its number; None, with a note, where it cannot be used."""
+        shard = bisect.bisect_right(self._first_numbers, number) - 1
+        place = shard, number - self._first_numbers[shard]
+        # Positions of training are not negative: the captions are drawn apart from theirs.
+        return self._attempt(place, skipped, partial(self._row, place, draw, -1 - number, number))
+
     def _any_row(self, epoch: int, after: int, step: int, bad: Skipped) -> Row:
         """The first usable sample that follows, for a micro-batch that has none."""
         total = self._order.num_positions
@@ -215,6 +266,60 @@ class TrainingBatches(Dataset[Batch]):
             f"step {step}: none of the {self._micro_size} samples of this rank can be used; "
             f"first: {bad.shard}#{bad.key}: {bad.reason}"
         )
+
+
+class SampleShare(Dataset[Batch]):
+    """This rank's share of all samples, in the order of their numbers, in batches of equal size.
+
+    Rank r of W has the samples r, r + W, …. Every rank has the same number of batches, and these
+    have the same number of rows: one that cannot be used, or that there is none for, is an empty
+    image with an empty text, and its number is `NO_SAMPLE`.
+    """
+
+    def __init__(
+        self, batches: TrainingBatches, draw: int, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        """
+        Args:
+            batches: where the samples come from; texts beside the caption are left out.
+            draw: decides, with the seed, which caption of a sample is used.
+            batch_size: rows of a batch.
+            rank: this rank.
+            world_size: number of ranks.
+        """
+        self._batches = batches.between(0, 0, None)
+        self._draw, self._size = draw, batch_size
+        self._rank, self._world_size = rank, world_size
+        self._numbers = batches.sample_numbers
+
+    @property
+    def batch_bytes(self) -> int:
+        """Size of a batch, nearly."""
+        return self._batches.batch_bytes * self._size // self._batches._micro_size + 1
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._numbers) / (self._size * self._world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Batch:
+        """Batch ``number``."""
+        first = number * self._size * self._world_size + self._rank
+        places = range(first, first + self._size * self._world_size, self._world_size)
+        skipped: list[Skipped] = []
+        rows = [
+            self._batches.sample_row(self._numbers[place], self._draw, skipped)
+            if place < len(self._numbers)
+            else None
+            for place in places
+        ]
+        return self._batches.decoder.batch([row or self._empty() for row in rows], skipped)
+
+    def _empty(self) -> Row:
+        decoder = self._batches.decoder
+        pixels = np.zeros((3, *decoder.preprocessing.size), np.uint8)
+        return Row("", "", DecodedImage(pixels, 0), ("",), NO_GROUP, NO_SAMPLE)
 
 
 def _numbered(subset: Subset | None, first_numbers: Sequence[int]) -> dict[int, int] | None:

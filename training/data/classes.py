@@ -10,7 +10,7 @@ from pathlib import Path
 from clipsys.errors import ConfigError, DataError, SampleError
 from clipsys.progress import progress
 from clipsys.shards.random_access import ShardReader
-from clipsys.shards.samples import parse_sample, place_of
+from clipsys.shards.samples import parse_sample, place_of, require_captions
 from clipsys.training.data.config import DataConfig
 from clipsys.training.data.samples import label_of
 from clipsys.training.data.shard_set import ShardSet
@@ -39,8 +39,17 @@ class SampleLabels:
         )
 
 
-def read_labels(config: DataConfig, shard_set: ShardSet) -> SampleLabels:
-    """Reads every sample once for its label."""
+def read_labels(
+    config: DataConfig, shard_set: ShardSet, *, needs_caption: bool = False
+) -> SampleLabels:
+    """Reads every sample once for its label.
+
+    Args:
+        config: the recipe's section.
+        shard_set: the training data.
+        needs_caption: whether a sample without a text counts as one without a label: it cannot be
+            trained on either.
+    """
     found: list[tuple[str | None, ...]] = []
     first_fault = ""
     reader = ShardReader(shard_set.shards, shard_set.counts, cache=config.shard_cache)
@@ -52,7 +61,9 @@ def read_labels(config: DataConfig, shard_set: ShardSet) -> SampleLabels:
                 try:
                     raw = reader.read(shard, number)
                     # Whether its image can be used shows when it is trained on.
-                    sample = parse_sample(raw, needs_image=False)
+                    sample = parse_sample(raw, caption_key=config.caption_key, needs_image=False)
+                    if needs_caption:
+                        require_captions(sample, raw)
                     labels.append(label_of(sample, config.label_key, place_of(raw)))
                 except SampleError as error:  # counted and skipped in training
                     labels.append(None)

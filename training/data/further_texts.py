@@ -14,6 +14,7 @@ Shapes: N samples, H candidates.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ import numpy.typing as npt
 
 from clipsys.errors import ConfigError, DataError, SampleError, TrainingError
 from clipsys.shards.random_access import ShardReader
+from clipsys.shards.remote import is_remote
 from clipsys.shards.sample_texts import captions_at, check_length
 from clipsys.shards.samples import Sample, parse_sample
 from clipsys.training.data.config import DataConfig
@@ -36,6 +38,7 @@ Ints = npt.NDArray[np.int64]
 
 _ARRAYS = ("candidates", "groups", "bounds", "texts")
 _FORMAT = "clipsys-mined/1"
+_SETTING = "objective.negatives_key"
 #: Samples that are looked at for a metadata key.
 _LOOKED_AT = 256
 
@@ -58,22 +61,24 @@ class StatedNegatives:
         Raises:
             SampleError: what the key holds is no text.
         """
-        try:
-            texts = stated_texts(sample, self.key)
-        except SampleError as error:
-            raise SampleError(
-                f"objective.negatives_key {self.key!r}: {error}", reason=error.reason
-            ) from error
+        texts = stated_texts(sample, self.key)
         chosen = _choose(len(texts), self.count, entropy)
         return [FurtherText(texts[place]) for place in chosen]
 
 
 def stated_texts(sample: Sample, key: str) -> list[str]:
-    """The texts at a metadata key that are no captions of the sample."""
+    """The texts at a metadata key that are no captions of the sample.
+
+    Raises:
+        SampleError: what is there is no text.
+    """
     own = set(map(normalise_caption, sample.captions))
-    texts = list(dict.fromkeys(captions_at(sample.metadata, key)))
-    for text in texts:
-        check_length(text)
+    try:
+        texts = list(dict.fromkeys(captions_at(sample.metadata, key, _SETTING)))
+        for text in texts:
+            check_length(text)
+    except SampleError as error:
+        raise SampleError(f"sample {sample.key}: {error}", reason=error.reason) from error
     return [text for text in texts if normalise_caption(text) not in own]
 
 
@@ -85,7 +90,9 @@ def check_negatives_key(config: DataConfig, shard_set: ShardSet, key: str) -> fl
     """
     reader = ShardReader(shard_set.shards, shard_set.counts, cache=config.shard_cache)
     starts = np.cumsum([0, *shard_set.counts])
-    numbers = np.unique(np.linspace(0, shard_set.num_samples - 1, _LOOKED_AT).astype(int))
+    # All shards, unless each would have to be fetched.
+    last = starts[1 if any(map(is_remote, shard_set.shards)) else -1] - 1
+    numbers = np.unique(np.linspace(0, last, _LOOKED_AT).astype(int))
     num_found, names = 0, set[str]()
     for number in numbers:
         shard = int(np.searchsorted(starts, number, side="right")) - 1
@@ -100,7 +107,7 @@ def check_negatives_key(config: DataConfig, shard_set: ShardSet, key: str) -> fl
     if not num_found:
         listed = ", ".join(sorted(names)[:8]) or "no keys"
         raise ConfigError(
-            f"objective.negatives_key is {key!r}, and none of {len(numbers)} samples has texts "
+            f"{_SETTING} is {key!r}, and none of {len(numbers)} samples has texts "
             f"there (their metadata has {listed}); name the metadata key of the wrong captions"
         )
     return num_found / len(numbers)
@@ -135,11 +142,6 @@ class MinedList:
             self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return self._arrays[name]
 
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return len(self._array("candidates"))
-
     def candidates(self, number: int) -> Ints:
         """Numbers of the samples whose texts are hard negatives of a sample, hardest first."""
         row_H = self._array("candidates")[number]
@@ -153,6 +155,13 @@ class MinedList:
     def group(self, number: int) -> int:
         """The group of that text."""
         return int(self._array("groups")[number])
+
+    def fingerprint(self) -> str:
+        """Equal for equal lists; all of it is read."""
+        digest = hashlib.blake2b(f"{self.step}".encode(), digest_size=8)
+        for name in _ARRAYS:
+            digest.update(np.ascontiguousarray(self._array(name)).data)
+        return digest.hexdigest()
 
 
 def write_mined_list(
@@ -168,7 +177,7 @@ def write_mined_list(
         texts: text of each sample; empty where it cannot be used.
     """
     encoded = [text.encode("utf-8") for text in texts]
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "candidates": candidates_NH.astype(np.int64),
         "groups": groups_N.astype(np.int64),
         "bounds": np.cumsum([0, *map(len, encoded)], dtype=np.int64),

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipsys.errors import ClipsysError, TrainingError
 from clipsys.processes.pool import process_context, start_worker
-from clipsys.training.data.batches import TrainingBatches
+from clipsys.training.data.batches import SampleShare, TrainingBatches
 from clipsys.training.data.samples import Batch
 
 _logger = logging.getLogger(__name__)
@@ -43,13 +43,15 @@ _SHARE_TAKEN = 0.8
 
 
 def load_batches(
-    dataset: TrainingBatches,
+    dataset: TrainingBatches | SampleShare,
     workers: int,
     *,
     timeout_s: float = 540.0,
     shared_memory: Path = SHARED_MEMORY,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Runs a dataset in worker processes (0: in this one) and gives its batches in order.
+
+    Closing the generator ends the processes.
 
     Args:
         dataset: the micro-batches.
@@ -97,7 +99,7 @@ def load_batches(
             yield item.batch() if isinstance(item, _PlainBatch) else item
 
 
-def _fits_shared_memory(dataset: TrainingBatches, workers: int, folder: Path) -> bool:
+def _fits_shared_memory(dataset: TrainingBatches | SampleShare, workers: int, folder: Path) -> bool:
     """Whether the batches that are prepared ahead, by all ranks of this machine, have room."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Besides those that wait, one is being made by each worker and one is being trained on.
@@ -157,7 +159,9 @@ class _WorkerItems(Dataset["Batch | _PlainBatch | ClipsysError"]):
     torch would wrap an error into a page of traceback.
     """
 
-    def __init__(self, dataset: TrainingBatches, lifeline: Connection, *, by_pipe: bool) -> None:
+    def __init__(
+        self, dataset: TrainingBatches | SampleShare, lifeline: Connection, *, by_pipe: bool
+    ) -> None:
         self.dataset = dataset
         self.lifeline = lifeline
         self.by_pipe = by_pipe

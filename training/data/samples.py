@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,14 @@ from clipsys.images.decoding import decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
 from clipsys.shards.samples import NUMBER, Sample, parse_sample, place_of, require_captions
+from clipsys.training.data.sentences import draw_sentences
 from clipsys.training.data.subset import LabelNoise
 
 Pixels = npt.NDArray[np.uint8]
 Positives = Literal["pair", "image", "caption", "label"]
+
+#: The group of a text that is no sample's caption; those of samples are not negative.
+NO_GROUP = -1
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,12 @@ class Batch:
         groups_B: int64; equal ids are positives of each other.
         samples_B: int64; the number of each sample among all samples of the shards.
         classes_B: int64; the number of each sample's class; None where classes are not needed.
-        present_BT: bool; whether a sample has its t-th text; None where all have all.
+        present_BT: bool; whether a sample has its t-th text; None where there is one at most.
         skipped: samples of this batch that were replaced by a neighbour.
         shards: (B,) the shard of each sample.
+        captions: (B,) the first text of each sample, before it was tokenized.
+        further_groups_BT: int64; for each text but the first the group of the sample that it is a
+            caption of, `NO_GROUP` where there is none; None where there are no such texts.
     """
 
     keys: tuple[str, ...]
@@ -58,6 +65,8 @@ class Batch:
     present_BT: torch.Tensor | None = None
     skipped: tuple[Skipped, ...] = ()
     shards: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    further_groups_BT: torch.Tensor | None = None
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -74,6 +83,7 @@ class Batch:
             samples_B=self.samples_B.pin_memory(),
             classes_B=_pinned(self.classes_B),
             present_BT=_pinned(self.present_BT),
+            further_groups_BT=_pinned(self.further_groups_BT),
         )
 
 
@@ -104,6 +114,35 @@ class DecodedImage:
     group: int
 
 
+class FurtherText(NamedTuple):
+    """A text of a sample beside its caption.
+
+    Attributes:
+        text: the text.
+        group: group of the sample that it is a caption of.
+    """
+
+    text: str
+    group: int = NO_GROUP
+
+
+class FurtherTexts(Protocol):
+    """Where texts beside the caption come from; travels to the worker processes."""
+
+    @property
+    def count(self) -> int:
+        """Texts of each sample."""
+
+    def drawn(self, sample: Sample, number: int, entropy: int) -> list[FurtherText]:
+        """Those of a sample for one use of it, at most ``count``.
+
+        Args:
+            sample: the sample.
+            number: its number among all samples of the shards.
+            entropy: what is drawn depends on it alone.
+        """
+
+
 @dataclass(frozen=True)
 class Row:
     """One sample as it is used once.
@@ -117,6 +156,7 @@ class Row:
         group: equal ids are positives of each other.
         number: number of the sample among all samples of the shards.
         class_number: number of its class; None where classes are not needed.
+        further_groups: group of each text but the first; `NO_GROUP` for those without.
     """
 
     shard: str
@@ -127,6 +167,7 @@ class Row:
     number: int
     class_number: int | None = None
     later: tuple[DecodedImage, ...] = ()
+    further_groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +187,9 @@ class Decoder:
         needs_caption: whether a sample needs a caption.
         caption_key: metadata key of the captions.
         class_numbers: number of each class by its label; None where classes are not needed.
+        further: where texts beside the caption come from; None: there are none.
         label_noise: replaces labels; None leaves them.
+        num_sentences: how many sentences of a caption are the texts; 0: the whole caption is one.
     """
 
     preprocessing: Preprocessing
@@ -161,7 +204,9 @@ class Decoder:
     needs_caption: bool = True
     caption_key: str | None = None
     class_numbers: Mapping[str, int] | None = None
+    further: FurtherTexts | None = None
     label_noise: LabelNoise | None = None
+    num_sentences: int = 0
 
     def row(
         self,
@@ -197,12 +242,28 @@ class Decoder:
         shard = str(raw.get("__url__"))
         identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
         group = self._group(sample, caption, image, identity, number)
-        texts = (caption,) if self.needs_caption else ()
+        further = self._further(sample, number, f"{self.seed}/{epoch}/{position}/further")
+        texts: tuple[str | None, ...] = (
+            (caption, *(one and one.text for one in further)) if self.needs_caption else ()
+        )
+        if self.num_sentences:
+            draw = group_id(f"{self.seed}/{epoch}/{position}/sentences")
+            texts = draw_sentences(caption, self.num_sentences, draw, place_of(raw))
         class_number = None
         if self.class_numbers is not None:
             label = self._label(sample, identity, number)
             class_number = self._class_number(self.class_numbers, label, identity)
-        return Row(shard, sample.key, image, texts, group, number, class_number)
+        return Row(
+            *(shard, sample.key, image, texts, group, number, class_number),
+            further_groups=tuple(NO_GROUP if one is None else one.group for one in further),
+        )
+
+    def _further(self, sample: Sample, number: int, draw: str) -> list[FurtherText | None]:
+        """Texts beside the caption; None for each that there is none for."""
+        if self.further is None:
+            return []
+        found: list[FurtherText | None] = [*self.further.drawn(sample, number, group_id(draw))]
+        return found + [None] * (self.further.count - len(found))
 
     def frame(self, raw: dict[str, Any]) -> DecodedImage:
         """The image of a sample, which is a later frame of a window.
@@ -279,6 +340,10 @@ class Decoder:
             present_BT=_presence([row.texts for row in rows]),
             skipped=tuple(skipped),
             shards=tuple(row.shard for row in rows),
+            captions=tuple((row.texts[0] if row.texts else "") or "" for row in rows),
+            further_groups_BT=None
+            if self.further is None
+            else torch.tensor([row.further_groups for row in rows], dtype=torch.int64),
         )
 
 
@@ -311,6 +376,10 @@ def _stacked(images: Sequence[DecodedImage]) -> torch.Tensor | None:
 
 
 def _presence(texts: Sequence[tuple[str | None, ...]]) -> torch.Tensor | None:
-    """(B, T), or None where every sample has every text."""
-    present = [[text is not None for text in of_one] for of_one in texts]
-    return None if all(map(all, present)) else torch.tensor(present)
+    """(B, T); None where samples have one text at most, which none lacks.
+
+    Not where all of these samples have all: objectives gather it, and on every rank or none.
+    """
+    if len(texts[0]) < 2:
+        return None
+    return torch.tensor([[text is not None for text in of_one] for of_one in texts])

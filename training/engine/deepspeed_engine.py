@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ from clipsys.training.engine.replay import (
 )
 from clipsys.training.engine.whole_weights import (
     copied,
+    discovering_parameters,
     exact_scalars,
     exact_values,
     gathered,
@@ -333,10 +334,13 @@ class Engine:
         self._share_buffers()
         self._engine.eval()
         try:
-            with torch.no_grad(), self._averaged():
+            with torch.no_grad(), self._averaged(), self._discovering():
                 yield self.module
         finally:
             self._engine.train()
+
+    def _discovering(self) -> AbstractContextManager[None]:
+        return discovering_parameters(self.module, is_partitioned=self.config.zero_stage == 3)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,3 +89,22 @@ def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else tensor.detach().cpu().clone()
         for name, tensor in state.items()
     }
+
+
+@contextmanager
+def discovering_parameters(module: nn.Module, *, is_partitioned: bool) -> Iterator[None]:
+    """Lets ZeRO-3 gather what a module reads of its children without calling them.
+
+    DeepSpeed notices such parameters (the output projection of `nn.MultiheadAttention`) in the
+    first forward of its engine, as ``DeepSpeedEngine._forward_prologue`` (0.19.8) has it; before
+    the first training step a forward of the module alone would find them empty.
+    """
+    tables: list[Any] = [part._parameters for part in module.modules() if is_partitioned]
+    tables = [table for table in tables if hasattr(table, "_in_forward")]
+    for table in tables:
+        table._in_forward = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table._in_forward = False

@@ -30,6 +30,7 @@ from clipsys.training.data.config import DataConfig
 from clipsys.training.data.samples import Positives
 from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
+from clipsys.training.mining.config import MiningConfig
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
@@ -52,12 +53,15 @@ class Labels(NamedTuple):
         samples_B: int64; the number of each sample among all training samples.
         classes_B: int64; the number of each sample's class, where the objective needs classes.
         present_BT: bool; whether a sample has its t-th text. Texts that a sample lacks are empty.
+        further_groups_BT: int64; for each text but the first the group of the sample that it is a
+            caption of, -1 where it is of none; None where there are no such texts.
     """
 
     groups_B: torch.Tensor
     samples_B: torch.Tensor
     classes_B: torch.Tensor | None = None
     present_BT: torch.Tensor | None = None
+    further_groups_BT: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,29 @@ class Objective(Generic[ConfigT]):
         return "pair"
 
     @property
+    def takes_sentences(self) -> bool:
+        """Whether its texts are sentences of the caption: two neighbours, then others."""
+        return False
+
+    @property
+    def negatives_key(self) -> str | None:
+        """Metadata key that texts beside the caption come from, `num_texts` - 1 each time."""
+        return None
+
+    @property
+    def mining(self) -> MiningConfig | None:
+        """How texts beside the caption are mined, `num_texts` - 1 each time; None: they are not."""
+        return None
+
+    @property
     def uses_labels(self) -> bool:
         """Whether labels of samples make a difference."""
         return self.needs_classes or self.positives == "label"
 
     @property
     def classifies(self) -> bool:
-        """Whether it trains a classifier, whose `scores` can be asked for."""
-        return type(self).scores is not Objective.scores
+        """Whether it trains a classifier of the labels, whose `scores` can be asked for."""
+        return self.needs_classes and type(self).scores is not Objective.scores
 
     def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
         """The views of each image, from the recipe's ``augmentation``.

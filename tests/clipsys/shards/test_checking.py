@@ -105,18 +105,20 @@ def test_packing_without_a_target_is_wrong_usage(capsys: pytest.CaptureFixture[s
     assert "name the folder to write into" in err
 
 
-def test_texts_without_images_are_sound_unless_others_have_one(tmp_path: Path) -> None:
+def test_texts_without_images_are_sound_unless_others_have_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = [Sample(f"{n}", b"", "", ("the same text",), "good") for n in range(3)]
     write_shards(texts, tmp_path / "texts")
     report = check_shards(tmp_path / "texts")
     assert report.sound and len(report.without_image) == report.num_samples == 3
-    done = run("shards", "--verify", tmp_path / "texts")
-    assert "all samples are texts without images" in done.stdout
+    status, out, _ = run("shards", "--verify", str(tmp_path / "texts"), capsys=capsys)
+    assert status == 0 and "all samples are texts without images" in out
     write_shards([*texts, Sample("9", _image(0), "png", ("a",))], tmp_path / "mixed")
     report = check_shards(tmp_path / "mixed")
     assert not report.sound and len(report.without_image) == 3
-    done = run("shards", "--verify", tmp_path / "mixed")
-    assert "3 without an image, unlike others" in done.stdout
+    status, out, _ = run("shards", "--verify", str(tmp_path / "mixed"), capsys=capsys)
+    assert status != 0 and "3 without an image, unlike others" in out
 
 
 def test_a_sample_with_neither_image_nor_text_is_unusable(tmp_path: Path) -> None:

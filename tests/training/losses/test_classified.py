@@ -88,7 +88,7 @@ def _share(rank: int, world_size: int) -> tuple[float, Any, Any]:
     leaves = [one[own].clone().requires_grad_() for one in (logits, features)]
     value = scl(*leaves, classes[own], 0.9, 0.3)
     value.backward()
-    return float(value), *(leaf.grad.numpy() for leaf in leaves if leaf.grad is not None)
+    return float(value.detach()), *(leaf.grad.numpy() for leaf in leaves if leaf.grad is not None)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -98,7 +98,7 @@ def test_shares_of_ranks_average_to_the_loss_of_one_process(world_size: int) -> 
     expected = naive_scl(*leaves, classes, 0.9, 0.3)
     expected.backward()
     values, *gradients = zip(*run_ranks(_share, world_size), strict=True)
-    assert np.mean(values) == pytest.approx(float(expected), rel=1e-10)
+    assert np.mean(values) == pytest.approx(float(expected.detach()), rel=1e-10)
     for leaf, parts in zip(leaves, gradients, strict=True):
         actual = np.concatenate(parts) / world_size
         assert leaf.grad is not None

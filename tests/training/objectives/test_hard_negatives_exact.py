@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from clipsys.training.model.outputs import State
+from clipsys.training.objectives.extra_texts import MinedInfoNCEConfig, NegCLIPConfig
 from clipsys.training.objectives.reweighted import HardInfoNCEConfig, HardSimCLRConfig
-from tests.training.losses.test_hard_negatives import naive_hard_info_nce, naive_hard_nt_xent
+from tests.training.losses.test_hard_negatives import (
+    naive_hard_info_nce,
+    naive_hard_nt_xent,
+    naive_neg_clip,
+)
 from tests.training.objectives.exact import (
     HEAD,
     Case,
@@ -40,7 +45,29 @@ def _hard_simclr(seen: Seen) -> tuple[torch.Tensor, State]:
     return value, seen.state
 
 
+def _further_texts(seen: Seen) -> tuple[torch.Tensor, State]:
+    image, text, scale = _encoded(seen)
+    negatives = torch.stack(
+        [seen.clip.encode_text(tokens, normalize=True) for tokens in seen.inputs.texts[1:]], dim=1
+    )
+    labels = seen.labels
+    assert labels.present_BT is not None
+    value = naive_neg_clip(
+        image,
+        text,
+        negatives,
+        scale,
+        labels.groups_B.tolist(),
+        labels.present_BT[:, 1:],
+        labels.further_groups_BT,
+        ignore=seen.settings.duplicates == "ignore",
+    )
+    return value, seen.state
+
+
 _SUBJECTS = {
+    "negclip": Subject(NegCLIPConfig(num_negatives=2, positives="label"), _further_texts),
+    "mined": Subject(MinedInfoNCEConfig(duplicates="ignore"), _further_texts),
     "infonce": Subject(
         HardInfoNCEConfig(hardness=0.4, prior=0.05, positives="label"), _hard_infonce
     ),
@@ -54,6 +81,8 @@ _FEW = [
     Case("simclr", 1, 2, "adamw"),
     Case("simclr", 2),
     Case("infonce", 3, 2),
+    Case("mined", 2, 2),
+    Case("negclip", 3),
 ]
 
 
@@ -68,4 +97,4 @@ def test_any_split_of_the_work_agrees_with_a_naive_process(world_size: int) -> N
 
 
 def test_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    check_resume(_SUBJECTS, [Case("infonce", 3), Case("simclr", 1, 2)], tmp_path)
+    check_resume(_SUBJECTS, [Case("infonce", 3), Case("negclip", 1, 2)], tmp_path)

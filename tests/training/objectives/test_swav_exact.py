@@ -19,7 +19,7 @@ from clipsys.training.model.outputs import Outputs, Sizes, State
 from clipsys.training.objectives import Labels, make_objective
 from clipsys.training.objectives.swav import SwAVConfig
 from clipsys.training.recipe import Recipe
-from clipsys.training.run import check_view_sizes
+from clipsys.training.run_model import check_view_sizes
 from tests.conftest import TINY_MODEL
 from tests.training.losses.test_swapped_codes import naive_swav
 from tests.training.objectives.exact import (
