@@ -21,6 +21,11 @@ SPREAD_TEMPERATURES = (0.05, 0.1, 0.3)
 SPREAD_SEEDS = SEEDS[:1]
 
 
+def first_cell(method: str) -> Cell:
+    """A cell of the sweep that comes before all others, to see whether a method learns."""
+    return Cell(method, RATES[-1])
+
+
 def sweep_cells(method: str) -> list[Cell]:
     """A cell for each rate, seed 0."""
     return [Cell(method, rate) for rate in RATES]

@@ -30,7 +30,7 @@ import numpy as np
 from objective_cells import METHODS, RANDOM, RANDOM_WITH_STATISTICS, Cell, run_cell
 from objective_data import ImageSet, load_images
 from objective_figures import dev_accuracy, measure_cell
-from objective_plan import SEEDS, best_rate, cells_of, sweep_cells
+from objective_plan import SEEDS, best_rate, cells_of, first_cell, sweep_cells
 from objective_report import picture, summary, tables
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +92,9 @@ def train(method: str, parts: list[str], images: ImageSet, work: Path, done: Lin
         for seed in SEEDS:
             run(Cell(method, seed=seed))
         return
+    if parts == ["first"]:
+        run(first_cell(method))
+        return
     for cell in sweep_cells(method):
         run(cell)
     rate = best_rate(method, done.all())
@@ -128,7 +131,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", default="runs/objectives", help="cells and features")
     parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument(
-        "--parts", nargs="+", default=["seeds"], choices=("seeds", "noise", "spread", "long")
+        "--parts",
+        nargs="+",
+        default=["seeds"],
+        choices=("first", "seeds", "noise", "spread", "long"),
     )
     parser.add_argument("--picture", help="where to draw the spaces")
     return parser.parse_args()
