@@ -29,9 +29,16 @@ from tests.training.runs import (
 )
 
 _MOCO: dict[str, Any] = {"name": "moco", "head_width": 8, "queue_size": 20, "momentum": 0.9}
+_BANK: dict[str, Any] = {"name": "memory_bank", "head_width": 8, "form": "nce", "num_noise": 9}
+_SWAV: dict[str, Any] = {
+    "name": "swav", "head_width": 8, "num_prototypes": 6, "frozen_prototype_steps": 1,
+    "queue_size": 10, "queue_start_step": 2, "num_local": 2, "local_size": 16,
+}  # fmt: skip
 _SECTIONS: dict[str, dict[str, Any]] = {
     "whole": {"objective": _MOCO},
     "killed": {"objective": _MOCO},
+    "bank": {"objective": _BANK, "engine": {"zero_stage": 2}},
+    "killed bank": {"objective": _BANK, "engine": {"zero_stage": 2}},
     "simclr": {
         "objective": {"name": "simclr", "head_width": 8, "learn_temperature": True},
         "data": {"micro_batch_size": 2},
@@ -51,6 +58,22 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "schedule": {"epochs": 1},
     },
     "jigsaw": {"objective": {"name": "jigsaw"}, "schedule": {"epochs": 1}},
+    "swav": {
+        "objective": _SWAV,
+        "model": {
+            "architecture": {
+                **TINY_MODEL,
+                "vision_cfg": {
+                    "image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg",
+                    "timm_proj": "linear",
+                },
+            }
+        },
+        "optimizer": {"name": "lars", "lr": 1.0},
+        "engine": {"zero_stage": 0},
+        "schedule": {"epochs": 1},
+    },
+    "one size": {"objective": _SWAV},
     "compact": {"objective": {"name": "compact"}, "schedule": {"epochs": 1}},
     "resnet": {
         "objective": {"name": "simclr"},
@@ -77,24 +100,27 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """Runs of two ranks on shards without captions; one was killed in its fifth step."""
+    """Runs of two ranks on shards without captions; two were killed in their fifth step."""
     folder = tmp_path_factory.mktemp("runs")
     shards = write_training_shards(folder / "shards", 50, with_captions=False)
     recipes = {
         name: write_recipe(folder / name, shards, **sections)
         for name, sections in _SECTIONS.items()
     }
-    kill_ranks(5, recipes["killed"], "checkpoint.every_steps=2")
+    for name in ("killed", "killed bank"):
+        kill_ranks(5, recipes[name], "checkpoint.every_steps=2")
     install(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        attempts = [Attempt(path, resume=name == "killed") for name, path in recipes.items()]
+        attempts = [
+            Attempt(path, resume=name.startswith("killed")) for name, path in recipes.items()
+        ]
         outcomes = train_in_group(attempts, 2)[0]
     yield Runs(folder, dict(zip(recipes, outcomes, strict=True)))
 
 
 def test_objectives_without_text_train_from_shards_without_captions(runs: Runs) -> None:
-    for name in ("whole", "killed", "simclr", "looc", "cpc", "jigsaw", "compact"):
+    for name in ("whole", "killed", "simclr", "looc", "cpc", "jigsaw", "swav", "compact"):
         assert runs.outcomes[name].error == "", name
         before_and_after = [e["loss"] for e in read_metrics(runs.folder / name / "run")
                             if "loss" in e]  # fmt: skip
@@ -117,6 +143,16 @@ def test_a_killed_run_with_momentum_towers_and_a_queue_ends_bit_for_bit_the_same
     assert not any("token_embedding" in name for name in names)
     for name in names:
         assert torch.equal(resumed["module"][name], whole["module"][name]), name
+
+
+def test_a_killed_run_with_a_memory_bank_ends_bit_for_bit_the_same(runs: Runs) -> None:
+    assert "resuming after step 4 of 12" in runs.outcomes["killed bank"].log
+    whole, killed = (runs.folder / name / "run" for name in ("bank", "killed bank"))
+    assert have_same_weights(whole, killed)
+    expected, resumed = (_saved_state(run)["objective"] for run in (whole, killed))
+    assert expected["bank"].shape == (50, 8) and int(expected["step"]) == 12
+    assert bool(expected["log_normaliser"].isfinite())
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
 
 
 def _saved_state(run: Path) -> dict[str, Any]:
@@ -189,3 +225,9 @@ def test_batch_norm_in_a_tower_refuses_micro_batches(runs: Runs) -> None:
     message = runs.outcomes["resnet"].error
     assert "data.micro_batch_size is 2, but clip.visual.bn1 is batch normalisation" in message
     assert not (runs.folder / "resnet" / "run").exists()
+
+
+def test_a_tower_of_one_size_refuses_local_views_before_the_first_step(runs: Runs) -> None:
+    message = runs.outcomes["one size"].error
+    assert "does not take views of 16 x 16 pixels, only of 32 x 32; leave obj" in message
+    assert not (runs.folder / "one size" / "run").exists()
