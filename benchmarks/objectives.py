@@ -48,7 +48,7 @@ def main() -> None:
         for method in arguments.methods:
             train(method, arguments.parts, images, work, done)
     elif arguments.command == "measure":
-        measure(images, work, done, figures)
+        measure(images, work, done, figures, *arguments.share)
     else:
         report = summary(done.all(), figures.all(), images)
         out = Path(__file__).parent / "results" / "objectives.json"
@@ -103,9 +103,17 @@ def train(method: str, parts: list[str], images: ImageSet, work: Path, done: Lin
         run(cell)
 
 
-def measure(images: ImageSet, work: Path, done: Lines, figures: Lines) -> None:
-    """Probes the features of cells that summary needs and that have no figures yet."""
-    for key, line in done.all().items():
+def measure(
+    images: ImageSet, work: Path, done: Lines, figures: Lines, share: int, shares: int
+) -> None:
+    """Probes the features of cells that summary needs and that have no figures yet.
+
+    Args:
+        share, shares: every which cell, for processes that run side by side.
+    """
+    for number, (key, line) in enumerate(done.all().items()):
+        if number % shares != share:
+            continue
         cell = Cell(**line["cell"])
         rate = best_rate(cell.method, done.all()) if cell.is_trained else cell.lr
         if rate is None:
@@ -135,6 +143,9 @@ def _arguments() -> argparse.Namespace:
         nargs="+",
         default=["seeds"],
         choices=("first", "seeds", "noise", "spread", "long"),
+    )
+    parser.add_argument(
+        "--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th cell"
     )
     parser.add_argument("--picture", help="where to draw the spaces")
     return parser.parse_args()
