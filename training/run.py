@@ -48,6 +48,7 @@ from clipsys.training.model.initial import (
     resumed_settings,
 )
 from clipsys.training.model.outputs import Sizes
+from clipsys.training.model.token_ids import token_ids
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Objective, make_objective
@@ -151,7 +152,8 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     recipe = choose_training_precision(recipe, model, device)
     num_samples = shard_set.num_samples if windows is None else windows.num_windows
     num_classes = len(classes) if objective.needs_classes else 0
-    sizes = Sizes(_width(model), num_samples, num_classes)
+    tokens = token_ids(model) if objective.num_texts else None
+    sizes = Sizes(_width(model), num_samples, num_classes, tokens)
     trained = _trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
@@ -363,6 +365,7 @@ def _decoder(
         class_numbers={name: number for number, name in enumerate(classes)}
         if objective.needs_classes
         else None,
+        num_sentences=objective.num_texts if objective.takes_sentences else 0,
         label_noise=LabelNoise(data.label_noise, _subset_seed(recipe), classes)
         if data.label_noise
         else None,

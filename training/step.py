@@ -109,7 +109,7 @@ class TrainingStep:
             self._joined([batch.groups_B for batch in batches]),
             self._joined([batch.samples_B for batch in batches]),
             self._joined([batch.classes_B for batch in batches]),
-            self._presence(batches),
+            self._joined([batch.present_BT for batch in batches]),
             self._joined([batch.further_groups_BT for batch in batches]),
         )
 
@@ -123,18 +123,6 @@ class TrainingStep:
     def _joined(self, parts: Sequence[torch.Tensor | None]) -> Any:
         present = [part for part in parts if part is not None]
         return torch.cat(present).to(self._engine.device) if present else None
-
-    def _presence(self, batches: Sequence[Batch]) -> torch.Tensor | None:
-        """(B, T) bool where a micro-batch lacks a text; else None."""
-        if all(batch.present_BT is None for batch in batches):
-            return None
-        parts = [
-            torch.ones(len(batch.keys), len(batch.texts), dtype=torch.bool)
-            if batch.present_BT is None
-            else batch.present_BT
-            for batch in batches
-        ]
-        return torch.cat(parts).to(self._engine.device)
 
     def _seeded_inputs(self, batches: Sequence[Batch], step: int) -> list[MakeInputs]:
         # Augmentation and dropout are functions of seed, step and rank: a resumed run repeats them.

@@ -61,18 +61,41 @@ def _may_be_cut(model: Any) -> bool:
 def _encode_cut(model: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
     tower = _tower(model)
     end_B = tokens_BL.argmax(dim=1)
-    length = int(end_B.max()) + 1
-    cut_BL = tokens_BL[:, :length]
+    hidden_BLW = _hidden(tower, tokens_BL[:, : int(end_B.max()) + 1])
+    return _projected(tower, hidden_BLW[torch.arange(len(end_B), device=end_B.device), end_B])
+
+
+def token_features(model: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """(B, L, D): what the text tower makes of each token, projected as its pooled output is."""
+    tower = _tower(model)
+    if hasattr(tower, "token_embedding"):
+        return _projected(tower, _hidden(tower, tokens_BL))
+    # open_clip's HFTextEncoder, whose forward does the same and pools.
+    mask_BL = (tokens_BL != tower.config.pad_token_id).long()
+    hidden_BLW = tower.transformer(input_ids=tokens_BL, attention_mask=mask_BL).last_hidden_state
+    features_BLD: torch.Tensor = tower.proj(hidden_BLW)
+    return features_BLD
+
+
+def _hidden(tower: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """(B, L, W): the last layer of an open_clip text transformer, normalised."""
+    length = tokens_BL.shape[1]
     dtype = tower.transformer.get_cast_dtype()
-    hidden_BLW = tower.token_embedding(cut_BL).to(dtype)
+    hidden_BLW = tower.token_embedding(tokens_BL).to(dtype)
     hidden_BLW = hidden_BLW + tower.positional_embedding[:length].to(dtype)
-    hidden_BLW = tower.transformer(hidden_BLW, attn_mask=tower.attn_mask[:length, :length])
-    hidden_BLW = tower.ln_final(hidden_BLW)
-    pooled_BW = hidden_BLW[torch.arange(len(end_B), device=end_B.device), end_B]
+    mask = tower.attn_mask
+    hidden_BLW = tower.transformer(
+        hidden_BLW, attn_mask=None if mask is None else mask[:length, :length]
+    )
+    normalised_BLW: torch.Tensor = tower.ln_final(hidden_BLW)
+    return normalised_BLW
+
+
+def _projected(tower: Any, hidden_XW: torch.Tensor) -> torch.Tensor:
     projection = tower.text_projection
     if projection is None:
-        return torch.as_tensor(pooled_BW)
+        return hidden_XW
     projected: torch.Tensor = (
-        projection(pooled_BW) if isinstance(projection, torch.nn.Linear) else pooled_BW @ projection
+        projection(hidden_XW) if isinstance(projection, torch.nn.Linear) else hidden_XW @ projection
     )
     return projected

@@ -29,9 +29,12 @@ from tests.training.runs import (
 )
 
 _MOCO: dict[str, Any] = {"name": "moco", "head_width": 8, "queue_size": 20, "momentum": 0.9}
+_BANK: dict[str, Any] = {"name": "memory_bank", "head_width": 8, "form": "nce", "num_noise": 9}
 _SECTIONS: dict[str, dict[str, Any]] = {
     "whole": {"objective": _MOCO},
     "killed": {"objective": _MOCO},
+    "bank": {"objective": _BANK, "engine": {"zero_stage": 2}},
+    "killed bank": {"objective": _BANK, "engine": {"zero_stage": 2}},
     "simclr": {
         "objective": {"name": "simclr", "head_width": 8, "learn_temperature": True},
         "data": {"micro_batch_size": 2},
@@ -77,18 +80,21 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """Runs of two ranks on shards without captions; one was killed in its fifth step."""
+    """Runs of two ranks on shards without captions; two were killed in their fifth step."""
     folder = tmp_path_factory.mktemp("runs")
     shards = write_training_shards(folder / "shards", 50, with_captions=False)
     recipes = {
         name: write_recipe(folder / name, shards, **sections)
         for name, sections in _SECTIONS.items()
     }
-    kill_ranks(5, recipes["killed"], "checkpoint.every_steps=2")
+    for name in ("killed", "killed bank"):
+        kill_ranks(5, recipes[name], "checkpoint.every_steps=2")
     install(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        attempts = [Attempt(path, resume=name == "killed") for name, path in recipes.items()]
+        attempts = [
+            Attempt(path, resume=name.startswith("killed")) for name, path in recipes.items()
+        ]
         outcomes = train_in_group(attempts, 2)[0]
     yield Runs(folder, dict(zip(recipes, outcomes, strict=True)))
 
@@ -117,6 +123,16 @@ def test_a_killed_run_with_momentum_towers_and_a_queue_ends_bit_for_bit_the_same
     assert not any("token_embedding" in name for name in names)
     for name in names:
         assert torch.equal(resumed["module"][name], whole["module"][name]), name
+
+
+def test_a_killed_run_with_a_memory_bank_ends_bit_for_bit_the_same(runs: Runs) -> None:
+    assert "resuming after step 4 of 12" in runs.outcomes["killed bank"].log
+    whole, killed = (runs.folder / name / "run" for name in ("bank", "killed bank"))
+    assert have_same_weights(whole, killed)
+    expected, resumed = (_saved_state(run)["objective"] for run in (whole, killed))
+    assert expected["bank"].shape == (50, 8) and int(expected["step"]) == 12
+    assert bool(expected["log_normaliser"].isfinite())
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
 
 
 def _saved_state(run: Path) -> dict[str, Any]:

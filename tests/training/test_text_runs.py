@@ -46,12 +46,13 @@ class Runs(NamedTuple):
     outcomes: dict[str, Outcome]
 
 
+def _text(number: int) -> str:
+    return f"a {_LABELS[number % 3]} number {number}. It is red! Is it a square? It is."
+
+
 def _write_texts(folder: Path) -> str:
     """40 texts whose word says their label, one without a text and one without a label."""
-    texts = [
-        Sample(f"{n:02d}", b"", "", (f"a {_LABELS[n % 3]} number {n}",), _LABELS[n % 3])
-        for n in range(40)
-    ]
+    texts = [Sample(f"{n:02d}", b"", "", (_text(n),), _LABELS[n % 3]) for n in range(40)]
     odd = [Sample("90", b"", "", (), "cat"), Sample("91", b"", "", ("no label",))]
     write_shards([*texts, *odd], folder, shard_bytes=30_000)
     return str(folder / "*.tar")
@@ -82,6 +83,24 @@ def _hf_sections(folder: Path) -> dict[str, Any]:
     }
 
 
+def _pretext_sections(encoder: Path, objective: dict[str, Any]) -> dict[str, Any]:
+    text = {
+        "hf_model_name": str(encoder),
+        "hf_tokenizer_name": str(encoder),
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": "linear",
+        "context_length": 24,
+    }
+    return {
+        "model": {"architecture": {"embed_dim": 16, "text_cfg": text}},
+        "objective": objective,
+        "data": {"max_bad_share": 0.2, "validation": None},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"epochs": 12},
+        "augmentation": None,
+    }
+
+
 def _config_of(folder: Path) -> Any:
     from transformers import AutoConfig
 
@@ -99,6 +118,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         "killed": (shards, _SCL),
         "encoder": (shards, _hf_sections(folder / "bert")),
         "pairs": (shards, {}),
+        "words": (shards, _pretext_sections(folder / "bert", {"name": "masked_words"})),
+        "sentences": (
+            shards,
+            _pretext_sections(folder / "bert", {"name": "sentence_order", "task": "next"}),
+        ),
         "images": (
             images,
             {
@@ -189,3 +213,15 @@ def test_a_classifier_of_images_is_measured_too(runs: Runs) -> None:
     *_, last = (e for e in read_metrics(runs.folder / "images" / "run") if "val/" in str(e))
     assert last["val/classifier/samples"] == 50
     assert 0 <= last["val/classifier/macro_f1"] <= 1
+
+
+@pytest.mark.parametrize("name", ["words", "sentences"])
+def test_pretext_tasks_learn_from_texts_alone(name: str, runs: Runs) -> None:
+    assert runs.outcomes[name].error == ""
+    figures = [e for e in read_metrics(runs.folder / name / "run") if "loss" in e]
+    assert figures[-1]["loss"] < figures[0]["loss"] * 0.9
+    assert figures[-1]["accuracy"] > figures[0]["accuracy"]
+    skipped = (runs.folder / name / "run" / "skipped.jsonl").read_text().splitlines()
+    reasons = {json.loads(line)["reason"] for line in skipped}
+    assert "no caption" in reasons
+    assert ("too few sentences" in reasons) == (name == "sentences")

@@ -2,6 +2,7 @@
 
 config              the section ``data`` of a recipe
 order               which sample stands at which position of an epoch
+sentences           sentences of a text
 subset              a few samples of all, and labels that are wrong on purpose
 classes             labels of the samples, and the numbers of the classes
 samples             decoding one sample into a row of a batch

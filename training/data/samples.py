@@ -16,6 +16,7 @@ from clipsys.images.decoding import decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
 from clipsys.shards.samples import NUMBER, Sample, parse_sample, place_of, require_captions
+from clipsys.training.data.sentences import draw_sentences
 from clipsys.training.data.subset import LabelNoise
 
 Pixels = npt.NDArray[np.uint8]
@@ -47,7 +48,7 @@ class Batch:
         groups_B: int64; equal ids are positives of each other.
         samples_B: int64; the number of each sample among all samples of the shards.
         classes_B: int64; the number of each sample's class; None where classes are not needed.
-        present_BT: bool; whether a sample has its t-th text; None where all have all.
+        present_BT: bool; whether a sample has its t-th text; None where there is one at most.
         skipped: samples of this batch that were replaced by a neighbour.
         shards: (B,) the shard of each sample.
         captions: (B,) the first text of each sample, before it was tokenized.
@@ -188,6 +189,7 @@ class Decoder:
         class_numbers: number of each class by its label; None where classes are not needed.
         further: where texts beside the caption come from; None: there are none.
         label_noise: replaces labels; None leaves them.
+        num_sentences: how many sentences of a caption are the texts; 0: the whole caption is one.
     """
 
     preprocessing: Preprocessing
@@ -204,6 +206,7 @@ class Decoder:
     class_numbers: Mapping[str, int] | None = None
     further: FurtherTexts | None = None
     label_noise: LabelNoise | None = None
+    num_sentences: int = 0
 
     def row(
         self,
@@ -240,7 +243,12 @@ class Decoder:
         identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
         group = self._group(sample, caption, image, identity, number)
         further = self._further(sample, number, f"{self.seed}/{epoch}/{position}/further")
-        texts = (caption, *(one and one.text for one in further)) if self.needs_caption else ()
+        texts: tuple[str | None, ...] = (
+            (caption, *(one and one.text for one in further)) if self.needs_caption else ()
+        )
+        if self.num_sentences:
+            draw = group_id(f"{self.seed}/{epoch}/{position}/sentences")
+            texts = draw_sentences(caption, self.num_sentences, draw, place_of(raw))
         class_number = None
         if self.class_numbers is not None:
             label = self._label(sample, identity, number)
@@ -368,6 +376,10 @@ def _stacked(images: Sequence[DecodedImage]) -> torch.Tensor | None:
 
 
 def _presence(texts: Sequence[tuple[str | None, ...]]) -> torch.Tensor | None:
-    """(B, T), or None where every sample has every text."""
-    present = [[text is not None for text in of_one] for of_one in texts]
-    return None if all(map(all, present)) else torch.tensor(present)
+    """(B, T); None where samples have one text at most, which none lacks.
+
+    Not where all of these samples have all: objectives gather it, and on every rank or none.
+    """
+    if len(texts[0]) < 2:
+        return None
+    return torch.tensor([[text is not None for text in of_one] for of_one in texts])

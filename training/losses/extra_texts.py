@@ -66,7 +66,7 @@ def neg_clip(
         tile_size: rows of logits held at once; None chooses by the device.
         groups: (B,) integer ids of this rank's samples.
         group: the process group; None is the default one.
-        present: (B, T) bool, which of the further texts are there; None: all.
+        present: (B, T) bool, which of the further texts are there; None, on every rank: all.
         negative_groups: (B, T) integer ids: an image of an equal group does not meet that text.
         ignore_groups: others of a sample's group are left out, not positives.
 

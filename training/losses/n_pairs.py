@@ -82,7 +82,10 @@ def n_pair(
         pairing=pairing,
         tile_size=auto_tile_size(len(positive_CD), anchor_BD.device),
     )
-    value = differentiable(compute, anchor_BD, positive_CD, anchor_BD.new_ones(()))
+    # In float64: without normalisation the products of an untrained model are all but equal, and
+    # their rounding in float32 was 1e-5 of the gradient.
+    scale = torch.ones((), dtype=torch.float64, device=anchor_BD.device)
+    value = differentiable(compute, anchor_BD.double(), positive_CD.double(), scale).to(dtype)
     lengths = (anchor_BD.square().sum(dim=1).mean() + positive_BD.square().sum(dim=1).mean()) / 2
     return value + l2 * lengths
 

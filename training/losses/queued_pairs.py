@@ -49,6 +49,7 @@ def queued_info_nce(
     group: dist.ProcessGroup | None = None,
     *,
     ignore_groups: bool = False,
+    tile_size: int | None = None,
 ) -> torch.Tensor:
     """Symmetric InfoNCE whose keys are those of the batch and those of the queue.
 
@@ -63,10 +64,12 @@ def queued_info_nce(
         integer ids. ``keys``: of momentum towers, for the same rows; without them the trained
         towers' own vectors are the keys, and gradients pass through those of the batch.
         ``ignore_groups``: others of a sample's group are left out, and are not positives.
+        ``tile_size``: rows of logits held at once; None chooses by the device.
 
     Recommendations:
         Where memory bounds the batch. Keys of the trained towers age quickly: without momentum
-        towers the queue should span few steps, or the rate be low. Memory is O(tile · (N + K)).
+        towers the queue should span few steps, or the rate be low. Memory is
+        O(tile_size · (N + K)).
 
     Relations:
         `info_nce` is the same with an empty queue and without ``keys``. `moco` contrasts two views
@@ -94,8 +97,8 @@ def queued_info_nce(
     ids_N = gather_rows(groups_B.to(torch.int64), group)
     ids_C = torch.cat([ids_N, queue.groups_K.to(torch.int64)])
     pairing = Pairing(rank(group) * len(image_BD), ids_C, ignore_groups)
-    tile_size = auto_tile_size(len(ids_C), image_BD.device)
-    compute = partial(one_way, pairing=pairing, tile_size=tile_size)
+    rows = tile_size or auto_tile_size(len(ids_C), image_BD.device)
+    compute = partial(one_way, pairing=pairing, tile_size=rows)
 
     def entropy(
         query_BD: torch.Tensor, key_ND: torch.Tensor, queue_KD: torch.Tensor

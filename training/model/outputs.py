@@ -17,6 +17,20 @@ Rows = dict[str, torch.Tensor]
 State = dict[str, torch.Tensor]
 
 
+class TokenIds(NamedTuple):
+    """The tokens of the text tower.
+
+    Attributes:
+        count: how many it knows.
+        padding: what fills a text up.
+        mask: what stands for a hidden token.
+    """
+
+    count: int
+    padding: int
+    mask: int
+
+
 class Sizes(NamedTuple):
     """What heads and states are shaped by.
 
@@ -24,11 +38,13 @@ class Sizes(NamedTuple):
         width: width of the features of both towers.
         num_samples: samples of the training data.
         num_classes: classes of their labels; 0 unless the objective needs them.
+        tokens: of the text tower; None where the objective trains no text.
     """
 
     width: int
     num_samples: int = 0
     num_classes: int = 0
+    tokens: TokenIds | None = None
 
 
 class Inputs(NamedTuple):

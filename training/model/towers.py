@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.errors import ConfigError
-from clipsys.inference.text_tower import text_encoder
+from clipsys.inference.text_tower import text_encoder, token_features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -109,6 +109,12 @@ class Towers(nn.Module):
         assert self._encode_tokens is not None, "these towers have no text"
         with self._autocast(tokens_BL.device):
             features = self._encode_tokens(tokens_BL)
+        return features.float()
+
+    def token_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) float32: what the tower makes of each token, projected as its pooled output."""
+        with self._autocast(tokens_BL.device):
+            features = token_features(self.clip, tokens_BL)
         return features.float()
 
     def head(self, name: str, features_BX: torch.Tensor) -> torch.Tensor:

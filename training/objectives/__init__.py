@@ -11,6 +11,7 @@ extra_texts         negclip, mined_infonce: texts without an image as further ne
 supcon              images with labels, classification too
 label_views         what objectives over pairs of labelled images share: triplet, margin
 n_pair, nce         images against others, with or without labels
+scl, sentence_order, masked_words    texts alone
 pretext             what the tasks that need no labels share: rotation, jigsaw, colour
 frame_views         what objectives over ordered frames share: frame_order, cpc
 draws               random numbers of single rows

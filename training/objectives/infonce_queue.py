@@ -102,6 +102,7 @@ class InfoNCEQueue(PairObjective[InfoNCEQueueConfig]):
             labels.groups_B,
             keys,
             ignore_groups=self.settings.duplicates == "ignore",
+            tile_size=self.tile_size,
         )
         new = keys or PairKeys(image_BD, text_BD)
         queues = {

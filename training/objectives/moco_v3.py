@@ -16,6 +16,7 @@ from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import (
     ProjectionConfig,
     learned_scale,
+    mlp,
     project,
     projection_heads,
     temperature_of,
@@ -36,8 +37,8 @@ class MoCoV3Config(ProjectionConfig):
     head_width: PositiveInt = Field(256, description="width of the projection")
     predictor_hidden: PositiveInt | None = Field(
         None,
-        description="width of the hidden layer of the predictor, which queries pass after the "
-        "projection; default that of the features",
+        description="width of the hidden layer of the predictor: two layers that queries pass "
+        "after the projection, with head_norm between them; default that of the features",
     )
     momentum: float = Field(
         0.99, ge=0, lt=1, description="how much of themselves the momentum towers keep at each step"
@@ -54,8 +55,8 @@ class MoCoV3(Objective[MoCoV3Config]):
     Recommendations:
         Large batches, since negatives come from the batch alone: 1,024 to 4,096 in the paper. A
         temperature of 0.2 there for vision transformers, 1.0 for ResNets. The momentum is constant
-        here (the paper's code lets it rise to 1 along a cosine), and heads have no batch
-        normalisation (theirs have), so that a row depends on its own sample alone.
+        here; the paper's code lets it rise to 1 along a cosine. ``head_norm: batch`` and
+        ``head_layers: 3`` are the paper's heads.
 
     Relations:
         `MoCo` takes its negatives from a queue, so it does with small batches. `SimCLR` has no
@@ -81,9 +82,7 @@ class MoCoV3(Objective[MoCoV3Config]):
         heads = projection_heads(self.settings, sizes.width)
         width = self.settings.projected_width(sizes.width)
         hidden = self.settings.predictor_hidden or sizes.width
-        heads[_PREDICTOR] = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width)
-        )
+        heads[_PREDICTOR] = mlp(width, hidden, width, norm=self.settings.head_norm)
         return heads
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:

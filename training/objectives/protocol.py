@@ -136,6 +136,11 @@ class Objective(Generic[ConfigT]):
         return "pair"
 
     @property
+    def takes_sentences(self) -> bool:
+        """Whether its texts are sentences of the caption: two neighbours, then others."""
+        return False
+
+    @property
     def negatives_key(self) -> str | None:
         """Metadata key that texts beside the caption come from, `num_texts` - 1 each time."""
         return None

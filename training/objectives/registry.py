@@ -41,6 +41,8 @@ BUILT_IN = {
     "moco_v3": "clipsys.training.objectives.moco_v3:MoCoV3",
     "memory_bank": "clipsys.training.objectives.memory_bank:MemoryBank",
     "supcon": "clipsys.training.objectives.supcon:SupCon",
+    "masked_words": "clipsys.training.objectives.masked_words:MaskedWords",
+    "sentence_order": "clipsys.training.objectives.sentence_order:SentenceOrder",
     "scl": "clipsys.training.objectives.scl:SCL",
     "classification": "clipsys.training.objectives.classification:Classification",
     "barlow_twins": "clipsys.training.objectives.barlow_twins:BarlowTwins",

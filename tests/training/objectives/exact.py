@@ -25,7 +25,7 @@ from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.model.initial import freeze_unused
-from clipsys.training.model.outputs import Inputs, Sizes, State
+from clipsys.training.model.outputs import Inputs, Sizes, State, TokenIds
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Labels, ObjectiveConfig, make_objective
@@ -36,7 +36,7 @@ from tests.ranks import run_ranks
 #: 12 rows divide among 1, 2 and 3 ranks, and there into 1 or 2 micro-batches.
 STEPS, BATCH, WIDTH = 3, 12, 16
 #: Samples and classes that a batch is drawn from: a step meets some samples again.
-SIZES = Sizes(WIDTH, 20, 5)
+SIZES = Sizes(WIDTH, 20, 5, TokenIds(50, padding=0, mask=48))
 _MODEL: dict[str, Any] = {
     "embed_dim": WIDTH,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
@@ -159,7 +159,8 @@ def make_batch(objective: Any, step: int) -> tuple[Inputs, Labels]:
     """`batch` with as many views and texts as an objective takes."""
     views = objective.views(AugmentationConfig())
     inputs, labels = batch(step, len(views), [view.size or (32, 32) for view in views])
-    inputs = inputs._replace(texts=inputs.texts * objective.num_texts)
+    texts = tuple(inputs.texts[0].roll(number, 0) for number in range(objective.num_texts))
+    inputs = inputs._replace(texts=texts)
     if objective.negatives_key is not None or objective.mining is not None:
         inputs, labels = _with_further_texts(inputs, labels, step)
     if objective.positives != "label":

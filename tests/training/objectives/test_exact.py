@@ -18,31 +18,17 @@ from tests.training.objectives.exact import (
     check_exact,
     check_resume,
 )
-from tests.training.objectives.test_two_views_exact import naive_moco, naive_nt_xent
-
-
-def _simclr(seen: Seen) -> tuple[torch.Tensor, State]:
-    first, second = map(seen.project, seen.inputs.views)
-    return naive_nt_xent(first, second, seen.temperature()), seen.state
-
-
-def _moco(seen: Seen) -> tuple[torch.Tensor, State]:
-    query = seen.project(seen.inputs.views[0])
-    with torch.no_grad():
-        key = seen.project(seen.inputs.views[1], slow=True)
-    queue = seen.state["queue"]
-    loss = naive_moco(query, key, queue, seen.temperature())
-    return loss, {"queue": torch.cat([queue, key])[-len(queue) :]}
+from tests.training.objectives.test_two_views_exact import naive_moco_step, naive_simclr
 
 
 def _simclr_of_half(seen: Seen) -> tuple[torch.Tensor, State]:
-    loss, state = _simclr(seen)
+    loss, state = naive_simclr(seen)
     return loss * 1.0001, state
 
 
 _SUBJECTS = {
-    "simclr": Subject(SimCLRConfig(**HEAD), _simclr),
-    "moco": Subject(MoCoConfig(**HEAD, momentum=0.7, queue_size=30), _moco),
+    "simclr": Subject(SimCLRConfig(**HEAD), naive_simclr),
+    "moco": Subject(MoCoConfig(**HEAD, momentum=0.7, queue_size=30), naive_moco_step),
 }
 
 

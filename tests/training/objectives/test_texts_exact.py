@@ -11,7 +11,9 @@ import torch
 from clipsys.config import load_settings
 from clipsys.errors import ConfigError
 from clipsys.training.model.outputs import State
+from clipsys.training.objectives.masked_words import MaskedWordsConfig
 from clipsys.training.objectives.scl import SCLConfig
+from clipsys.training.objectives.sentence_order import SentenceOrderConfig
 from clipsys.training.recipe import Recipe
 from tests.training.losses.test_classified import naive_scl
 from tests.training.objectives.exact import (
@@ -34,10 +36,49 @@ def _scl(seen: Seen) -> tuple[torch.Tensor, State]:
     return naive_scl(logits, features, seen.labels.classes_B, weight, temperature), seen.state
 
 
+def _sentence_order(seen: Seen) -> tuple[torch.Tensor, State]:
+    assert seen.inputs.seeds_B is not None
+    losses = []
+    for row, seed in enumerate(seen.inputs.seeds_B.tolist()):
+        first, second, *others = (text[row] for text in seen.inputs.texts)
+        if seed % 2 == 0:
+            first, second = (first, others[0]) if others else (second, first)
+        u, v = (seen.clip.encode_text(one[None])[0] for one in (first, second))
+        score = seen.heads["answer"](torch.cat([u, v, (u - v).abs(), u * v]))
+        losses.append(torch.logsumexp(score, 0) - score[seed % 2])
+    return torch.stack(losses).mean(), seen.state
+
+
+def _masked_words(seen: Seen) -> tuple[torch.Tensor, State]:
+    assert seen.inputs.seeds_B is not None
+    tokens, losses = seen.inputs.texts[0], []
+    for row, seed in zip(tokens.tolist(), seen.inputs.seeds_B.tolist(), strict=True):
+        ranks, kinds, others = torch.rand(3, 8, generator=torch.Generator().manual_seed(seed))
+        words = [place for place in range(1, 5) if row[place] != 0]  # 5 is the end, 6 on padding
+        number = max(1, round(seen.settings.share * len(words)))
+        asked = sorted(words, key=lambda place: float(ranks[place]))[:number]
+        shown = list(row)
+        for place in asked:
+            if kinds[place] < 0.8:
+                shown[place] = 48
+            elif kinds[place] < 0.9:
+                shown[place] = int(others[place] * 50)
+        clip = seen.clip
+        hidden = clip.token_embedding(torch.tensor([shown])) + clip.positional_embedding
+        hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask))[0]
+        for place in asked:
+            score = seen.heads["words"](hidden[place] @ clip.text_projection)
+            losses.append(torch.logsumexp(score, 0) - score[row[place]])
+    return torch.stack(losses).mean(), seen.state
+
+
 _SUBJECTS = {
     "scl": Subject(SCLConfig(), _scl),
     "scl, learned temperature": Subject(SCLConfig(weight=0.5, learn_temperature=True), _scl),
     "cross-entropy": Subject(SCLConfig(weight=0), _scl),
+    "sentence order": Subject(SentenceOrderConfig(), _sentence_order),
+    "masked words": Subject(MaskedWordsConfig(share=0.4), _masked_words),
+    "next sentence": Subject(SentenceOrderConfig(task="next", head="linear"), _sentence_order),
 }
 
 
