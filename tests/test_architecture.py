@@ -44,6 +44,8 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
         ("agreement", "plan", "precision", "resuming"),
+        ("run_model",),
+        ("run_data",),
         ("run",),
         ("loop",),
         ("commands",),

@@ -9,31 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from clipsys.errors import ConfigError
-from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import ModelParts
-from clipsys.shards.remote import is_remote
 from clipsys.training.checkpoints import Checkpoints
-from clipsys.training.data.batches import TrainingBatches
-from clipsys.training.data.classes import class_names, read_labels
-from clipsys.training.data.frames import FrameWindows, read_windows
-from clipsys.training.data.further_texts import StatedNegatives, check_negatives_key
+from clipsys.training.data.frames import FrameWindows
 from clipsys.training.data.loader import load_batches
 from clipsys.training.data.order import SampleOrder
-from clipsys.training.data.ordering import sample_order
 from clipsys.training.data.samples import Batch, Decoder
-from clipsys.training.data.shard_set import ShardSet, open_shards
+from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.data.skips import SkipLedger
-from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from clipsys.training.distributed.agreement import (
     on_every_rank,
     require_equal,
-    require_same_files,
 )
 from clipsys.training.distributed.collectives import (
-    on_first_rank,
     rank,
     world_size,
 )
@@ -41,20 +30,28 @@ from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.losses import auto_tile_size
 from clipsys.training.mining.miner import Miner
 from clipsys.training.model.initial import (
-    ModelConfig,
-    fingerprint,
-    freeze_unused,
-    initial_model,
     resumed_settings,
 )
 from clipsys.training.model.outputs import Sizes
 from clipsys.training.model.token_ids import token_ids
-from clipsys.training.model.towers import TowerOptions
-from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Objective, make_objective
 from clipsys.training.plan import Plan, plan_run
 from clipsys.training.precision import choose_training_precision
 from clipsys.training.recipe import Recipe
+from clipsys.training.run_data import (
+    announce_negatives,
+    loading_size,
+    make_decoder,
+    make_miner,
+    open_data,
+    training_batches,
+)
+from clipsys.training.run_model import (
+    begin_model,
+    check_view_sizes,
+    feature_width,
+    make_trained_model,
+)
 from clipsys.training.step import TrainingStep
 from clipsys.training.validation.classifier import Classifier
 from clipsys.training.validation.measuring import Validation
@@ -121,7 +118,7 @@ class Run:
         if self.miner is not None:
             return self.miner.batches(start_step)
         data = self.recipe.data
-        dataset = _dataset(
+        dataset = training_batches(
             self.recipe, self.shard_set, self.order, self.windows, self.decoder, start_step
         )
         return load_batches(dataset, data.workers, timeout_s=data.timeout_s)
@@ -145,17 +142,18 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     begins_with = recipe.model
     if checkpoint is not None:
         begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
-    model = _model(begins_with, recipe, objective)
-    shard_set, windows, classes, order = _data(recipe, objective)
+    model = begin_model(begins_with, recipe, objective)
+    shard_set, windows, classes, order = open_data(recipe, objective)
     validation = _validation(recipe, objective, model, classes)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
     num_samples = shard_set.num_samples if windows is None else windows.num_windows
     num_classes = len(classes) if objective.needs_classes else 0
     tokens = token_ids(model) if objective.num_texts else None
-    sizes = Sizes(_width(model), num_samples, num_classes, tokens)
-    trained = _trained_model(recipe, objective, model, sizes)
+    sizes = Sizes(feature_width(model), num_samples, num_classes, tokens)
+    trained = make_trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
+    check_view_sizes(model.model, views, model.preprocessing.size)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
     plan = plan_run(  # before the engine partitions the model
         recipe,
@@ -164,13 +162,13 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         world_size=world_size(),
         num_samples=order.num_positions,
         embed_dim=sizes.width,
-        image_size=_loading_size(recipe, model.preprocessing) if views else (0, 0),
+        image_size=loading_size(recipe, model.preprocessing) if views else (0, 0),
         tile_size=tile_size,
         num_frames=objective.num_frames,
     )
-    decoder = _decoder(recipe, objective, model, classes)
+    decoder = make_decoder(recipe, objective, model, classes)
     if objective.negatives_key is not None:
-        _announce_negatives(recipe, shard_set, objective.negatives_key)
+        announce_negatives(recipe, shard_set, objective.negatives_key)
     engine = Engine(
         trained,
         config=recipe.engine,
@@ -207,79 +205,12 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
             writes=rank() == 0,
         ),
         decoder=decoder,
-        miner=_miner(recipe, objective, model, shard_set, order, decoder),
+        miner=make_miner(recipe, objective, model, shard_set, order, decoder),
         checks_precision=asked == "auto" and recipe.engine.precision == "bf16",
     )
     if rank() == 0:
         _announce(run, device, recipe.engine.precision, min(tile_size, data.batch_size))
     return run
-
-
-def _model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]) -> ModelParts:
-    """The model that every rank begins with, with what the objective does not train frozen."""
-    model = on_every_rank(
-        lambda: initial_model(
-            settings,
-            with_bias=objective.needs_bias,
-            trains_images=bool(objective.views(recipe.augmentation)),
-        )
-    )
-    require_equal(
-        {"a model with the fingerprint": fingerprint(model, weights=bool(settings.pretrained))},
-        remedy="give every machine the same model.architecture and model.pretrained",
-    )
-    freeze_unused(
-        model.model,
-        image=bool(objective.views(recipe.augmentation)),
-        text=objective.num_texts > 0,
-        temperature=objective.trains_temperature,
-    )
-    return model
-
-
-def _width(model: ModelParts) -> int:
-    """Width of the features of both towers."""
-    return int(model.config["embed_dim"])
-
-
-def _data(
-    recipe: Recipe, objective: Objective[Any]
-) -> tuple[ShardSet, FrameWindows | None, tuple[str, ...], SampleOrder]:
-    """The training data, the same files on every rank: shards, windows, classes, order."""
-    data = recipe.data
-    shard_set = on_first_rank(lambda: open_shards(data))
-    local = [shard for shard in shard_set.shards if not is_remote(shard)]
-    require_same_files(local, setting="data.train")
-    windows, frames = None, data.frames
-    if frames is not None:
-        windows = on_first_rank(lambda: read_windows(frames, shard_set, data.shard_cache))
-    classes, subset = on_first_rank(lambda: _classes_and_subset(recipe, objective, shard_set))
-    order = sample_order(data, shard_set, recipe.seed, windows=windows, subset=subset)
-    order.steps_per_epoch(data.batch_size)  # raises where there is not one
-    return shard_set, windows, classes, order
-
-
-def _classes_and_subset(
-    recipe: Recipe, objective: Objective[Any], shard_set: ShardSet
-) -> tuple[tuple[str, ...], Subset | None]:
-    """The classes, where they are needed, and the samples that are trained on, if not all are."""
-    data = recipe.data
-    needs_classes = objective.needs_classes or data.label_noise > 0
-    needs_draw = data.num_samples is not None
-    labels = None
-    if objective.uses_labels and (needs_draw or (needs_classes and data.classes is None)):
-        labels = read_labels(data, shard_set, needs_caption=objective.num_texts > 0)
-    classes = class_names(data, shard_set, labels) if needs_classes else ()
-    if data.num_samples is None:
-        return classes, None
-    strata = None if labels is None else labels.among(classes) if classes else labels.of_shards
-    seed = _subset_seed(recipe)
-    return classes, draw_subset(shard_set.counts, data.num_samples, seed, strata)
-
-
-def _subset_seed(recipe: Recipe) -> int:
-    seed = recipe.data.subset_seed
-    return recipe.seed if seed is None else seed
 
 
 def _validation(
@@ -307,133 +238,6 @@ def _validation(
         remedy="give every machine the same data.validation and evaluation.zeroshot",
     )
     return validation
-
-
-def _trained_model(
-    recipe: Recipe, objective: Objective[Any], model: ModelParts, sizes: Sizes
-) -> TrainedModel:
-    engine = recipe.engine
-    options = TowerOptions(engine.precision, engine.grad_checkpointing, engine.compile)
-    trained = TrainedModel(model.model, objective, options, sizes=sizes)
-    _check_batch_norm(trained, recipe)
-    return trained
-
-
-def _check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
-    """Refuses micro-batches where batch norm would make them change the result.
-
-    Raises:
-        ConfigError: a head has batch norm, or a tower of an objective that has no older recipes.
-    """
-    if recipe.data.micro_batch_size is None:
-        return
-    model.train()
-    # InfoNCE and the sigmoid loss have allowed it in a tower from the start; the docs say so.
-    parts = ("heads.",) if recipe.objective.name in ("infonce", "sigmoid") else ("heads.", "clip.")
-    for name, module in model.named_modules():
-        is_active = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-        if is_active and name.startswith(parts):
-            raise ConfigError(
-                f"data.micro_batch_size is {recipe.data.micro_batch_size}, but {name} is batch "
-                "normalisation, which would take its statistics over a micro-batch: another "
-                "result; leave data.micro_batch_size out, or use a model without batch norm"
-            )
-
-
-def _loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, int]:
-    """(height, width) of the images that reach the device."""
-    side = recipe.data.load_size
-    return (side, side) if side else preprocessing.size
-
-
-def _decoder(
-    recipe: Recipe, objective: Objective[Any], model: ModelParts, classes: tuple[str, ...]
-) -> Decoder:
-    data, target = recipe.data, model.preprocessing
-    return Decoder(
-        preprocessing=Preprocessing(**{**vars(target), "size": _loading_size(recipe, target)}),
-        tokenizer=model.tokenizer,
-        captions=data.captions,
-        positives=objective.positives,
-        label_key=data.label_key,
-        max_image_pixels=data.max_image_pixels,
-        seed=recipe.seed,
-        decode=data.decode,
-        needs_image=bool(objective.views(recipe.augmentation)),
-        needs_caption=objective.num_texts > 0,
-        caption_key=data.caption_key,
-        class_numbers={name: number for number, name in enumerate(classes)}
-        if objective.needs_classes
-        else None,
-        num_sentences=objective.num_texts if objective.takes_sentences else 0,
-        label_noise=LabelNoise(data.label_noise, _subset_seed(recipe), classes)
-        if data.label_noise
-        else None,
-        further=None
-        if objective.negatives_key is None
-        else StatedNegatives(objective.negatives_key, objective.num_texts - 1),
-    )
-
-
-def _announce_negatives(recipe: Recipe, shard_set: ShardSet, key: str) -> None:
-    """Says how many samples have a wrong caption; refuses a key that none has."""
-    share = on_first_rank(lambda: check_negatives_key(recipe.data, shard_set, key))
-    if rank() == 0:
-        _logger.info("about %.0f%% of the samples have texts at %s", 100 * share, key)
-
-
-def _dataset(
-    recipe: Recipe,
-    shard_set: ShardSet,
-    order: SampleOrder,
-    windows: FrameWindows | None,
-    decoder: Decoder,
-    start_step: int,
-) -> TrainingBatches:
-    """This rank's micro-batches from a step on."""
-    data = recipe.data
-    return TrainingBatches(
-        shard_set,
-        order,
-        decoder,
-        windows=windows,
-        cache=data.shard_cache,
-        pixel_cache_bytes=int(data.pixel_cache_gb * 1e9),
-        batch_size=data.batch_size,
-        micro_batch_size=data.micro_batch_size,
-        rank=rank(),
-        world_size=world_size(),
-        epochs=recipe.schedule.epochs,
-        start_step=start_step,
-    )
-
-
-def _miner(
-    recipe: Recipe,
-    objective: Objective[Any],
-    model: ModelParts,
-    shard_set: ShardSet,
-    order: SampleOrder,
-    decoder: Decoder,
-) -> Miner | None:
-    """What mines hard negatives, where the objective asks for them."""
-    if objective.mining is None:
-        return None
-    data = recipe.data
-    return Miner(
-        objective.mining,
-        _dataset(recipe, shard_set, order, None, decoder, 0),
-        model.preprocessing,
-        run=recipe.run_folder,
-        num_negatives=objective.num_texts - 1,
-        steps_per_epoch=order.steps_per_epoch(data.batch_size),
-        epochs=recipe.schedule.epochs,
-        num_samples=shard_set.num_samples,
-        width=_width(model),
-        batch_size=recipe.evaluation.batch_size,
-        workers=data.workers,
-        timeout_s=data.timeout_s,
-    )
 
 
 def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) -> None:

@@ -30,6 +30,10 @@ from tests.training.runs import (
 
 _MOCO: dict[str, Any] = {"name": "moco", "head_width": 8, "queue_size": 20, "momentum": 0.9}
 _BANK: dict[str, Any] = {"name": "memory_bank", "head_width": 8, "form": "nce", "num_noise": 9}
+_SWAV: dict[str, Any] = {
+    "name": "swav", "head_width": 8, "num_prototypes": 6, "frozen_prototype_steps": 1,
+    "queue_size": 10, "queue_start_step": 2, "num_local": 2, "local_size": 16,
+}  # fmt: skip
 _SECTIONS: dict[str, dict[str, Any]] = {
     "whole": {"objective": _MOCO},
     "killed": {"objective": _MOCO},
@@ -54,6 +58,22 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "schedule": {"epochs": 1},
     },
     "jigsaw": {"objective": {"name": "jigsaw"}, "schedule": {"epochs": 1}},
+    "swav": {
+        "objective": _SWAV,
+        "model": {
+            "architecture": {
+                **TINY_MODEL,
+                "vision_cfg": {
+                    "image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg",
+                    "timm_proj": "linear",
+                },
+            }
+        },
+        "optimizer": {"name": "lars", "lr": 1.0},
+        "engine": {"zero_stage": 0},
+        "schedule": {"epochs": 1},
+    },
+    "one size": {"objective": _SWAV},
     "compact": {"objective": {"name": "compact"}, "schedule": {"epochs": 1}},
     "resnet": {
         "objective": {"name": "simclr"},
@@ -100,7 +120,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 def test_objectives_without_text_train_from_shards_without_captions(runs: Runs) -> None:
-    for name in ("whole", "killed", "simclr", "looc", "cpc", "jigsaw", "compact"):
+    for name in ("whole", "killed", "simclr", "looc", "cpc", "jigsaw", "swav", "compact"):
         assert runs.outcomes[name].error == "", name
         before_and_after = [e["loss"] for e in read_metrics(runs.folder / name / "run")
                             if "loss" in e]  # fmt: skip
@@ -205,3 +225,9 @@ def test_batch_norm_in_a_tower_refuses_micro_batches(runs: Runs) -> None:
     message = runs.outcomes["resnet"].error
     assert "data.micro_batch_size is 2, but clip.visual.bn1 is batch normalisation" in message
     assert not (runs.folder / "resnet" / "run").exists()
+
+
+def test_a_tower_of_one_size_refuses_local_views_before_the_first_step(runs: Runs) -> None:
+    message = runs.outcomes["one size"].error
+    assert "does not take views of 16 x 16 pixels, only of 32 x 32; leave obj" in message
+    assert not (runs.folder / "one size" / "run").exists()

@@ -32,6 +32,8 @@ _logger = logging.getLogger(__name__)
 FOLDER = "mining"
 #: The list's folder in a checkpoint.
 ATTACHED = "mined"
+#: A share of samples without a negative that is said to be large.
+_MANY = 0.5
 
 
 class Miner:
@@ -136,6 +138,13 @@ class Miner:
         listed = ", ".join(f"{name} {value:.1%}" for name, value in figures.items())
         if rank() == 0:
             _logger.info("mined hard negatives before step %d: %s", step, listed)
+            if figures["without"] > _MANY:
+                _logger.warning(
+                    "%.0f%% of the samples have no mined negative: their own texts are not among "
+                    "the %d nearest, or all others are too similar; raise objective.mining.depth, "
+                    "or begin later (start_epoch)",
+                    *(100 * figures["without"], self._settings.depth),
+                )
         return figures
 
     def resume(self, checkpoint: Path, step: int) -> None:

@@ -62,7 +62,7 @@ def hard_negatives(
     numbers_M = np.flatnonzero(usable_N)
     candidates_NH = np.full((len(usable_N), settings.candidates), -1, np.int64)
     if not len(numbers_M):
-        return Mined(candidates_NH, {})
+        return Mined(candidates_NH, {"without": 1.0})
     image_MD, text_MD = (np.ascontiguousarray(one[numbers_M]) for one in (image_ND, text_ND))
     groups_M = groups_N[numbers_M]
     index = _index(text_MD)

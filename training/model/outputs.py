@@ -21,12 +21,12 @@ class TokenIds(NamedTuple):
     """The tokens of the text tower.
 
     Attributes:
-        count: how many it knows.
+        number: how many it knows.
         padding: what fills a text up.
         mask: what stands for a hidden token.
     """
 
-    count: int
+    number: int
     padding: int
     mask: int
 

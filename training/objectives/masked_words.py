@@ -108,7 +108,7 @@ class _Words(nn.Module):
         super().__init__()
         self.tokens = tokens
         self.layer = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.vocabulary = nn.Linear(width, tokens.count)
+        self.vocabulary = nn.Linear(width, tokens.number)
 
     def forward(self, features_MD: torch.Tensor) -> torch.Tensor:
         scores_MV: torch.Tensor = self.vocabulary(self.layer(features_MD))
@@ -142,4 +142,4 @@ def hide(
     is_asked_BL = order_BL < num_asked_B1
     shown_BL = tokens_BL.masked_fill(is_asked_BL & (kind_BL < _HIDDEN), tokens.mask)
     is_other_BL = is_asked_BL & (kind_BL >= _HIDDEN) & (kind_BL < _HIDDEN + _REPLACED)
-    return torch.where(is_other_BL, (other_BL * tokens.count).long(), shown_BL), is_asked_BL
+    return torch.where(is_other_BL, (other_BL * tokens.number).long(), shown_BL), is_asked_BL

@@ -51,6 +51,7 @@ BUILT_IN = {
     "margin": "clipsys.training.objectives.margin:Margin",
     "n_pair": "clipsys.training.objectives.n_pair:NPair",
     "nce": "clipsys.training.objectives.nce:NCE",
+    "swav": "clipsys.training.objectives.swav:SwAV",
     "looc": "clipsys.training.objectives.looc:LooC",
     "rotation": "clipsys.training.objectives.rotation:Rotation",
     "jigsaw": "clipsys.training.objectives.jigsaw:Jigsaw",

@@ -62,7 +62,7 @@ def test_features_of_tokens_are_those_that_a_tower_pools(kind: str, tmp_path: Pa
     parts = build_model(config, for_training=True)
     towers = Towers(parts.model).eval()
     ids = token_ids(parts)
-    assert ids.count == 100 and ids.padding == parts.model.text.config.pad_token_id  # type: ignore[union-attr]
+    assert ids.number == 100 and ids.padding == parts.model.text.config.pad_token_id  # type: ignore[union-attr]
     tokens = parts.tokenizer(["a red star", "the picture of a dog on a square"])
     with torch.no_grad():
         features = towers.token_features(tokens)
