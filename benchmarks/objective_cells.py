@@ -87,6 +87,7 @@ METHODS = {
     "moco": Method(2, _QUEUE),
     "moco_v3": Method(4, {**_TWO_VIEWS, "momentum": 0.95}),
     "memory_bank": Method(1, _HEAD),
+    "swav": Method(2, {**_HEAD, "num_prototypes": 128, "frozen_prototype_steps": 27}),
     "barlow_twins": Method(2, _WIDE),
     "vicreg": Method(2, _WIDE),
     "looc": Method(3, {**_QUEUE, "augmentations": ["colour"]}),

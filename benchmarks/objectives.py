@@ -30,7 +30,7 @@ import numpy as np
 from objective_cells import METHODS, RANDOM, RANDOM_WITH_STATISTICS, Cell, run_cell
 from objective_data import ImageSet, load_images
 from objective_figures import dev_accuracy, measure_cell
-from objective_plan import SEEDS, best_rate, cells_of, sweep_cells
+from objective_plan import SEEDS, best_rate, cells_of, first_cell, sweep_cells
 from objective_report import picture, summary, tables
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def main() -> None:
         for method in arguments.methods:
             train(method, arguments.parts, images, work, done)
     elif arguments.command == "measure":
-        measure(images, work, done, figures)
+        measure(images, work, done, figures, *arguments.share)
     else:
         report = summary(done.all(), figures.all(), images)
         out = Path(__file__).parent / "results" / "objectives.json"
@@ -92,6 +92,9 @@ def train(method: str, parts: list[str], images: ImageSet, work: Path, done: Lin
         for seed in SEEDS:
             run(Cell(method, seed=seed))
         return
+    if parts == ["first"]:
+        run(first_cell(method))
+        return
     for cell in sweep_cells(method):
         run(cell)
     rate = best_rate(method, done.all())
@@ -100,9 +103,17 @@ def train(method: str, parts: list[str], images: ImageSet, work: Path, done: Lin
         run(cell)
 
 
-def measure(images: ImageSet, work: Path, done: Lines, figures: Lines) -> None:
-    """Probes the features of cells that summary needs and that have no figures yet."""
-    for key, line in done.all().items():
+def measure(
+    images: ImageSet, work: Path, done: Lines, figures: Lines, share: int, shares: int
+) -> None:
+    """Probes the features of cells that summary needs and that have no figures yet.
+
+    Args:
+        share, shares: every which cell, for processes that run side by side.
+    """
+    for number, (key, line) in enumerate(done.all().items()):
+        if number % shares != share:
+            continue
         cell = Cell(**line["cell"])
         rate = best_rate(cell.method, done.all()) if cell.is_trained else cell.lr
         if rate is None:
@@ -128,7 +139,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", default="runs/objectives", help="cells and features")
     parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument(
-        "--parts", nargs="+", default=["seeds"], choices=("seeds", "noise", "spread", "long")
+        "--parts",
+        nargs="+",
+        default=["seeds"],
+        choices=("first", "seeds", "noise", "spread", "long"),
+    )
+    parser.add_argument(
+        "--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th cell"
     )
     parser.add_argument("--picture", help="where to draw the spaces")
     return parser.parse_args()

@@ -39,8 +39,10 @@ from clipsys.training.model.outputs import Inputs
 from clipsys.training.recipe import Recipe
 from clipsys.training.run import Run, build_run
 
-#: Samples trained on, and epochs of each: 30, 48 and 62 steps of 16.
-EPOCHS = {20: 30, 100: 8, 1000: 1}
+#: Samples trained on, and epochs of each: 40, 60 and 124 steps of 16. At a fifth of the learning
+#: rate and with fewer steps cross-entropy had not fitted 1,000 samples, and SCL, which gives the
+#: classifier a tenth of the gradient, was 7 points below it.
+EPOCHS = {20: 40, 100: 10, 1000: 2}
 NOISE = (0.0, 0.2)
 #: Weight of the contrastive loss by method.
 WEIGHTS = {"cross-entropy": 0.0, "scl": 0.9}
@@ -57,10 +59,10 @@ class Cell(NamedTuple):
     method: str
 
 
-def cells(seeds: int) -> Iterator[Cell]:
+def cells(seeds: range, sizes: list[int]) -> Iterator[Cell]:
     """All fine-tunings; a seed is complete before the next one begins."""
-    for seed in range(seeds):
-        for num_samples in EPOCHS:
+    for seed in seeds:
+        for num_samples in sizes:
             for noise in NOISE:
                 for method in WEIGHTS:
                     yield Cell(seed, noise, num_samples, method)
@@ -83,7 +85,10 @@ def recipe_of(cell: Cell, options: argparse.Namespace) -> Recipe:
         {
             "seed": cell.seed,
             "output": str(options.cells.parent / "unused"),
-            "model": {"architecture": {"embed_dim": width, "text_cfg": text}},
+            "model": {
+                "architecture": {"embed_dim": width, "text_cfg": text},
+                "unlocked_text_blocks": options.unlocked_blocks,
+            },
             "data": {
                 "train": options.train,
                 "batch_size": BATCH,
@@ -171,8 +176,13 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument(
+        "--first-seed", type=int, default=1, help="seed 0 was used to choose the settings"
+    )
+    parser.add_argument("--num-samples", type=int, nargs="+", default=list(EPOCHS))
     parser.add_argument("--test-texts", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--unlocked-blocks", type=int, default=2, help="last blocks trained")
     parser.add_argument("--cells", type=Path, default=Path("scl_cells.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scl.json"))
     parser.add_argument("--limit", type=int, help="fine-tunings of this call; default all")
@@ -181,7 +191,8 @@ def main() -> None:
     device = start_processes("cpu")
     texts, labels = held_out(options.test, options.test_texts)
     done = read_cells(options.cells)
-    missing = [cell for cell in cells(options.seeds) if cell not in done]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    missing = [cell for cell in cells(seeds, options.num_samples) if cell not in done]
     for cell in missing[: options.limit]:
         started = time.monotonic()
         run = build_run(recipe_of(cell, options), device)
@@ -202,6 +213,7 @@ def main() -> None:
         "batch_size": BATCH,
         "steps": {n: n // BATCH * epochs for n, epochs in EPOCHS.items()},
         "lr": options.lr,
+        "unlocked_blocks": options.unlocked_blocks,
         "precision": "bf16",
         "rows": summary(done),
     }

@@ -18,7 +18,7 @@ from clipsys.training.recipe import Recipe
 _logger = logging.getLogger(__name__)
 
 #: Values of optimizer state per trained parameter.
-_STATE_VALUES = {"adamw": 2, "lamb": 2, "sgd": 1}
+_STATE_VALUES = {"adamw": 2, "lamb": 2, "lars": 1, "sgd": 1}
 
 #: Steps that are not timed: they compile, allocate and fill caches.
 WARM_UP_STEPS = 2
@@ -76,7 +76,7 @@ class Plan:
             )
             + f"{_size(self.loss_bytes)} for the loss, beside the activations of "
             + ("its share of the batch" if self.micro_batches == 1 else "a micro-batch"),
-            f"{_size(self.images_bytes)} of decoded images"
+            (f"{_size(self.images_bytes)} of decoded images" if self.images_bytes else "no images")
             + (f" in {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""),
         ]
         return "; ".join(parts)

@@ -124,7 +124,8 @@ def pack(
         records = listed
     if not any(Path(out).glob(f"{glob.escape(prefix)}-*.tar")):
         journal.save()  # from now on, what is there is this pack's
-    with progress("Packing", total) as advance:
+    unit = "texts" if columns.without_images else "images"
+    with progress("Packing", total, unit=unit) as advance:
         samples = _samples(journal.follow(records, advance), journal, resize, workers)
         written = write_shards(
             samples,
@@ -141,9 +142,8 @@ def pack(
     skipped = Counter(reason for _, reason in journal.skipped)
     if not written:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        what = "texts" if columns.without_images else "images"
         raise DataError(
-            f"{source}: none of the {journal.taken} {what} can be used ({reasons}); "
+            f"{source}: none of the {journal.taken} {unit} can be used ({reasons}); "
             f"the first is {journal.skipped[0][0]}"
         )
     journal.list_skipped()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -11,6 +11,7 @@ from clipsys.errors import ConfigError
 from clipsys.models.open_clip_models import build_model
 from clipsys.training.distributed.process_group import import_deepspeed
 from clipsys.training.engine.config import EngineConfig
+from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.zero import bucket_elements, zero_section
 from clipsys.training.plan import StepClock, duration, plan_run
 from clipsys.training.recipe import Recipe
@@ -52,6 +53,13 @@ def test_zero_divides_what_each_stage_promises() -> None:
     assert [p.weights_bytes for p in plans] == [size, size, size, size / 2]
     assert plans[0].images_bytes == 32 * 3 * 32 * 48
     assert _plan(_recipe(), num_frames=5).images_bytes == 5 * plans[0].images_bytes
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerConfig.model_fields["name"].annotation))
+def test_every_optimizer_has_a_plan(name: str) -> None:
+    values = {"lars": 1, "sgd": 1}.get(name, 2)
+    plan = _plan(_recipe(optimizer={"name": name}, engine={"zero_stage": 0}))
+    assert plan.optimizer_bytes == values * 4 * plan.num_parameters
 
 
 def test_buckets_are_no_larger_than_the_gradients_and_can_be_set() -> None:

@@ -125,3 +125,21 @@ def test_a_sample_with_neither_image_nor_text_is_unusable(tmp_path: Path) -> Non
     write_shards([Sample("1", b"", "", (), "label"), Sample("2", b"", "", ("t",))], tmp_path)
     report = check_shards(tmp_path)
     assert not report.sound and list(report.unusable) == ["no caption"]
+
+
+def test_a_table_of_texts_is_packed_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "reviews.csv"
+    table.write_text("review,stars\ngood,5\nbad,1\n", encoding="utf-8")
+    columns = ("--caption-column", "review", "--label-column", "stars")
+    words = ("shards", str(table), str(tmp_path / "out"), *columns)
+    status, _, err = run(*words, capsys=capsys)
+    assert status != 0 and "`clipsys shards --no-images` packs texts alone" in err
+    status, _, err = run(*words, "--no-images", "--resize", "64", capsys=capsys)
+    assert status != 0 and "does nothing with --no-images" in err
+    status, _, err = run(*words, "--no-images", capsys=capsys)
+    assert status == 0 and "2 samples in 1 shards" in err
+    status, _, err = run("shards", str(tmp_path / "out"), str(tmp_path / "b"), "--no-images",
+                         capsys=capsys)  # fmt: skip
+    assert status != 0 and "--no-images: for tables only" in err

@@ -156,3 +156,12 @@ def test_the_pixel_cache_of_a_subset_has_room_for_the_subset_alone(tmp_path: Pat
     for one, other in zip(cached, plain, strict=True):
         assert one.image_BCHW is not None and other.image_BCHW is not None
         assert (one.image_BCHW == other.image_BCHW).all() and one.keys == other.keys
+
+
+def test_a_subset_smaller_than_a_batch_names_the_setting() -> None:
+    order = SampleOrder((2, 0, 3, 0), 0, subset=((0, 1), (), (4, 5, 6), ()))
+    assert order.steps_per_epoch(4) == 1
+    with pytest.raises(
+        TrainingError, match=r"batch_size is 8, but data\.num_samples leaves only 5"
+    ):
+        order.steps_per_epoch(8)

@@ -38,7 +38,7 @@ def _swav(seen: Seen) -> tuple[torch.Tensor, State]:
     settings = seen.settings
     prototypes = F.normalize(seen.heads["prototypes"].vectors, dim=-1)
     if seen.step < settings.frozen_prototype_steps:
-        prototypes = prototypes.detach()
+        prototypes = prototypes.detach() + 0 * prototypes
     features = torch.stack([seen.project(view) for view in seen.inputs.views], dim=1)
     following = {"step": torch.tensor(seen.step + 1)}
     queued = None
