@@ -41,7 +41,7 @@ from objective_peers import NUM_TRAINED, PEERS, Peer, lightly_loss, loss_inputs,
 
 BATCH = 256
 ROWS = 4096
-ROWS_OF_RANK = 2048
+ROWS_OF_RANK = 1024
 _RESULTS = Path(__file__).parent / "results" / "objective_cost.json"
 
 

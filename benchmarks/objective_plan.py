@@ -32,9 +32,12 @@ def sweep_cells(method: str) -> list[Cell]:
 
 
 def best_rate(method: str, done: Mapping[str, Any]) -> float | None:
-    """The rate that classifies ``dev`` best, of equal ones the smallest; None: not swept yet."""
-    cells = sweep_cells(method)
-    if any(cell.key not in done for cell in cells):
+    """The rate of those run that classifies ``dev`` best, of equal ones the smallest.
+
+    None: there is none yet.
+    """
+    cells = [cell for cell in sweep_cells(method) if cell.key in done]
+    if not cells:
         return None
     return max(cells, key=lambda cell: float(done[cell.key]["dev_accuracy"])).lr
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from objective_cells import BATCH, METHODS, PASSES, RANDOM, RANDOM_WITH_STATISTICS, Cell
 from objective_data import CORRUPTIONS, FINE_LABEL, LABEL, ImageSet
-from objective_plan import NOISE, RATES, SEEDS, SPREAD_METHODS, best_rate, spread_cells
+from objective_plan import NOISE, RATES, SEEDS, SPREAD_METHODS, best_rate, spread_cells, sweep_cells
 
 from clipsys.evaluation.tasks.probes import majority_chance
 from clipsys.probe import machine
@@ -73,7 +73,9 @@ def _method(method: str, rate: float, done: Document, figures: Document) -> Docu
     return {
         "lr": rate,
         "dev_accuracy": {
-            f"{one:g}": round(done[Cell(method, one).key]["dev_accuracy"], 4) for one in RATES
+            f"{cell.lr:g}": round(done[cell.key]["dev_accuracy"], 4)
+            for cell in sweep_cells(method)
+            if cell.key in done
         },
         "images_encoded": own["images_encoded"],
         "images_of_each_sample": METHODS[method].images,

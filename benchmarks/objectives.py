@@ -97,6 +97,8 @@ def train(method: str, parts: list[str], images: ImageSet, work: Path, done: Lin
         return
     for cell in sweep_cells(method):
         run(cell)
+    if parts == ["sweep"]:
+        return
     rate = best_rate(method, done.all())
     assert rate is not None
     for cell in cells_of(method, rate, parts):
@@ -142,7 +144,7 @@ def _arguments() -> argparse.Namespace:
         "--parts",
         nargs="+",
         default=["seeds"],
-        choices=("first", "seeds", "noise", "spread", "long"),
+        choices=("first", "sweep", "seeds", "noise", "spread", "long"),
     )
     parser.add_argument(
         "--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th cell"
