@@ -74,6 +74,7 @@ CHANGEABLE: tuple[str, ...] = (
     "optimizer.betas",
     "optimizer.eps",
     "optimizer.momentum",
+    "optimizer.trust_coefficient",
     "optimizer.weight_decay",
     "optimizer.logit_scale_lr_factor",
     "schedule",
