@@ -160,8 +160,8 @@ def tables(report: Document) -> str:
 
 def _main_table(report: Document) -> str:
     lines = [
-        "| method | lr (of) | seeds | kNN | linear | MLP | macro P / R / F1 (linear) | kNN corrupted "
-        "| linear corrupted | kNN subgroup |",
+        "| method | lr (of) | seeds | kNN | linear | MLP | macro P / R / F1 (linear) | "
+        "kNN corrupted | linear corrupted | kNN subgroup |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = report["methods"]
