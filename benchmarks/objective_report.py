@@ -19,6 +19,8 @@ from clipsys.probe import machine
 
 Document = dict[str, Any]
 
+_TITLES = {RANDOM: "random encoder", RANDOM_WITH_STATISTICS: "random, batch statistics"}
+
 #: Corruptions whose figures enter the mean.
 _CORRUPTED = [corruption.key for corruption in CORRUPTIONS]
 
@@ -51,7 +53,7 @@ def summary(done: Document, figures: Document, images: ImageSet) -> Document:
         report["methods"][method] = {"figures": _over_seeds(cells, figures)}
     for method in METHODS:
         rate = best_rate(method, done)
-        if rate is None:
+        if rate is None or Cell(method, rate).key not in figures:
             continue
         report["methods"][method] = _method(method, rate, done, figures)
         noisy = [Cell(method, rate, seed, label_noise=NOISE) for seed in SEEDS]
@@ -152,16 +154,15 @@ def _chance(images: ImageSet, *, fine: bool) -> float:
 
 def tables(report: Document) -> str:
     """The summary as Markdown."""
-    return "\n\n".join(
-        (_main_table(report), _noise_table(report), _spread_table(report), _long_table(report))
-    )
+    parts = (_main_table(report), _noise_table(report), _spread_table(report), _long_table(report))
+    return "\n\n".join(part for part in parts if part.count("\n") > 1)
 
 
 def _main_table(report: Document) -> str:
     lines = [
-        "| method | lr | kNN | linear | MLP | macro P / R / F1 (linear) | kNN corrupted "
-        "| linear corrupted | kNN subgroup |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | lr (of) | seeds | kNN | linear | MLP | macro P / R / F1 (linear) | "
+        "kNN corrupted | linear corrupted | kNN subgroup |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = report["methods"]
 
@@ -176,13 +177,19 @@ def _main_table(report: Document) -> str:
         )
         lines.append(
             f"| {name}{' (labels)' if rows[name].get('supervised') else ''} "
-            f"| {rows[name].get('lr', '')} | {_cell(figures, 'knn', 'test')} "
+            f"| {_rates(rows[name])} | {figures['knn']['test']['accuracy@1']['n']} "
+            f"| {_cell(figures, 'knn', 'test')} "
             f"| {_cell(figures, 'logistic', 'test')} | {_cell(figures, 'mlp', 'test')} "
             f"| {ratios} | {_cell(figures, 'knn', 'corrupted')} "
             f"| {_cell(figures, 'logistic', 'corrupted')} "
             f"| {_cell(figures, 'knn_subgroup', 'test')} |"
         )
     return "\n".join(lines)
+
+
+def _rates(row: Document) -> str:
+    """The chosen rate, and those that it was chosen from."""
+    return f"{row['lr']:g} ({', '.join(row['dev_accuracy'])})" if "lr" in row else ""
 
 
 def _noise_table(report: Document) -> str:
@@ -265,7 +272,9 @@ def picture(report: Document, images: ImageSet, work: Path, out: Path) -> None:
         own = report["methods"][name]
         place_N2 = _projected(np.load(work / f"{Cell(name, own.get('lr', 0.0)).key}.npz")["test"])
         axis.scatter(*place_N2.T, c=colours[target_N], s=5, linewidths=0)
-        title = name.replace("_", " ") + (" (labels)" if own.get("supervised") else "")
+        title = _TITLES.get(name, name.replace("_", " ")) + (
+            " (labels)" if own.get("supervised") else ""
+        )
         axis.set_title(
             f"{title}\nkNN {100 * _value(own['figures'], 'knn', 'test'):.1f} %", fontsize=9
         )
