@@ -6,12 +6,18 @@ samples of this rank's share of a queue, R = B + Q.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F  # noqa: N812
 
 from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import gather_rows
+
+#: Logarithms of the sums of prototypes may differ by this much where factors are used: e^60 is far
+#: from the largest float32.
+_LARGEST_RANGE = 60.0
 
 
 def swav(
@@ -66,11 +72,15 @@ def swav(
     if queued_QCK is not None:
         coded_RCK = torch.cat([coded_RCK, queued_QCK.detach().to(coded_RCK.dtype)])
     code_BCK = sinkhorn(coded_RCK, epsilon, iterations, group)[:num_samples]
-    log_share_BVK = F.log_softmax(scores_BVK / temperature, dim=-1)
+    codes = code_BCK.unbind(1)
     total = scores_BVK.new_zeros(())
-    for coded in range(num_codes):
-        others = [view for view in range(num_views) if view != coded]
-        total = total - (code_BCK[:, coded, None] * log_share_BVK[:, others]).sum()
+    # View by view, with the sum of the other views' codes: fewer products, and no copies of views.
+    for view, score_BK in enumerate(scores_BVK.unbind(1)):
+        others = [code_BK for number, code_BK in enumerate(codes) if number != view]
+        if others:
+            log_share_BK = F.log_softmax(score_BK / temperature, dim=-1)
+            target_BK = functools.reduce(torch.add, others)
+            total = total - (target_BK * log_share_BK).sum()
     return total / (num_samples * num_codes * (num_views - 1))
 
 
@@ -97,12 +107,43 @@ def sinkhorn(
     Returns:
         Shares (R, C, K) of this rank's rows; they add up to 1 over K.
     """
-    log_share_RCK = scores_RCK / epsilon
+    scaled_RCK = scores_RCK / epsilon
+    scaling = _scaling(scaled_RCK, iterations, group)
+    if scaling is not None:
+        return scaling
+    log_share_RCK = scaled_RCK
     for _ in range(iterations):
         of_rank_1CK = log_share_RCK.logsumexp(dim=0, keepdim=True)
         log_share_RCK = log_share_RCK - gather_rows(of_rank_1CK, group).logsumexp(dim=0)
         log_share_RCK = log_share_RCK.log_softmax(dim=-1)
     return log_share_RCK.exp()
+
+
+def _scaling(
+    scaled_RCK: torch.Tensor, iterations: int, group: dist.ProcessGroup | None
+) -> torch.Tensor | None:
+    """`sinkhorn` by factors of rows and prototypes, a third of the time; None where they overflow.
+
+    Each row is divided by its largest element before the matrix is made, so that no element of it
+    is infinite. What is None on one rank is None on all: it depends on gathered sums.
+    """
+    largest_RC1 = scaled_RCK.amax(dim=-1, keepdim=True)
+    share_RCK = (scaled_RCK - largest_RC1).exp_()
+    parts = share_RCK.unbind(1)  # matrices, which need no copies where einsum makes some
+    top_1C1 = largest_RC1.amax(dim=0, keepdim=True)
+    row_RC, offset_C1 = (largest_RC1 - top_1C1).exp()[..., 0], top_1C1[0]
+    column_CK = torch.ones_like(scaled_RCK[0])
+    for _ in range(iterations):
+        sums = [row_R @ part_RK for row_R, part_RK in zip(row_RC.unbind(1), parts, strict=True)]
+        of_rank_1CK = (torch.stack(sums).log() + offset_C1)[None]
+        total_CK = gather_rows(of_rank_1CK, group).logsumexp(dim=0)
+        least_C1, most_C1 = total_CK.amin(dim=-1, keepdim=True), total_CK.amax(dim=-1, keepdim=True)
+        if not bool((most_C1 - least_C1 < _LARGEST_RANGE).all()):
+            return None
+        column_CK = (least_C1 - total_CK).exp()
+        sums = [part_RK @ column_K for part_RK, column_K in zip(parts, column_CK, strict=True)]
+        row_RC, offset_C1 = torch.stack(sums, dim=1).reciprocal(), torch.zeros_like(offset_C1)
+    return share_RCK.mul_(column_CK).mul_(row_RC[..., None])
 
 
 def _check(scores_BVK: torch.Tensor, num_codes: int, queued_QCK: torch.Tensor | None) -> None:
