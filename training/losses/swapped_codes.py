@@ -94,9 +94,10 @@ def sinkhorn(
     """How rows are shared out among prototypes, so that each prototype gets as much (Cuturi 2013).
 
     The matrix exp(scores / epsilon) of all rows of all ranks is scaled to equal sums over rows for
-    each prototype, then to a sum of 1 in each row, ``iterations`` times; each c on its own. Its
-    logarithm is what is kept, since exp overflows on scores that are no cosines, and in 16 bits on
-    cosines of 1. Constant factors are left out: the last scaling makes up for them.
+    each prototype, then to a sum of 1 in each row, ``iterations`` times; each c on its own. By
+    factors of rows and prototypes where these stay in range, else by logarithms: exp overflows on
+    scores that are no cosines, and in 16 bits on cosines of 1. Constant factors are left out: the
+    last scaling makes up for them.
 
     Args:
         scores_RCK: of this rank's rows; ranks may have different numbers of rows.
