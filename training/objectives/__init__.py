@@ -2,19 +2,16 @@
 
 protocol            `Objective`, its settings, and what it is given
 registry            objectives by name, our own and those of other packages
-heads               projection heads
-two_views           what objectives over pairs of views share: simclr, barlow_twins, vicreg
-infonce, sigmoid    images with texts; infonce_queue and slip too
-simclr, moco, looc  images alone; moco_v3 and memory_bank too
-reweighted          hard_infonce, hard_simclr: negatives weighted by their hardness
-extra_texts         negclip, mined_infonce: texts without an image as further negatives
-supcon              images with labels, classification too
-label_views         what objectives over pairs of labelled images share: triplet, margin
-n_pair, nce         images against others, with or without labels
-scl, sentence_order, masked_words    texts alone
-pretext             what the tasks that need no labels share: rotation, jigsaw, colour
-frame_views         what objectives over ordered frames share: frame_order, cpc
+heads               projection heads, and temperatures of an objective's own
 draws               random numbers of single rows
+
+images with texts   infonce, sigmoid (pairs: what they share), infonce_queue, slip,
+                    reweighted (hard_infonce), extra_texts (negclip, mined_infonce)
+images alone        simclr, barlow_twins, vicreg (two_views), moco, moco_v3, memory_bank, looc, swav,
+                    nce, reweighted (hard_simclr), rotation, jigsaw, colour (pretext)
+images with labels  supcon, classification, triplet, margin (label_views), n_pair
+texts alone         scl, masked_words, sentence_order
+ordered frames      cpc, frame_order (frame_views)
 """
 
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
