@@ -64,6 +64,13 @@ def _all_gather(local_BX: torch.Tensor, group: dist.ProcessGroup | None) -> torc
     return torch.cat(parts)
 
 
+def _all_reduce(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The sum over ranks as a new tensor."""
+    total = local.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local_BX: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -74,9 +81,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient_NX,) = gradients
-        total_NX = gradient_NX.contiguous().clone()
         # gloo has no reduce_scatter; an all_reduce of the same rows, then this rank's slice.
-        dist.all_reduce(total_NX, group=ctx.group)
+        total_NX = _all_reduce(gradient_NX, ctx.group)
         start = rank(ctx.group) * ctx.num_rows
         return total_NX[start : start + ctx.num_rows], None
 
@@ -92,9 +98,7 @@ def sum_over_ranks(local: torch.Tensor, group: dist.ProcessGroup | None = None) 
     if world_size(group) == 1:
         return local
     if not local.requires_grad:
-        total = local.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
+        return _all_reduce(local, group)
     summed: torch.Tensor = _SumOverRanks.apply(local, group)
     return summed
 
@@ -103,15 +107,11 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         ctx.group = group
-        total = local.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
+        return _all_reduce(local, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _all_reduce(gradients[0], ctx.group), None
 
 
 def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:

@@ -53,18 +53,15 @@ def usable_samples(
                 raise item
             sample = parse_sample(item, caption_key=caption_key, needs_image=needs_image)
             require(sample, item)
-            if not needs_image:
-                places.update(_place_line(item))
-                usable.append((sample, np.empty(0, np.uint8)))
-                continue
             # At full scale, as `clipsys evaluate` decodes it: the figures must agree.
-            image = decode_image(sample.image, uri=place_of(item))
+            image = decode_image(sample.image, uri=place_of(item)) if needs_image else None
         except DataError as error:
             reasons[getattr(error, "reason", "truncated shard")] += 1
             first = first or str(error)
             continue
-        places.update(_place_line(item))
-        usable.append((sample, preprocessing.pixels(image)))
+        places.update(place_of(item).encode("utf-8", "backslashreplace") + b"\n")
+        pixels = np.empty(0, np.uint8) if image is None else preprocessing.pixels(image)
+        usable.append((sample, pixels))
     if reasons and rank() == 0:
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         _logger.warning(
@@ -82,10 +79,6 @@ def usable_samples(
             "shards"
         )
     return usable
-
-
-def _place_line(raw: dict[str, Any]) -> bytes:
-    return place_of(raw).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _raws(spec: str | list[str]) -> Iterator[dict[str, Any] | DataError]:
