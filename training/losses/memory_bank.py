@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import gather_rows
 from clipsys.training.losses.contrastive import auto_tile_size
-from clipsys.training.losses.tiled import differentiable, row_softmax
+from clipsys.training.losses.tiled import differentiable, inverse_temperature, row_softmax
 from clipsys.training.losses.tiles import LogitTiles, Pairing
 
 
@@ -261,8 +261,7 @@ def _dtype_and_scale(
     features_BD: torch.Tensor, temperature: float | torch.Tensor
 ) -> tuple[torch.dtype, torch.Tensor]:
     dtype = torch.promote_types(features_BD.dtype, torch.float32)
-    temperature = torch.as_tensor(temperature, dtype=dtype, device=features_BD.device)
-    return dtype, 1 / temperature.reshape(())
+    return dtype, inverse_temperature(temperature, features_BD)
 
 
 def _check(

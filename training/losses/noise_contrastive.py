@@ -14,7 +14,7 @@ import torch.distributed as dist
 from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import gather_rows, rank, world_size
 from clipsys.training.losses.contrastive import auto_tile_size, sigmoid_loss
-from clipsys.training.losses.tiled import differentiable, one_way
+from clipsys.training.losses.tiled import differentiable, inverse_temperature, one_way
 from clipsys.training.losses.tiles import Pairing
 
 
@@ -63,7 +63,7 @@ def info_nce_views(
         pairing=Pairing(rank(group) * len(query_BD), ids_N),
         tile_size=auto_tile_size(len(key_ND), query_BD.device),
     )
-    return differentiable(compute, query_BD, key_ND, _scale(temperature, query_BD))
+    return differentiable(compute, query_BD, key_ND, inverse_temperature(temperature, query_BD))
 
 
 def nce(
@@ -119,7 +119,7 @@ def nce(
     correction = math.log(num_noise / (num_outcomes or num_noise))
     dtype = torch.promote_types(anchor_BD.dtype, torch.float32)
     log_z = torch.as_tensor(log_normalizer, dtype=dtype, device=anchor_BD.device)
-    scale = _scale(temperature, anchor_BD)
+    scale = inverse_temperature(temperature, anchor_BD)
     return sigmoid_loss(
         anchor_BD, positive_BD, scale, -log_z - correction, groups=groups_B, group=group
     )
@@ -159,14 +159,9 @@ def logistic(
         ConfigError: the shapes do not fit.
     """
     _check("logistic", anchor_BD, positive_BD, groups_B)
-    scale = _scale(temperature, anchor_BD)
+    scale = inverse_temperature(temperature, anchor_BD)
     bias = torch.zeros_like(scale)
     return sigmoid_loss(anchor_BD, positive_BD, scale, bias, groups=groups_B, group=group)
-
-
-def _scale(temperature: float | torch.Tensor, like_BD: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(like_BD.dtype, torch.float32)
-    return 1 / torch.as_tensor(temperature, dtype=dtype, device=like_BD.device).reshape(())
 
 
 def _check(

@@ -21,7 +21,12 @@ import torch.distributed as dist
 from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import gather_rows, rank
 from clipsys.training.losses.contrastive import auto_tile_size, check_pairs, pairing_of
-from clipsys.training.losses.tiled import Gradients, differentiable, scaled_gradients
+from clipsys.training.losses.tiled import (
+    Gradients,
+    differentiable,
+    inverse_temperature,
+    scaled_gradients,
+)
 from clipsys.training.losses.tiles import LogitTiles, Pairing
 
 
@@ -145,7 +150,7 @@ def hard_nt_xent(
     _check_weights("hard_nt_xent", hardness, prior)
     dtype = torch.promote_types(first_BD.dtype, torch.float32)
     first_BD, second_BD = first_BD.to(dtype), second_BD.to(dtype)
-    scale = 1 / torch.as_tensor(temperature, dtype=dtype, device=first_BD.device).reshape(())
+    scale = inverse_temperature(temperature, first_BD)
     both_N2D = gather_rows(torch.cat([first_BD, second_BD], dim=1), group)
     first_ND, second_ND = both_N2D.chunk(2, dim=1)
     start = rank(group) * len(first_BD)

@@ -15,7 +15,12 @@ import torch.distributed as dist
 from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import gather_rows, rank, world_size
 from clipsys.training.losses.contrastive import auto_tile_size
-from clipsys.training.losses.tiled import Gradients, differentiable, scaled_gradients
+from clipsys.training.losses.tiled import (
+    Gradients,
+    differentiable,
+    inverse_temperature,
+    scaled_gradients,
+)
 from clipsys.training.losses.tiles import LogitTiles, Pairing
 
 Form = Literal["out", "in"]
@@ -84,7 +89,7 @@ def supcon(
         (positives_C[own] > 0).to(dtype) * (world_size(group) / num_anchors),
         start,
     )
-    scale = 1 / torch.as_tensor(temperature, dtype=dtype, device=feature_RD.device).reshape(())
+    scale = inverse_temperature(temperature, feature_RD)
     tile_size = auto_tile_size(len(feature_CD), feature_RD.device)
     compute = partial(_entropy, anchors=anchors, form=form, tile_size=tile_size)
     return differentiable(compute, feature_RD, feature_CD, scale)

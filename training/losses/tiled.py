@@ -39,6 +39,12 @@ class Gradients(NamedTuple):
 
 
 #: Gives the value and gradients towards its tensors, in their order.
+def inverse_temperature(temperature: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """() the scale of logits for features ``like`` these, float32 at least; keeps its gradient."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return 1 / torch.as_tensor(temperature, dtype=dtype, device=like.device).reshape(())
+
+
 Compute = Callable[..., tuple[torch.Tensor, "tuple[torch.Tensor | None, ...] | None"]]
 
 #: From so many rows on a tile of `one_way` keeps them whole.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from clipsys.errors import ConfigError
 from clipsys.training.distributed.collectives import gather_rows, rank, world_size
 from clipsys.training.losses.contrastive import auto_tile_size
-from clipsys.training.losses.tiled import differentiable, one_way
+from clipsys.training.losses.tiled import differentiable, inverse_temperature, one_way
 from clipsys.training.losses.tiles import Pairing
 
 
@@ -61,7 +61,7 @@ def nt_xent(
         )
     dtype = torch.promote_types(first_BD.dtype, torch.float32)
     first_BD, second_BD = first_BD.to(dtype), second_BD.to(dtype)
-    scale = 1 / torch.as_tensor(temperature, dtype=dtype, device=first_BD.device).reshape(())
+    scale = inverse_temperature(temperature, first_BD)
     # Both views in one collective: each one makes the ranks wait for the slowest.
     both_N2D = gather_rows(torch.cat([first_BD, second_BD], dim=1), group)
     first_ND, second_ND = both_N2D.chunk(2, dim=1)

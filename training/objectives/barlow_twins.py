@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
 from clipsys.training.losses import barlow_twins
 from clipsys.training.model.outputs import Outputs, Rows, State
-from clipsys.training.objectives.heads import HeadConfig
-from clipsys.training.objectives.protocol import Labels, Surroundings
-from clipsys.training.objectives.two_views import TwoViewObjective
+from clipsys.training.objectives.protocol import Labels
+from clipsys.training.objectives.two_views import StatisticsConfig, StatisticsObjective
 
 
-class BarlowTwinsConfig(HeadConfig):
-    """Barlow Twins: two views of an image, whose features shall be equal and not redundant.
+class BarlowTwinsConfig(StatisticsConfig):
+    """Barlow Twins: two views of an image, whose features must be equal and not redundant.
 
     Views are drawn as ``augmentation`` says. No texts, and no negatives.
     """
@@ -25,18 +23,9 @@ class BarlowTwinsConfig(HeadConfig):
     off_diagonal: NonNegativeFloat = Field(
         0.0051, description="weight of the correlations between different features"
     )
-    head_layers: int = Field(3, ge=2, description="layers of head: mlp")
-    head_norm: Literal["none", "batch"] = Field(
-        "batch",
-        description="what stands behind each hidden layer of head: mlp; batch normalisation takes "
-        "the statistics of all processes and does not go with data.micro_batch_size",
-    )
-    head_width: PositiveInt = Field(
-        2048, description="width of the projection; the paper's is 8192"
-    )
 
 
-class BarlowTwins(TwoViewObjective[BarlowTwinsConfig]):
+class BarlowTwins(StatisticsObjective[BarlowTwinsConfig]):
     """Redundancy reduction between the projections of two views.
 
     Inputs:
@@ -62,8 +51,3 @@ class BarlowTwins(TwoViewObjective[BarlowTwinsConfig]):
         """`barlow_twins` of both views."""
         rows = outputs.rows
         return barlow_twins(rows["first"], rows["second"], self.settings.off_diagonal), state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without statistics."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which has no statistics; raise it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -18,7 +17,6 @@ from clipsys.training.objectives.protocol import (
     Labels,
     Objective,
     ObjectiveConfig,
-    Surroundings,
     View,
 )
 
@@ -76,6 +74,7 @@ class CPC(Objective[CPCConfig]):
     """
 
     config = CPCConfig
+    needs_negatives = True
 
     @property
     def num_frames(self) -> int:
@@ -114,11 +113,6 @@ class CPC(Objective[CPCConfig]):
     ) -> tuple[torch.Tensor, State]:
         """`cpc` of both."""
         return cpc(outputs.rows["predicted"], outputs.rows["future"]), state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without negatives."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which leaves objective.name cpc no negatives; raise it"
 
 
 class Recurrent(nn.Module):

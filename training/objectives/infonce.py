@@ -9,7 +9,7 @@ from pydantic import Field
 
 from clipsys.training.losses import info_nce
 from clipsys.training.model.outputs import Outputs, Rows, State
-from clipsys.training.objectives.pairs import PairConfig, PairObjective
+from clipsys.training.objectives.pairs import PairConfig, PairConfigT, PairObjective
 from clipsys.training.objectives.protocol import Labels
 
 
@@ -48,12 +48,18 @@ class InfoNCE(PairObjective[InfoNCEConfig]):
         self, outputs: Outputs, targets: Rows, labels: Labels, state: State
     ) -> tuple[torch.Tensor, State]:
         """`info_nce` of both towers' vectors."""
-        value = info_nce(
-            outputs.rows["image"],
-            outputs.rows["text"],
-            outputs.shared["logit_scale"],
-            self.tile_size,
-            labels.groups_B,
-            ignore_groups=self.settings.duplicates == "ignore",
-        )
-        return value, state
+        return info_nce_of_pairs(self, outputs, labels), state
+
+
+def info_nce_of_pairs(
+    objective: PairObjective[PairConfigT], outputs: Outputs, labels: Labels
+) -> torch.Tensor:
+    """`info_nce` of the images and texts among some outputs, as the objective's settings say."""
+    return info_nce(
+        outputs.rows["image"],
+        outputs.rows["text"],
+        outputs.shared["logit_scale"],
+        objective.tile_size,
+        labels.groups_B,
+        ignore_groups=objective.settings.duplicates == "ignore",
+    )

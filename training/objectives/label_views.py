@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from clipsys.training.data.samples import Positives
 from clipsys.training.model.outputs import Inputs, Outputs, Sizes
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import HeadConfig, features_of, projection_heads
-from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
+from clipsys.training.objectives.protocol import Labels, Objective, View
 
 
 class LabelConfig(HeadConfig):
@@ -31,6 +30,8 @@ LabelConfigT = TypeVar("LabelConfigT", bound=LabelConfig)
 
 class LabelViewsObjective(Objective[LabelConfigT]):
     """Projects the views of each image; each view is a row of the loss, with its image's label."""
+
+    needs_negatives = True
 
     @property
     def has_unit_norm(self) -> bool:
@@ -63,11 +64,3 @@ class LabelViewsObjective(Objective[LabelConfigT]):
         features_BVD = outputs.rows["features"]
         labels_R = labels.groups_B.repeat_interleave(features_BVD.shape[1])
         return features_BVD.flatten(0, 1), labels_R
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without negatives."""
-        if recipe.data.batch_size < 2:
-            yield (
-                f"data.batch_size is 1, which leaves objective.name {self.settings.name} no "
-                "negatives; raise it"
-            )

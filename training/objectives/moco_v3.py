@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from clipsys.training.data.augmentation import AugmentationConfig
 from clipsys.training.losses import moco_v3
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
@@ -21,7 +19,8 @@ from clipsys.training.objectives.heads import (
     projection_heads,
     temperature_of,
 )
-from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
+from clipsys.training.objectives.protocol import Labels
+from clipsys.training.objectives.two_views import TwoViewObjective
 
 _PREDICTOR = "predictor"
 
@@ -45,7 +44,7 @@ class MoCoV3Config(ProjectionConfig):
     )
 
 
-class MoCoV3(Objective[MoCoV3Config]):
+class MoCoV3(TwoViewObjective[MoCoV3Config]):
     """Cross-entropy of each view's prediction of the other view's key, over the keys of the batch.
 
     Inputs:
@@ -68,14 +67,11 @@ class MoCoV3(Objective[MoCoV3Config]):
     """
 
     config = MoCoV3Config
+    needs_negatives = True
 
     def __init__(self, settings: MoCoV3Config) -> None:
         super().__init__(settings)
         self.momentum = settings.momentum
-
-    def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
-        """Two, drawn alike."""
-        return View(augmentation), View(augmentation)
 
     def heads(self, sizes: Sizes) -> nn.ModuleDict:
         """The projection, the predictor, and the temperature if it is learned."""
@@ -107,8 +103,3 @@ class MoCoV3(Objective[MoCoV3Config]):
         there = moco_v3(outputs.rows["first"], targets["second"], temperature)
         back = moco_v3(outputs.rows["second"], targets["first"], temperature)
         return there + back, state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without negatives."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which leaves objective.name moco_v3 no negatives; raise it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from clipsys.training.data.samples import Positives
 from clipsys.training.losses import n_pair
 from clipsys.training.model.outputs import Outputs, Rows, State
 from clipsys.training.objectives.heads import HeadConfig
-from clipsys.training.objectives.protocol import Labels, Surroundings
+from clipsys.training.objectives.protocol import Labels
 from clipsys.training.objectives.two_views import TwoViewObjective
 
 
@@ -54,6 +53,7 @@ class NPair(TwoViewObjective[NPairConfig]):
     """
 
     config = NPairConfig
+    needs_negatives = True
 
     @property
     def positives(self) -> Positives:
@@ -67,8 +67,3 @@ class NPair(TwoViewObjective[NPairConfig]):
         first_BD, second_BD = outputs.rows["first"], outputs.rows["second"]
         labels_B = labels.groups_B if self.settings.positives == "label" else None
         return n_pair(first_BD, second_BD, self.settings.l2, labels_B=labels_B), state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without negatives."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which leaves objective.name n_pair no negatives; raise it"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
 from clipsys.training.data.samples import Positives
 from clipsys.training.distributed.collectives import world_size
@@ -18,12 +16,11 @@ from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import (
     ProjectionConfig,
-    learned_scale,
     projection_heads,
     temperature_of,
 )
-from clipsys.training.objectives.protocol import Labels, Surroundings
-from clipsys.training.objectives.two_views import TwoViewObjective
+from clipsys.training.objectives.protocol import Labels
+from clipsys.training.objectives.two_views import UnitViewObjective
 
 _NORMALIZER = "normalizer"
 
@@ -67,7 +64,7 @@ class NCEConfig(ProjectionConfig):
         return self
 
 
-class NCE(TwoViewObjective[NCEConfig]):
+class NCE(UnitViewObjective[NCEConfig]):
     """Noise-contrastive losses between two views of each image, from the first to the second.
 
     Inputs:
@@ -90,6 +87,7 @@ class NCE(TwoViewObjective[NCEConfig]):
     """
 
     config = NCEConfig
+    needs_negatives = True
 
     @property
     def positives(self) -> Positives:
@@ -108,12 +106,8 @@ class NCE(TwoViewObjective[NCEConfig]):
         return self.settings.form == "nce" and self.settings.learn_normalizer
 
     def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
-        """Unit-norm projections of both views."""
-        rows = {
-            name: F.normalize(row_BD, dim=-1)
-            for name, row_BD in super().forward(towers, inputs).rows.items()
-        }
-        shared = learned_scale(self.settings, towers)
+        """Unit-norm projections of both views, and what is learned beside them."""
+        rows, shared = super().forward(towers, inputs)
         if self._learns_normalizer:
             shared["normalizer"] = towers.scalar(f"heads.{_NORMALIZER}.offset").reshape(())
         return Outputs(rows, shared)
@@ -142,11 +136,6 @@ class NCE(TwoViewObjective[NCEConfig]):
             groups_B=groups_B,
         )
         return value, state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without noise."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which leaves objective.name nce no negatives; raise it"
 
 
 class _Offset(nn.Module):

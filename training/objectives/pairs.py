@@ -65,3 +65,4 @@ class PairObjective(Objective[PairConfigT]):
                 "objective.duplicates ignore does nothing while objective.positives is pair: "
                 "no two samples are equal; use image, caption or label"
             )
+        yield from super().faults(recipe)

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from clipsys.training.model.outputs import Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
+from clipsys.training.objectives.heads import mlp
 from clipsys.training.objectives.protocol import Labels, Objective, ObjectiveConfig
 
 _HEAD = "answer"
@@ -57,8 +58,7 @@ class PretextObjective(Objective[PretextConfigT]):
         if self.settings.head == "linear":
             return nn.ModuleDict({_HEAD: nn.Linear(width, self.num_scores)})
         hidden = self.settings.head_hidden or width
-        layers = nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, self.num_scores)
-        return nn.ModuleDict({_HEAD: nn.Sequential(*layers)})
+        return nn.ModuleDict({_HEAD: mlp(width, hidden, self.num_scores)})
 
     def answered(
         self, towers: Towers, features_BD: torch.Tensor, answers_BT: torch.Tensor

@@ -101,6 +101,8 @@ class Objective(Generic[ConfigT]):
             samples need no caption.
         trains_temperature: whether the model's own ``logit_scale`` (and bias) are trained.
         needs_bias: whether the model needs a ``logit_bias``.
+        needs_negatives: whether rows are contrasted with other rows of the batch; a batch of one
+            is then refused.
         needs_classes: whether samples need a label (``.cls``, or what ``data.label_key`` names),
             whose classes are numbered.
         cacheable: whether a row of `forward` depends on its own sample alone, so that a batch may
@@ -113,6 +115,7 @@ class Objective(Generic[ConfigT]):
     num_texts: int = 0
     trains_temperature: bool = False
     needs_bias: bool = False
+    needs_negatives: bool = False
     needs_classes: bool = False
     cacheable: bool = True
     momentum: float | None = None
@@ -215,4 +218,8 @@ class Objective(Generic[ConfigT]):
 
     def faults(self, recipe: Surroundings) -> Iterator[str]:
         """What a recipe must not combine with this objective, each with its remedy."""
-        yield from ()
+        if self.needs_negatives and recipe.data.batch_size < 2:
+            yield (
+                f"data.batch_size is 1, which leaves objective.name {self.settings.name} no "
+                "negatives; raise it"
+            )

@@ -6,7 +6,6 @@ default, and InfoNCE's fused kernels, its step figures and its reference do not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from clipsys.training.losses import hard_info_nce, hard_nt_xent
 from clipsys.training.model.outputs import Outputs, Rows, State
 from clipsys.training.objectives.heads import temperature_of
 from clipsys.training.objectives.pairs import PairConfig, PairObjective
-from clipsys.training.objectives.protocol import Labels, Surroundings
+from clipsys.training.objectives.protocol import Labels
 from clipsys.training.objectives.simclr import SimCLR, SimCLRConfig
 
 
@@ -130,11 +129,3 @@ class HardSimCLR(SimCLR):
             prior=self.settings.prior,
         )
         return value, state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without negatives."""
-        if recipe.data.batch_size < 2:
-            yield (
-                "data.batch_size is 1, which leaves objective.name hard_simclr no negatives; "
-                "raise it"
-            )

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from clipsys.training.losses import nt_xent
-from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
-from clipsys.training.model.towers import Towers
+from clipsys.training.model.outputs import Outputs, Rows, State
 from clipsys.training.objectives.heads import (
     ProjectionConfig,
-    learned_scale,
     temperature_of,
 )
-from clipsys.training.objectives.protocol import Labels, Surroundings
-from clipsys.training.objectives.two_views import TwoViewObjective
+from clipsys.training.objectives.protocol import Labels
+from clipsys.training.objectives.two_views import UnitViewObjective
 
 
 class SimCLRConfig(ProjectionConfig):
@@ -30,7 +26,7 @@ class SimCLRConfig(ProjectionConfig):
     name: Literal["simclr"] = Field("simclr", description="which objective")
 
 
-class SimCLR(TwoViewObjective[SimCLRConfig]):
+class SimCLR(UnitViewObjective[SimCLRConfig]):
     """NT-Xent between two views of each image.
 
     Inputs:
@@ -51,14 +47,7 @@ class SimCLR(TwoViewObjective[SimCLRConfig]):
     """
 
     config = SimCLRConfig
-
-    def forward(self, towers: Towers, inputs: Inputs) -> Outputs:
-        """Unit-norm projections of both views."""
-        rows = super().forward(towers, inputs).rows
-        normalised = {
-            name: nn.functional.normalize(row_BD, dim=-1) for name, row_BD in rows.items()
-        }
-        return Outputs(normalised, learned_scale(self.settings, towers))
+    needs_negatives = True
 
     def loss(
         self, outputs: Outputs, targets: Rows, labels: Labels, state: State
@@ -66,8 +55,3 @@ class SimCLR(TwoViewObjective[SimCLRConfig]):
         """`nt_xent` of both views."""
         temperature = temperature_of(self.settings, outputs.shared)
         return nt_xent(outputs.rows["first"], outputs.rows["second"], temperature), state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without negatives."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which leaves objective.name simclr no negatives; raise it"

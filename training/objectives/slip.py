@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -10,12 +9,13 @@ from pydantic import Field, PositiveFloat
 from torch import nn
 
 from clipsys.training.data.augmentation import AugmentationConfig
-from clipsys.training.losses import info_nce, nt_xent
+from clipsys.training.losses import nt_xent
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.heads import HeadConfig, project, projection_heads
+from clipsys.training.objectives.infonce import info_nce_of_pairs
 from clipsys.training.objectives.pairs import PairConfig, PairObjective
-from clipsys.training.objectives.protocol import Labels, Surroundings, View
+from clipsys.training.objectives.protocol import Labels, View
 
 
 class SLIPConfig(PairConfig, HeadConfig):
@@ -61,6 +61,7 @@ class SLIP(PairObjective[SLIPConfig]):
     """
 
     config = SLIPConfig
+    needs_negatives = True
 
     def views(self, augmentation: AugmentationConfig) -> tuple[View, ...]:
         """What meets the text, and two that meet each other."""
@@ -83,19 +84,6 @@ class SLIP(PairObjective[SLIPConfig]):
     ) -> tuple[torch.Tensor, State]:
         """`info_nce` and `nt_xent`, weighted."""
         rows = outputs.rows
-        with_texts = info_nce(
-            rows["image"],
-            rows["text"],
-            outputs.shared["logit_scale"],
-            self.tile_size,
-            labels.groups_B,
-            ignore_groups=self.settings.duplicates == "ignore",
-        )
+        with_texts = info_nce_of_pairs(self, outputs, labels)
         between_views = nt_xent(rows["first"], rows["second"], self.settings.ssl_temperature)
         return with_texts + self.settings.ssl_scale * between_views, state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """Settings that would do nothing, or leave nothing to contrast."""
-        yield from super().faults(recipe)
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which leaves objective.name slip no negatives; raise it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ from clipsys.training.objectives.heads import (
     projection_heads,
     temperature_of,
 )
-from clipsys.training.objectives.protocol import Labels, Objective, Surroundings, View
+from clipsys.training.objectives.protocol import Labels, Objective, View
 
 _TEXT_PROJECTION = "text_projection"
 
@@ -70,6 +69,7 @@ class SupCon(Objective[SupConConfig]):
     """
 
     config = SupConConfig
+    needs_negatives = True
 
     def __init__(self, settings: SupConConfig) -> None:
         super().__init__(settings)
@@ -110,8 +110,3 @@ class SupCon(Objective[SupConConfig]):
         temperature = temperature_of(self.settings, outputs.shared)
         features_BVD = outputs.rows["features"]
         return supcon(features_BVD, labels.groups_B, temperature, self.settings.form), state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without negatives."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which leaves objective.name supcon no negatives; raise it"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
 from clipsys.training.losses import vicreg
 from clipsys.training.model.outputs import Outputs, Rows, State
-from clipsys.training.objectives.heads import HeadConfig
-from clipsys.training.objectives.protocol import Labels, Surroundings
-from clipsys.training.objectives.two_views import TwoViewObjective
+from clipsys.training.objectives.protocol import Labels
+from clipsys.training.objectives.two_views import StatisticsConfig, StatisticsObjective
 
 
-class VICRegConfig(HeadConfig):
+class VICRegConfig(StatisticsConfig):
     """VICReg: two views of an image agree, while variances stay at 1 and covariances at 0.
 
     Views are drawn as ``augmentation`` says. No texts, and no negatives.
@@ -27,18 +25,9 @@ class VICRegConfig(HeadConfig):
         25.0, description="weight of the deviations that are below 1"
     )
     covariance: NonNegativeFloat = Field(1.0, description="weight of the covariances")
-    head_layers: int = Field(3, ge=2, description="layers of head: mlp")
-    head_norm: Literal["none", "batch"] = Field(
-        "batch",
-        description="what stands behind each hidden layer of head: mlp; batch normalisation takes "
-        "the statistics of all processes and does not go with data.micro_batch_size",
-    )
-    head_width: PositiveInt = Field(
-        2048, description="width of the projection; the paper's is 8192"
-    )
 
 
-class VICReg(TwoViewObjective[VICRegConfig]):
+class VICReg(StatisticsObjective[VICRegConfig]):
     """Variance, invariance and covariance of the projections of two views.
 
     Inputs:
@@ -65,8 +54,3 @@ class VICReg(TwoViewObjective[VICRegConfig]):
         one, rows = self.settings, outputs.rows
         weights = one.invariance, one.variance, one.covariance
         return vicreg(rows["first"], rows["second"], *weights), state
-
-    def faults(self, recipe: Surroundings) -> Iterator[str]:
-        """A batch without statistics."""
-        if recipe.data.batch_size < 2:
-            yield "data.batch_size is 1, which has no statistics; raise it"
