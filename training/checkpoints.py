@@ -74,6 +74,7 @@ class TrainState:
         skipped: samples that could not be used so far, by reason.
         shards: fingerprint of the names of the shards, in their order; empty in older ones.
         shard_sizes: fingerprint of their sizes; empty too where one is remote.
+        canaries: what each canary showed when it was first measured, by name.
     """
 
     step: int
@@ -85,6 +86,7 @@ class TrainState:
     skipped: dict[str, int] = field(default_factory=dict)
     shards: str = ""
     shard_sizes: str = ""
+    canaries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Checkpoints:

@@ -33,7 +33,7 @@ from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
 from clipsys.training.distributed.process_group import start_processes
 from clipsys.training.engine.schedule import lr_factor
-from clipsys.training.journal import Journal, plot_curves
+from clipsys.training.journal import Journal, described, plot_curves
 from clipsys.training.plan import StepClock
 from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
@@ -134,6 +134,7 @@ class TrainingLoop:
             )
         self.step = state.step
         self.run.skips.resume(state.step, state.skipped)
+        self.run.canaries.resume(state.canaries)
         if self.run.miner is not None:
             self.run.miner.resume(self.run.checkpoints.folder / resumption.name, state.step)
         _logger.info("resuming after step %d of %d", self.step, self.run.total_steps)
@@ -156,6 +157,7 @@ class TrainingLoop:
             skipped=dict(self.run.skips.reasons),
             shards=self.run.shard_set.name_fingerprint(),
             shard_sizes=self.run.shard_set.size_fingerprint(),
+            canaries=self.run.canaries.state(),
         )
 
     def train(self) -> None:
@@ -181,6 +183,10 @@ class TrainingLoop:
                 self._window.waited_s += time.monotonic() - asked
                 if self.step == 0 and run.checks_precision:
                     self._check_precision(own[0])
+                # In the precision that is trained in, so after that check.
+                if run.canaries and not run.canaries.is_known():
+                    with self._pause():
+                        self._write_figures(self._canary_figures())
                 self._train_step(own)
                 clock.tick()
                 advance(1, note=self._note())
@@ -287,24 +293,34 @@ class TrainingLoop:
         return f"loss {self.figures['loss']:.3f}  epoch {self.figures['epoch']:.1f}"
 
     def _evaluate(self) -> None:
-        if not self.run.validation:
+        figures: dict[str, float] = {}
+        if self.run.validation:
+            measured = self.run.validation.measure(self.run.engine)
+            figures |= {f"val/{name}": value for name, value in measured.items()}
+        if self.run.canaries:
+            figures |= self._canary_figures()
+        self._write_figures(figures)
+
+    def _canary_figures(self) -> dict[str, float]:
+        measured = self.run.canaries.measure(self.run.engine, self.step)
+        return {f"canary/{name}": value for name, value in measured.items()}
+
+    def _write_figures(self, figures: dict[str, float]) -> None:
+        """What was measured beside the loss: into the journal and the log, on rank 0."""
+        if not self._journal or not figures:
             return
-        figures = self.run.validation.measure(self.run.engine)
-        if self._journal:
-            self._journal.write(
-                self.step, {f"val/{name}": value for name, value in figures.items()}
-            )
-            shown = (
-                "text_to_image/recall@10",
-                "image_to_text/recall@10",
-                "zeroshot/accuracy@1",
-                "knn/accuracy@1",
-                "classifier/accuracy@1",
-                "classifier/macro_f1",
-            )
-            texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
-            epoch = self.step / self.run.steps_per_epoch
-            _logger.info("epoch %.3g: %s", epoch, ", ".join(texts))
+        self._journal.write(self.step, figures)
+        of_canaries = {
+            name.removeprefix("canary/"): value
+            for name, value in figures.items()
+            if name.startswith("canary/")
+        }
+        texts = [
+            *described(figures),
+            *(f"canary {text}" for text in self.run.canaries.describe(of_canaries)),
+        ]
+        _logger.info("epoch %.3g: %s", self.step / self.run.steps_per_epoch, ", ".join(texts))
+        self.run.canaries.warn(of_canaries)
 
     def _save(self) -> Path:
         return self.run.checkpoints.save(

@@ -88,6 +88,16 @@ class Recipe(Settings):
                 f"evaluation.zeroshot needs text, and objective.name {name} trains none; use "
                 "evaluation.knn, or start from a model that knows text (model.pretrained)"
             )
+        lacking = [] if objective.views(self.augmentation) else ["image"]
+        lacking += [] if objective.num_texts else ["text"]
+        if self.evaluation.canary and lacking and not model.pretrained:
+            yield (
+                f"evaluation.canary needs images and texts, and objective.name {name} trains no "
+                f"{lacking[0]}; start from a model that knows both (model.pretrained)"
+            )
+        default_drop = type(self.evaluation).model_fields["canary_drop"].default
+        if self.evaluation.canary_drop != default_drop and not self.evaluation.canary:
+            yield "evaluation.canary_drop does nothing without evaluation.canary"
         if self.evaluation.knn and not data.validation:
             yield "evaluation.knn does nothing without data.validation"
         if self.engine.cache_on_host and data.micro_batch_size is None:

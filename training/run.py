@@ -53,6 +53,7 @@ from clipsys.training.run_model import (
     make_trained_model,
 )
 from clipsys.training.step import TrainingStep
+from clipsys.training.validation.canary import Canaries
 from clipsys.training.validation.classifier import Classifier
 from clipsys.training.validation.measuring import Validation
 
@@ -78,6 +79,7 @@ class Run:
         engine: gradients, updates, checkpoints of the weights.
         step: makes an update of decoded micro-batches.
         validation: measurements on the way.
+        canaries: measurements of what is not trained on.
         checkpoints: states that ``--resume`` continues from.
         skips: samples that could not be used.
         decoder: makes rows of samples.
@@ -97,6 +99,7 @@ class Run:
     engine: Engine
     step: TrainingStep
     validation: Validation
+    canaries: Canaries
     checkpoints: Checkpoints
     skips: SkipLedger
     decoder: Decoder
@@ -145,6 +148,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     model = begin_model(begins_with, recipe, objective)
     shard_set, windows, classes, order = open_data(recipe, objective)
     validation = _validation(recipe, objective, model, classes)
+    canaries = _canaries(recipe, model)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
     num_samples = shard_set.num_samples if windows is None else windows.num_windows
@@ -197,6 +201,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
             seed=recipe.seed,
         ),
         validation=validation,
+        canaries=canaries,
         checkpoints=checkpoints,
         skips=SkipLedger(
             folder,
@@ -238,6 +243,21 @@ def _validation(
         remedy="give every machine the same data.validation and evaluation.zeroshot",
     )
     return validation
+
+
+def _canaries(recipe: Recipe, model: ModelParts) -> Canaries:
+    """The canaries, the same on every rank."""
+    canaries = on_every_rank(
+        lambda: Canaries(recipe.evaluation, model.preprocessing, model.tokenizer)
+    )
+    require_equal(
+        {
+            f"canary {name} with the fingerprint": found
+            for name, found in canaries.fingerprints().items()
+        },
+        remedy="give every machine the same evaluation.canary",
+    )
+    return canaries
 
 
 def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) -> None:

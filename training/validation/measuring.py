@@ -64,6 +64,7 @@ class Validation:
         has_images: bool = True,
         caption_key: str | None = None,
         classifier: Classifier | None = None,
+        place: str | None = None,
     ) -> None:
         """
         Args:
@@ -75,6 +76,8 @@ class Validation:
             has_images: whether images are trained; else they are not decoded.
             caption_key: as `parse_sample` takes it.
             classifier: what the objective trains, where it is to be measured.
+            place: the setting that names the data, for messages; None: those of a recipe's own
+                validation.
 
         Raises:
             DataError: the shards cannot be used, or lack what is asked of them.
@@ -101,7 +104,7 @@ class Validation:
                 )
         if validation is not None and (retrieves or config.knn or classifier):
             samples = usable_samples(
-                "data.validation",
+                place or "data.validation",
                 validation,
                 preprocessing,
                 require_key,
@@ -115,7 +118,9 @@ class Validation:
                     share = first[rank() :: world_size()] or first[:1]
                     self._tokens = tokenizer(share)
             if retrieves:
-                self._targets = _targets([sample for sample, _ in samples], config)
+                self._targets = _targets(
+                    [sample for sample, _ in samples], config, place or "data.validation"
+                )
             if config.knn is not None:
                 self._neighbours = _neighbours([sample for sample, _ in samples], config)
             self._pixels = stack_share(samples)
@@ -123,7 +128,7 @@ class Validation:
         self._labels: list[str] = []
         if config.zeroshot is not None:
             samples = usable_samples(
-                "evaluation.zeroshot", config.zeroshot, preprocessing, require_label
+                place or "evaluation.zeroshot", config.zeroshot, preprocessing, require_label
             )
             self._labels = [str(sample.label) for sample, _ in samples]
             self._question, self._labels = class_question(
@@ -131,7 +136,7 @@ class Validation:
                 folders_of(config.zeroshot),
                 classnames=config.classnames,
                 templates=config.templates,
-                setting="evaluation.classnames",
+                setting=f"{place or 'evaluation'}.classnames",
             )
             self._zeroshot_pixels = stack_share(samples)
 
@@ -143,7 +148,8 @@ class Validation:
         texts = self._targets.texts if self._targets else []
         images = self._num_images if self._targets or self._neighbours else 0
         labels = self._neighbours.labels if self._neighbours else []
-        held = repr((images, texts, self._labels, labels, self._classified)).encode()
+        prompts = self._question.prompts if self._labels else []
+        held = repr((images, texts, self._labels, labels, self._classified, prompts)).encode()
         return hashlib.blake2b(held, digest_size=8).hexdigest()
 
     def measure(self, engine: Engine) -> dict[str, float]:
@@ -236,7 +242,7 @@ class _Neighbours(NamedTuple):
     same: list[object]
 
 
-def _targets(samples: Sequence[Sample], config: EvaluationConfig) -> RetrievalTargets:
+def _targets(samples: Sequence[Sample], config: EvaluationConfig, place: str) -> RetrievalTargets:
     """The captions to search with, and the images that each of them should find."""
     try:
         return retrieval_targets(
@@ -247,7 +253,7 @@ def _targets(samples: Sequence[Sample], config: EvaluationConfig) -> RetrievalTa
             duplicates=config.duplicates,
         )
     except DataError as error:
-        raise DataError(f"data.validation: {error}") from error
+        raise DataError(f"{place}: {error}") from error
 
 
 def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbours:
