@@ -22,6 +22,7 @@ from clipsys.models.architectures import (
     image_size_of,
     with_image_size,
 )
+from clipsys.models.model_folders import config_in
 from clipsys.models.open_clip_models import ModelParts, build_model, load_model
 from clipsys.models.tokenization import Tokenizer, with_context_length
 from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
@@ -260,7 +261,9 @@ def fingerprint(parts: ModelParts, *, weights: bool) -> str:
     The sum of the bits of each tensor, at the speed of memory; for comparing ranks, not files.
     """
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((parts.config, parts.preprocessing)).encode())
+    # Machines may have the same folder in different places.
+    config = config_in(Path("/"), parts.config)
+    digest.update(repr((config, parts.preprocessing)).encode())
     for name, tensor in parts.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if weights:
