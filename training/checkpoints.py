@@ -132,8 +132,14 @@ class Checkpoints:
 
             def publish() -> None:
                 written = self.folder / partial
-                target = written / "model"
-                save_model(parts, target, weights=weights, heads=heads, provenance=provenance)
+                save_model(
+                    parts,
+                    written / "model",
+                    weights=weights,
+                    heads=heads,
+                    provenance=provenance,
+                    place=self.folder / name / "model",
+                )
                 for place, path in (attachments or {}).items():
                     (written / place).parent.mkdir(exist_ok=True)
                     link_or_copy(path, written / place)

@@ -25,6 +25,7 @@ from typing import Any
 
 from clipsys import __version__
 from clipsys.errors import TrainingError
+from clipsys.models.model_folders import set_place
 from clipsys.progress import Advance, progress
 from clipsys.training.agreement import agree_on_recipe
 from clipsys.training.checkpoints import FOLDER, TrainState
@@ -354,6 +355,7 @@ class TrainingLoop:
             partial = run / ".model.partial"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(checkpoint / "model", partial)
+            set_place(partial, run / "model")
             shutil.rmtree(run / "model", ignore_errors=True)
             partial.rename(run / "model")
             plot_curves(run, run / "curves.png")
