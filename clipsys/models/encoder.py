@@ -288,7 +288,8 @@ class Encoder:
         vectors_ND = np.zeros((len(texts), self.dim), np.float32)
         for start in range(0, len(texts), _SORTED_BATCHES * batch_size):
             tokens_XL = self._tokenizer(list(texts[start : start + _SORTED_BATCHES * batch_size]))
-            for part in self._encode_tokens.ends(tokens_XL).argsort(stable=True).split(batch_size):
+            order_X = self._encode_tokens.ends(tokens_XL).argsort(stable=True)
+            for part in torch.split(order_X, batch_size):
                 made_BD = self._encode_text_batch(tokens_XL[part].to(self.device))
                 vectors_ND[start + part.numpy()] = made_BD
         return vectors_ND
