@@ -34,8 +34,8 @@ def begin_model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]
         )
     )
     require_equal(
-        {"a model with the fingerprint": fingerprint(model, weights=bool(settings.pretrained))},
-        remedy="give every machine the same model.architecture and model.pretrained",
+        {"a model with the fingerprint": fingerprint(model, weights=settings.begins_with_weights)},
+        remedy="give every machine the same model, and the same files of its weights",
     )
     freeze_unused(
         model.model,
