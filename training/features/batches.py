@@ -7,7 +7,7 @@ is replaced by its neighbour in the micro-batch in the same way.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -149,7 +149,7 @@ class FeatureBatches:
         self._steps_per_epoch = order.steps_per_epoch(shape.batch_size)
         self._total_steps = self._steps_per_epoch * epochs
 
-    def from_step(self, start_step: int) -> Iterator[Batch]:
+    def from_step(self, start_step: int) -> Generator[Batch, None, None]:
         """In order."""
         shape = self._shape
         share = shape.batch_size // shape.world_size

@@ -170,5 +170,7 @@ def _apply(holder: Any, features_BF: torch.Tensor) -> torch.Tensor:
     if name is None:
         return features_BF
     head = getattr(holder, name)
-    result: torch.Tensor = features_BF @ head if isinstance(head, nn.Parameter) else head(features_BF)
+    result: torch.Tensor = (
+        features_BF @ head if isinstance(head, nn.Parameter) else head(features_BF)
+    )
     return result
