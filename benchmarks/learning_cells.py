@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 CLIPSYS, PEER = "clipsys", "open_clip_train"
 #: Checkpoints of a run that are measured.
 POINTS = 6
-CALIBRATION_EPOCHS = 3
+CALIBRATION_EPOCHS = 2
 _INTERVAL_S = 0.2
 #: open_clip_train takes its model by name, and offers no option to add one.
 _PEER_START = (
