@@ -102,7 +102,7 @@ class BehindTrunks(nn.Module):
             self.logit_bias = model.logit_bias
         self._has_text_tower = "text" not in stored
         self.visual = _head_alone(model.visual)
-        self.text = model.text if self._has_text_tower else _head_alone(model.text)
+        self.text: Any = model.text if self._has_text_tower else _head_alone(model.text)
 
     def encode_image(self, features_BF: torch.Tensor) -> torch.Tensor:
         """(B, D), not normalised."""
@@ -112,8 +112,7 @@ class BehindTrunks(nn.Module):
         """(B, D), not normalised; of features (B, F), or of tokens (B, L)."""
         if not self._has_text_tower:
             return _apply(self.text, inputs)
-        tower: Any = self.text
-        features: torch.Tensor = tower(inputs)
+        features: torch.Tensor = self.text(inputs)
         return features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
