@@ -80,7 +80,9 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _compute(source: FeatureSource, parts: Any) -> tuple[BlockStore, BlockStore]:
-    trunks = Trunks(parts, torch.device("cpu"), precision="fp32", channels_last=False)
+    trunks = Trunks(
+        parts, torch.device("cpu"), stored=("image", "text"), precision="fp32", channels_last=False
+    )
     return stored_features(source, trunks, parts, precision="fp32")
 
 
