@@ -83,7 +83,7 @@ def named_targets(clip: nn.Module, tower: Tower, targets: Iterable[str]) -> dict
     found = {
         name: module
         for name, module in modules_of(clip, tower).items()
-        if any(name == ending or name.endswith(f".{ending}") for ending in endings)
+        if any(ends_as(name, ending) for ending in endings)
     }
     for name, module in found.items():
         reason = why_unfit(module)
@@ -93,6 +93,11 @@ def named_targets(clip: nn.Module, tower: Tower, targets: Iterable[str]) -> dict
                 "set model.lora.targets to null to take the layers that can"
             )
     return found
+
+
+def ends_as(name: str, ending: str) -> bool:
+    """Whether a name ends with whole parts."""
+    return name == ending or name.endswith(f".{ending}")
 
 
 def pattern_of(names: Iterable[str], clip: nn.Module) -> str:

@@ -23,6 +23,7 @@ from clipsys.training.model.adapter_targets import (
     HEADS,
     candidates,
     describe_names,
+    ends_as,
     known_endings,
     modules_of,
     named_targets,
@@ -63,6 +64,12 @@ def add_adapters(
     probe = Probe(parts, settings.towers)
     chosen = {tower: _chosen(clip, tower, settings, probe) for tower in settings.towers}
     names = [name for layers in chosen.values() for name in layers]
+    for target in settings.targets or ():
+        if not any(ends_as(name, target) for name in names):
+            raise ConfigError(
+                f"model.lora.targets names {target!r}, and no layer of the adapted towers has a "
+                "name that ends so; leave it out"
+            )
     flags = {name: parameter.requires_grad for name, parameter in clip.named_parameters()}
     config = peft.LoraConfig(
         r=settings.rank,
