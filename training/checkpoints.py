@@ -80,6 +80,7 @@ class TrainState:
         skipped: samples that could not be used so far, by reason.
         shards: fingerprint of the names of the shards, in their order; empty in older ones.
         shard_sizes: fingerprint of their sizes; empty too where one is remote.
+        canaries: what each canary showed when it was first measured, by name.
     """
 
     step: int
@@ -91,6 +92,7 @@ class TrainState:
     skipped: dict[str, int] = field(default_factory=dict)
     shards: str = ""
     shard_sizes: str = ""
+    canaries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -133,13 +135,22 @@ class Checkpoints:
             engine.save(self.folder, partial, asdict(state))
             weights, heads = engine.state_dict(), engine.heads_state_dict()
             adapted = engine.adapted_state_dict()
+            # Locked towers whose features are stored are not in the engine.
+            locked = parts.model.state_dict()
+            if engine.module.adapters is None and not locked.keys() <= weights.keys():
+                weights = {**locked, **weights}
             files = self._describe_own(self.folder / partial)
 
             def publish() -> None:
                 written = self.folder / partial
                 target = written / "model"
                 mark = save_model(
-                    parts, target, weights=weights, heads=heads, provenance=provenance
+                    parts,
+                    target,
+                    weights=weights,
+                    heads=heads,
+                    provenance=provenance,
+                    place=self.folder / name / "model",
                 )
                 if engine.module.adapters is not None:
                     _write_adapter(

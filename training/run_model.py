@@ -16,6 +16,8 @@ from clipsys.models.open_clip_models import fingerprint as fingerprint_of_parts
 from clipsys.training.checkpoints import ADAPTER_FOLDER
 from clipsys.training.distributed.agreement import on_every_rank, require_equal
 from clipsys.training.distributed.collectives import rank
+from clipsys.training.features.phases import uses_features
+from clipsys.training.features.trunks import Heads
 from clipsys.training.model.adapters import Adapters
 from clipsys.training.model.adding_adapters import add_adapters, announce_trained
 from clipsys.training.model.initial import (
@@ -58,8 +60,8 @@ def begin_model(
         )
     )
     require_equal(
-        {"a model with the fingerprint": fingerprint(model, weights=bool(settings.pretrained))},
-        remedy="give every machine the same model.architecture and model.pretrained",
+        {"a model with the fingerprint": fingerprint(model, weights=settings.begins_with_weights)},
+        remedy="give every machine the same model, and the same files of its weights",
     )
     adapters = on_every_rank(lambda: _adapters(model, settings, recipe.model))
     freeze_unused(
@@ -78,11 +80,19 @@ def _adapters(model: ModelParts, settings: ModelConfig, recipe: ModelConfig) -> 
     if recipe.lora is None:
         return None
     if settings is not recipe:  # resumed, from a model that they are merged into
-        base, _ = read_base(Path(str(settings.pretrained)) / ADAPTER_FOLDER)
+        model_folder = settings.towers[0].name if settings.towers else settings.pretrained
+        base, _ = read_base(Path(str(model_folder)) / ADAPTER_FOLDER)
     else:
         base = _base_of(model, recipe)
-    unlocked = {"image": recipe.unlocked_image_blocks, "text": recipe.unlocked_text_blocks}
-    locked = tuple(tower for tower in recipe.lora.towers if unlocked[tower] == 0)
+    if recipe.towers is not None:
+        has_locked_head = {
+            tower: settings.locked_head
+            for tower, settings in zip(("image", "text"), recipe.towers, strict=True)
+        }
+    else:
+        blocks = {"image": recipe.unlocked_image_blocks, "text": recipe.unlocked_text_blocks}
+        has_locked_head = {tower: number == 0 for tower, number in blocks.items()}
+    locked = tuple(tower for tower in recipe.lora.towers if has_locked_head[tower])
     return add_adapters(model, recipe.lora, base=base, locked_heads=locked)
 
 
@@ -106,7 +116,10 @@ def make_trained_model(
     sizes: Sizes,
     adapters: Adapters | None = None,
 ) -> TrainedModel:
-    """The model with the objective's heads and momentum towers, checked against the recipe."""
+    """The model with the objective's heads and momentum towers, checked against the recipe.
+
+    Of a model with locked towers only the heads, which take the features of the towers.
+    """
     engine = recipe.engine
     options = TowerOptions(
         engine.precision,
@@ -115,7 +128,8 @@ def make_trained_model(
         freeze_batch_norm=recipe.model.rests_batch_norm,
     )
     _check_frozen_batch_norm(model.model, recipe.model)
-    trained = TrainedModel(model.model, objective, options, sizes=sizes, adapters=adapters)
+    clip = Heads(model.model) if uses_features(recipe) else model.model
+    trained = TrainedModel(clip, objective, options, sizes=sizes, adapters=adapters)
     _check_batch_norm(trained, recipe)
     return trained
 

@@ -11,6 +11,7 @@ building            a model with random weights
 adapters            what lies in an adapter folder, and merging it into its base
 quantisation        weights in NF4
 loading             a model with its weights
+interpolation       weights between two models (WiSE-FT)
 counting            what an architecture takes: parameters, GFLOP, activations
 catalogue           open_clip's pretrained models: what they take and what they reach
 catalogue_plot      the same as a picture
