@@ -51,6 +51,7 @@ def write_trunk(path: Path, *, renamed: bool = False, num_classes: int = 7) -> P
 def tower_sections(folder: Path, **image: Any) -> dict[str, Any]:
     """The section ``model`` of a recipe with these towers."""
     encoder, trunk = folder / "encoder", folder / "trunk.pth"
+    folder.mkdir(exist_ok=True)
     if not encoder.is_dir():
         write_encoder(encoder)
         write_trunk(trunk)

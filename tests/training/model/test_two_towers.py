@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,7 @@ def test_what_cannot_be_found_is_named(
         ({"patch_dropout": 0.5}, "patch_dropout does nothing for image_tower"),
         ({"image_tower": {"name": "hf:x"}}, "a text encoder"),
         ({"text_tower": {"name": "timm:x"}}, "an image model"),
+        ({"image_tower": {"name": "timm:x", "weights": "random"}}, "unlocked_blocks to null"),
         (
             {"image_tower": {"name": "timm:x", "locked_head": True}},
             "timm:x has no head of its own",
@@ -218,3 +220,29 @@ def test_the_width_of_an_own_head_must_be_the_common_one(tmp_path: Path) -> None
     }
     with pytest.raises(ConfigError, match=r"its own head gives \d+ values, and the common space"):
         initial_model(ModelConfig.model_validate(settings))
+
+
+def test_an_encoder_of_the_hub_is_taken_from_its_cache_with_its_own_pooling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--org--encoder"
+    encoder = write_encoder(repository / "snapshots" / "abc")
+    modes = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (encoder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    sections = tower_sections(tmp_path / "towers")
+    sections["text_tower"] = {"name": "hf:org/encoder"}
+    parts = initial_model(ModelConfig.model_validate(sections))
+    assert parts.config["text_cfg"]["hf_pooler_type"] == "cls_last_hidden_state_pooler"
+    assert parts.config["text_cfg"]["context_length"] == 20
+
+
+def test_batch_norm_of_a_tower_with_random_weights_takes_statistics(towers: Path) -> None:
+    sections = tower_sections(towers, weights="random", unlocked_blocks=None)
+    assert not ModelConfig.model_validate(sections).rests_batch_norm
+    assert ModelConfig.model_validate(tower_sections(towers)).rests_batch_norm
