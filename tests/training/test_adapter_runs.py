@@ -427,7 +427,20 @@ def test_export_says_what_it_cannot_write(runs: Path, tmp_path: Path) -> None:
     ("sections", "message"),
     [
         ({"objective": {"name": "simclr"}}, r"set model\.lora\.towers: \[image\]"),
-        ({"model": {"unlocked_image_blocks": 1}}, "freezes the whole image tower beside its"),
+        (
+            {"model": {"unlocked_image_blocks": 1}},
+            r"image_blocks is 1, and model.lora freezes the image tower beside",
+        ),
+        (
+            {
+                "model": {
+                    "pretrained": None,
+                    "image_tower": {"name": "timm:test_efficientnet", "unlocked_blocks": None},
+                    "text_tower": {"name": "hf:texts"},
+                }
+            },
+            r"image_tower.unlocked_blocks is null, and .*; set .* to 0",
+        ),
         ({"model": {"pretrained": None}}, "these would be random; set model.pretrained"),
         (
             {

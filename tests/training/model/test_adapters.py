@@ -116,7 +116,12 @@ def test_adapters_of_every_kind_of_tower_begin_as_nothing_and_merge_exactly(
 ) -> None:
     parts = _built(kind, tmp_path)
     before = _features(parts)
-    adapters = add_adapters(parts, LoraConfig(rank=4, alpha=8), base=Base())
+    heads = frozenset(
+        name
+        for name, _ in parts.model.named_parameters()
+        if name.startswith(("visual.head.", "text.proj."))
+    )
+    adapters = add_adapters(parts, LoraConfig(rank=4, alpha=8), base=Base(), heads=heads)
     assert {name.rpartition(".")[2] for name in adapters.names} - {"out_proj"} == _LAYERS[kind] - {
         "out_proj"
     }
@@ -177,6 +182,14 @@ def test_layers_that_cannot_be_adapted_are_refused_by_name(
     with pytest.raises(ConfigError, match=message) as caught:
         add_adapters(parts, LoraConfig(targets=targets), base=Base())
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_layers_do_not_reach_into_a_head_that_is_trained_whole(tmp_path: Path) -> None:
+    parts = _built("vit", tmp_path)
+    settings = LoraConfig(towers=("image",), targets=("qkv", "proj"))
+    adapters = add_adapters(parts, settings, base=Base())
+    assert len(adapters.names) == 13  # and the convolution of the patches
+    assert not any(name.startswith("visual.head") for name in adapters.names)
 
 
 class _Doubled(nn.Linear):
