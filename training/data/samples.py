@@ -54,8 +54,8 @@ class Batch:
         captions: (B,) the first text of each sample, before it was tokenized.
         further_groups_BT: int64; for each text but the first the group of the sample that it is a
             caption of, `NO_GROUP` where there is none; None where there are no such texts.
-        is_encoded: whether images and texts are features of locked towers, float16 (B, F), in the
-            place of pixels and tokens.
+        is_encoded: whether images are features of a locked tower, float16 (B, F), in the place of
+            pixels, and texts too unless their tower is trained.
     """
 
     keys: tuple[str, ...]

@@ -43,7 +43,7 @@ from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.features.config import FeaturesConfig
 from clipsys.training.features.store import Array, BlockStore, block_size
-from clipsys.training.features.trunks import Trunks, trunk_fingerprint
+from clipsys.training.features.trunks import Trunks, tokenizer_fingerprint, trunk_fingerprint
 from clipsys.training.model.layers import Tower
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def stored_features(
 ) -> tuple[BlockStore, BlockStore]:
     """Image and text features of all samples, computed where they are not stored yet.
 
-    Every rank calls it.
+    Of a text tower that is trained the tokens. Every rank calls it.
 
     Raises:
         TrainingError: the ranks do not see the same folder, or there is no room in it.
@@ -103,7 +103,7 @@ def stored_features(
     root = Path(source.settings.folder) if source.settings.folder else cache_folder("features")
     stores = {
         tower: BlockStore(
-            root / f"{tower}-{_key(source, parts, tower, precision)}", source.num_blocks
+            root / f"{tower}-{_key(source, trunks, parts, tower, precision)}", source.num_blocks
         )
         for tower in ("image", "text")
     }
@@ -112,23 +112,24 @@ def stored_features(
         ("text", _TextBlocks(source, trunks, parts)),
     )
     for tower, blocks in work:
-        _fill(stores[tower], source, tower, blocks)
+        what = f"{tower} features" if tower in trunks.stored else "tokens"
+        _fill(stores[tower], source, what, blocks)
     return stores["image"], stores["text"]
 
 
-def _fill(store: BlockStore, source: FeatureSource, tower: str, blocks: _Blocks) -> None:
+def _fill(store: BlockStore, source: FeatureSource, what: str, blocks: _Blocks) -> None:
     missing = gather_objects(store.missing())[0]
     own = missing[rank() :: world_size()]
     if rank() == 0:
         found = store.num_blocks - len(missing)
         _logger.info(
-            "features of the locked %s tower: %s",
-            tower,
+            "%s: %s",
+            what,
             f"{found} of {store.num_blocks} blocks are stored in {store.folder}"
             if found
             else f"computed once, and stored in {store.folder}",
         )
-    title = f"Computing {tower} features" if rank() == 0 and own else None
+    title = f"Computing {what}" if rank() == 0 and own else None
     samples = sum(len(_of_block(source, number)) for number in own)
     with (
         drive_errors_explained(
@@ -192,6 +193,8 @@ class _Blocks:
         size = self.source.settings.batch_size
         parts = [encode(items[first : first + size]) for first in range(0, len(items), size)]
         features = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 1), np.float32)
+        if features.dtype.kind == "i":
+            return features.astype(np.int32)  # tokens
         halves = features.astype(np.float16)
         if not np.isfinite(halves).all():
             raise TrainingError(
@@ -275,7 +278,8 @@ class _TextBlocks(_Blocks):
         }
 
     def _encode_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        return self.trunks.texts(self.parts.tokenizer(list(captions)))
+        tokens_BL = self.parts.tokenizer(list(captions))
+        return self.trunks.texts(tokens_BL) if "text" in self.trunks.stored else tokens_BL
 
 
 def _spread(decoded: list[Any], name: str) -> list[int]:
@@ -294,7 +298,9 @@ def _outcome(decoded: list[Any]) -> dict[str, Array]:
     return {"keys": np.array(keys, np.str_), "reasons": np.array(reasons, np.str_)}
 
 
-def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str) -> str:
+def _key(
+    source: FeatureSource, trunks: Trunks, parts: ModelParts, tower: Tower, precision: str
+) -> str:
     """Names the folder of a tower's features: everything that they depend on."""
     decoder, shards = source.decoder, source.shard_set
     of_image = {
@@ -312,8 +318,10 @@ def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str)
     }
     described = {
         "format": FORMAT,
-        "trunk": trunk_fingerprint(parts, tower),
-        "precision": precision,
+        "trunk": trunk_fingerprint(parts, tower)
+        if tower in trunks.stored
+        else tokenizer_fingerprint(parts),
+        "precision": precision if tower in trunks.stored else None,
         "caption_key": decoder.caption_key,
         "shards": [*_stamps(shards.shards)],
         "counts": shards.counts,
