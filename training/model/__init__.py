@@ -2,6 +2,12 @@
 
 layers              the layers of a tower, from its top to its bottom
 positions           position embeddings for another image size or context length
+adapters            LoRA: its settings, and what leaves a model that has them
+adding_adapters     adapters put into a model
+adapter_layers      attention with adapters, and weights in NF4
+adapter_targets     which layers get adapters
+adapter_faults      settings of adapters that do not go together
+adapter_check       a forward and backward pass before the first step
 pretrained          what comes with pretrained weights, and what a recipe changes of it
 initial             the model that a run begins with
 outputs             what passes between data, model and loss
