@@ -48,6 +48,7 @@ from clipsys.training.run_data import (
 )
 from clipsys.training.run_model import (
     begin_model,
+    begin_teacher,
     check_view_sizes,
     feature_width,
     make_trained_model,
@@ -154,7 +155,11 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     num_samples = shard_set.num_samples if windows is None else windows.num_windows
     num_classes = len(classes) if objective.needs_classes else 0
     tokens = token_ids(model) if objective.num_texts else None
-    sizes = Sizes(feature_width(model), num_samples, num_classes, tokens)
+    teacher = begin_teacher(recipe, objective, model, device)
+    sizes = Sizes(
+        *(feature_width(model), num_samples, num_classes, tokens),
+        teacher=None if teacher is None else teacher.sizes,
+    )
     trained = make_trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
     check_view_sizes(model.model, views, model.preprocessing.size)
@@ -170,7 +175,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         tile_size=tile_size,
         num_frames=objective.num_frames,
     )
-    decoder = make_decoder(recipe, objective, model, classes)
+    decoder = make_decoder(recipe, objective, model, classes, teacher)
     if objective.negatives_key is not None:
         announce_negatives(recipe, shard_set, objective.negatives_key)
     engine = Engine(
@@ -199,6 +204,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
             objective=objective,
             augmentation=recipe.augmentation,
             seed=recipe.seed,
+            teacher=teacher,
         ),
         validation=validation,
         canaries=canaries,

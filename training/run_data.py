@@ -20,6 +20,7 @@ from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from clipsys.training.distributed.agreement import require_same_files
 from clipsys.training.distributed.collectives import on_first_rank, rank, world_size
 from clipsys.training.mining.miner import Miner
+from clipsys.training.model.teacher import Teacher
 from clipsys.training.objectives import Objective
 from clipsys.training.recipe import Recipe
 from clipsys.training.run_model import feature_width
@@ -74,7 +75,11 @@ def loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, int
 
 
 def make_decoder(
-    recipe: Recipe, objective: Objective[Any], model: ModelParts, classes: tuple[str, ...]
+    recipe: Recipe,
+    objective: Objective[Any],
+    model: ModelParts,
+    classes: tuple[str, ...],
+    teacher: Teacher | None = None,
 ) -> Decoder:
     """What makes rows of a batch of raw samples, as recipe, objective and model need them."""
     data, target = recipe.data, model.preprocessing
@@ -100,6 +105,7 @@ def make_decoder(
         further=None
         if objective.negatives_key is None
         else StatedNegatives(objective.negatives_key, objective.num_texts - 1),
+        teacher_tokenizer=None if teacher is None else teacher.tokenizer,
     )
 
 

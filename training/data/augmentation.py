@@ -65,10 +65,12 @@ def to_input(
     """Without augmentation: uint8 to float32, resized if needed, normalised."""
     image = pixels_BCHW.float() / 255
     if tuple(image.shape[-2:]) != size:
-        image = F.interpolate(
-            image, size=size, mode="bilinear", antialias=True, align_corners=False
-        )
+        image = _resized(image, size)
     return (image - mean) / std
+
+
+def _resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 class Shared(NamedTuple):
@@ -91,6 +93,7 @@ def augment(
     std: torch.Tensor,
     generator: torch.Generator,
     shared: Shared | None = None,
+    drawn_for: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """A random view of each image, normalised.
 
@@ -102,13 +105,17 @@ def augment(
         std: (3, 1, 1).
         generator: on the CPU, so that CPU and GPU runs draw the same numbers.
         shared: what is drawn as for another view of the same ``config``.
+        drawn_for: (H, W) of a view that this one shows in another size, of equal draws; None: it
+            is no other's.
 
     Returns:
         float32 (B, 3, H, W).
     """
     draw = _Draws(len(pixels_BCHW), generator, pixels_BCHW.device, shared)
     image = pixels_BCHW.float() / 255
-    image = _resample(image, config, size, draw.of("geometry"), draw.of("rotation"))
+    image = _resample(
+        image, config, size, draw.of("geometry"), draw.of("rotation"), drawn_for or size
+    )
     image = _jitter(image, config, draw.of("colour"))
     image = _blur(image, config, draw.of("blur"))
     image = (image - mean) / std
@@ -154,12 +161,14 @@ def _resample(
     size: tuple[int, int],
     draw: _Draws,
     turn: _Draws,
+    drawn_for: tuple[int, int],
 ) -> torch.Tensor:
     """Crop, flip, rotation and resize in one bilinear pass over a sampling grid."""
     height, width = image.shape[-2:]
     whole = config.crop_scale == (1.0, 1.0) and config.crop_ratio == (1.0, 1.0)
-    if whole and not config.flip and not config.rotation_degrees and size == (height, width):
-        return image
+    untouched = whole and not config.flip and not config.rotation_degrees
+    if untouched and drawn_for == (height, width):  # nothing is drawn
+        return image if size == drawn_for else _resized(image, size)
     area = draw.uniform(*config.crop_scale)
     ratio = torch.exp(draw.uniform(*(math.log(bound) for bound in config.crop_ratio)))
     # The ratio is of pixels, the grid is of [-1, 1]: undo the image's own aspect ratio.

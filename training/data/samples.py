@@ -54,6 +54,8 @@ class Batch:
         captions: (B,) the first text of each sample, before it was tokenized.
         further_groups_BT: int64; for each text but the first the group of the sample that it is a
             caption of, `NO_GROUP` where there is none; None where there are no such texts.
+        teacher_BL: int64 (B, L); the first text of each sample in the tokens of a teacher; None
+            where there is none.
     """
 
     keys: tuple[str, ...]
@@ -67,6 +69,7 @@ class Batch:
     shards: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
     further_groups_BT: torch.Tensor | None = None
+    teacher_BL: torch.Tensor | None = None
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -84,6 +87,7 @@ class Batch:
             classes_B=_pinned(self.classes_B),
             present_BT=_pinned(self.present_BT),
             further_groups_BT=_pinned(self.further_groups_BT),
+            teacher_BL=_pinned(self.teacher_BL),
         )
 
 
@@ -190,6 +194,7 @@ class Decoder:
         further: where texts beside the caption come from; None: there are none.
         label_noise: replaces labels; None leaves them.
         num_sentences: how many sentences of a caption are the texts; 0: the whole caption is one.
+        teacher_tokenizer: tokenizer of a teacher's text tower; None where there is none.
     """
 
     preprocessing: Preprocessing
@@ -207,6 +212,7 @@ class Decoder:
     further: FurtherTexts | None = None
     label_noise: LabelNoise | None = None
     num_sentences: int = 0
+    teacher_tokenizer: Tokenizer | None = None
 
     def row(
         self,
@@ -323,6 +329,7 @@ class Decoder:
 
     def batch(self, rows: Sequence[Row], skipped: Sequence[Skipped]) -> Batch:
         """Stacks rows."""
+        captions = tuple((row.texts[0] if row.texts else "") or "" for row in rows)
         return Batch(
             keys=tuple(row.key for row in rows),
             image_BCHW=_stacked(
@@ -340,10 +347,11 @@ class Decoder:
             present_BT=_presence([row.texts for row in rows]),
             skipped=tuple(skipped),
             shards=tuple(row.shard for row in rows),
-            captions=tuple((row.texts[0] if row.texts else "") or "" for row in rows),
+            captions=captions,
             further_groups_BT=None
             if self.further is None
             else torch.tensor([row.further_groups for row in rows], dtype=torch.int64),
+            teacher_BL=self.teacher_tokenizer and self.teacher_tokenizer(list(captions)),
         )
 
 

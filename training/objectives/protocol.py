@@ -154,6 +154,14 @@ class Objective(Generic[ConfigT]):
         return None
 
     @property
+    def teacher(self) -> str | None:
+        """A model whose vectors of image and text are the targets (`teacher_rows`); None: none.
+
+        It sees the first view and the first text of each sample; `momentum` must be None.
+        """
+        return None
+
+    @property
     def uses_labels(self) -> bool:
         """Whether labels of samples make a difference."""
         return self.needs_classes or self.positives == "label"
