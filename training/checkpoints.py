@@ -128,6 +128,10 @@ class Checkpoints:
         ):
             engine.save(self.folder, partial, asdict(state))
             weights, heads = engine.state_dict(), engine.heads_state_dict()
+            # Locked towers whose features are stored are not in the engine.
+            locked = parts.model.state_dict()
+            if not locked.keys() <= weights.keys():
+                weights = {**locked, **weights}
             files = self._describe_own(self.folder / partial)
 
             def publish() -> None:

@@ -16,6 +16,8 @@ from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
 from clipsys.training.engine.zero import zero_faults
+from clipsys.training.features.config import FeaturesConfig
+from clipsys.training.features.phases import UnlockConfig, feature_faults
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.objectives import (
     Objective,
@@ -42,6 +44,8 @@ class Recipe(Settings):
     data: DataConfig
     augmentation: AugmentationConfig = AugmentationConfig()
     objective: ObjectiveSection = InfoNCEConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    unlock: UnlockConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
@@ -60,6 +64,7 @@ class Recipe(Settings):
             *self._idle_with_data(objective),
             *self._frame_faults(objective),
             *self._conflicts(objective),
+            *feature_faults(self, objective),
             *objective.faults(surroundings),
         )
         for fault in faults:

@@ -27,6 +27,8 @@ from clipsys.training.distributed.collectives import (
     world_size,
 )
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.features.batches import FeatureBatches
+from clipsys.training.features.phases import uses_features
 from clipsys.training.losses import auto_tile_size
 from clipsys.training.mining.miner import Miner
 from clipsys.training.model.initial import (
@@ -44,6 +46,7 @@ from clipsys.training.run_data import (
     make_decoder,
     make_miner,
     open_data,
+    open_features,
     training_batches,
 )
 from clipsys.training.run_model import (
@@ -85,6 +88,7 @@ class Run:
         skips: samples that could not be used.
         decoder: makes rows of samples.
         miner: mines hard negatives; None where the objective has none.
+        encoded: batches of stored features; None where towers are trained.
         checks_precision: whether the first loss is compared with that in fp32.
     """
 
@@ -105,6 +109,7 @@ class Run:
     skips: SkipLedger
     decoder: Decoder
     miner: Miner | None = None
+    encoded: FeatureBatches | None = None
     checks_precision: bool = False
 
     @property
@@ -119,6 +124,8 @@ class Run:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches from a step on, to the end of the run or the next mining."""
+        if self.encoded is not None:
+            return self.encoded.from_step(start_step)
         if self.miner is not None:
             return self.miner.batches(start_step)
         data = self.recipe.data
@@ -162,7 +169,9 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     )
     trained = make_trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
-    check_view_sizes(model.model, views, model.preprocessing.size)
+    with_features = uses_features(recipe)
+    if not with_features:
+        check_view_sizes(model.model, views, model.preprocessing.size)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
     plan = plan_run(  # before the engine partitions the model
         recipe,
@@ -171,11 +180,18 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         world_size=world_size(),
         num_samples=order.num_positions,
         embed_dim=sizes.width,
-        image_size=loading_size(recipe, model.preprocessing) if views else (0, 0),
+        image_size=loading_size(recipe, model.preprocessing)
+        if views and not with_features
+        else (0, 0),
         tile_size=tile_size,
         num_frames=objective.num_frames,
     )
     decoder = make_decoder(recipe, objective, model, classes, teacher)
+    encoded = None
+    if with_features:
+        trunks, encoded = open_features(recipe, model, decoder, shard_set, order, device)
+        validation.use_trunks(trunks)
+        canaries.use_trunks(trunks)
     if objective.negatives_key is not None:
         announce_negatives(recipe, shard_set, objective.negatives_key)
     engine = Engine(
@@ -217,6 +233,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         ),
         decoder=decoder,
         miner=make_miner(recipe, objective, model, shard_set, order, decoder),
+        encoded=encoded,
         checks_precision=asked == "auto" and recipe.engine.precision == "bf16",
     )
     if rank() == 0:

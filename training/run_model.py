@@ -13,6 +13,8 @@ from clipsys.errors import ConfigError
 from clipsys.models.open_clip_models import ModelParts
 from clipsys.training.distributed.agreement import on_every_rank, require_equal
 from clipsys.training.distributed.collectives import rank
+from clipsys.training.features.phases import uses_features
+from clipsys.training.features.trunks import Heads
 from clipsys.training.model.initial import (
     ModelConfig,
     fingerprint,
@@ -90,10 +92,14 @@ def _announce_teacher(teacher: Teacher, recipe: Recipe, model: ModelParts) -> No
 def make_trained_model(
     recipe: Recipe, objective: Objective[Any], model: ModelParts, sizes: Sizes
 ) -> TrainedModel:
-    """The model with the objective's heads and momentum towers, checked against the recipe."""
+    """The model with the objective's heads and momentum towers, checked against the recipe.
+
+    Of a model with locked towers only the heads, which take the features of the towers.
+    """
     engine = recipe.engine
     options = TowerOptions(engine.precision, engine.grad_checkpointing, engine.compile)
-    trained = TrainedModel(model.model, objective, options, sizes=sizes)
+    clip = Heads(model.model) if uses_features(recipe) else model.model
+    trained = TrainedModel(clip, objective, options, sizes=sizes)
     _check_batch_norm(trained, recipe)
     return trained
 

@@ -59,8 +59,8 @@ class Teacher:
         """
         self.name = parts.name
         self.fingerprint = parts.loaded_fingerprint or model_fingerprint(parts)
-        parts.model.eval().requires_grad_(False)
-        self._model: Any = parts.model.to(device)
+        model: Any = parts.model.eval().requires_grad_(False).to(device)
+        self._model = model
         self._encode_tokens = text_encoder(self._model)
         self._autocast = {"fp16": torch.float16}.get(precision, torch.bfloat16)
         self._is_exact = precision == "fp32"
@@ -72,8 +72,8 @@ class Teacher:
             torch.tensor(look.std, device=device).view(3, 1, 1),
         )
         self.tokenizer: Tokenizer = parts.tokenizer
-        self.num_parameters = sum(one.numel() for one in parts.model.parameters())
-        scale = float(self._model.logit_scale.detach().exp())
+        self.num_parameters = sum(one.numel() for one in model.parameters())
+        scale = float(model.logit_scale.detach().exp())
         self.sizes = TeacherSizes(int(parts.config["embed_dim"]), scale)
 
     @torch.no_grad()

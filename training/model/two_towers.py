@@ -447,6 +447,7 @@ class HeadDropout:
         self._share = share
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """Called by torch before the layer, with its inputs."""
         if not module.training:
             return None
         return (torch.nn.functional.dropout(inputs[0], self._share), *inputs[1:])

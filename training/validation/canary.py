@@ -20,6 +20,7 @@ from clipsys.models.tokenization import Tokenizer
 from clipsys.shards.reading import expand_shards, iterate_raw
 from clipsys.shards.samples import parse_sample
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.features.trunks import Trunks
 from clipsys.training.validation.config import CanaryConfig, EvaluationConfig
 from clipsys.training.validation.measuring import Validation
 
@@ -75,6 +76,11 @@ class Canaries:
 
     def __bool__(self) -> bool:
         return bool(self._sets)
+
+    def use_trunks(self, trunks: Trunks) -> None:
+        """Measures heads over features of locked towers, which are computed once."""
+        for one in self._sets.values():
+            one.use_trunks(trunks)
 
     def fingerprints(self) -> dict[str, str]:
         """Of the data of each canary; ranks must hold the same."""

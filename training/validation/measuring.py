@@ -27,6 +27,7 @@ from clipsys.shards.samples import Sample
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.features.trunks import Encode, Trunks
 from clipsys.training.model.outputs import Inputs
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.validation.classifier import (
@@ -90,6 +91,8 @@ class Validation:
         self._classifier = classifier
         self._classified: ClassifiedSamples | None = None
         self._tokens: torch.Tensor | None = None
+        self._trunks: Trunks | None = None
+        self._features: dict[str, torch.Tensor] = {}
         retrieves = has_text and has_images
         if validation is not None and not retrieves:
             lacking = "text" if has_images else "image"
@@ -143,6 +146,18 @@ class Validation:
     def __bool__(self) -> bool:
         return bool(self._targets or self._neighbours or self._labels or self._classified)
 
+    def use_trunks(self, trunks: Trunks) -> None:
+        """Measures heads over features of locked towers, which are computed once."""
+        self._trunks = trunks
+
+    def _featured(self, name: str, rows: torch.Tensor, encode: Encode) -> torch.Tensor:
+        """Features of rows that never change, in the place of the rows."""
+        if name not in self._features:
+            size = self._config.batch_size
+            parts = [encode(rows[first : first + size]) for first in range(0, len(rows), size)]
+            self._features[name] = torch.cat(parts).cpu()
+        return self._features[name]
+
     def fingerprint(self) -> str:
         """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
         texts = self._targets.texts if self._targets else []
@@ -165,20 +180,29 @@ class Validation:
                     image = image.contiguous(memory_format=torch.channels_last)
                 return image
 
-            def encode_image(pixels: torch.Tensor) -> torch.Tensor:
-                return model.encode_image(image_of(pixels))
-
-            def encode_text(texts: list[str]) -> Floats:
-                share = texts[rank() :: world_size()]
-                tokens = self._tokenizer(share or [""])
+            def encode_images(name: str, pixels: torch.Tensor, total: int) -> Floats:
+                if self._trunks is None:
+                    return self._encode_all(
+                        pixels, total, lambda part: model.encode_image(image_of(part))
+                    )
+                trunk = self._trunks.images
+                features = self._featured(name, pixels, lambda part: trunk(image_of(part)))
                 return self._encode_all(
-                    tokens, len(texts), lambda part: model.encode_tokens(part.to(engine.device))
+                    features, total, lambda part: model.encode_image(part.to(engine.device))
+                )
+
+            def encode_texts(name: str, texts: list[str]) -> Floats:
+                rows = self._tokenizer(texts[rank() :: world_size()] or [""])
+                if self._trunks is not None:
+                    rows = self._featured(name, rows, self._trunks.texts)
+                return self._encode_all(
+                    rows, len(texts), lambda part: model.encode_tokens(part.to(engine.device))
                 )
 
             if self._targets or self._neighbours:
-                image_ND = self._encode_all(self._pixels, self._num_images, encode_image)
+                image_ND = encode_images("images", self._pixels, self._num_images)
             if self._targets:
-                text_MD = encode_text(self._targets.texts)
+                text_MD = encode_texts("texts", self._targets.texts)
                 figures |= retrieval_figures(image_ND, text_MD, self._targets)
             if self._neighbours:
                 nearest = knn_figures(image_ND, *self._neighbours)
@@ -188,8 +212,9 @@ class Validation:
                 scores_NC = self._scores(self._classifier, model, image_of, engine.device)
                 figures |= classifier_figures(scores_NC, self._classified, self._classifier)
             if self._labels:
-                image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
-                class_CD = self._question.vectors(encode_text(self._question.prompts))
+                image_ND = encode_images("zeroshot", self._zeroshot_pixels, len(self._labels))
+                prompts_ND = encode_texts("prompts", self._question.prompts)
+                class_CD = self._question.vectors(prompts_ND)
                 accuracy = zeroshot_figures(image_ND, class_CD, self._question.labels, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
         return figures
