@@ -51,11 +51,11 @@ from clipsys.training.run_data import (
 )
 from clipsys.training.run_model import (
     begin_model,
-    begin_teacher,
     check_view_sizes,
     feature_width,
     make_trained_model,
 )
+from clipsys.training.run_teacher import begin_teacher
 from clipsys.training.step import TrainingStep
 from clipsys.training.validation.canary import Canaries
 from clipsys.training.validation.classifier import Classifier
@@ -153,7 +153,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     begins_with = recipe.model
     if checkpoint is not None:
         begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
-    model = begin_model(begins_with, recipe, objective)
+    model, adapters = begin_model(begins_with, recipe, objective)
     shard_set, windows, classes, order = open_data(recipe, objective)
     validation = _validation(recipe, objective, model, classes)
     canaries = _canaries(recipe, model)
@@ -167,7 +167,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         *(feature_width(model), num_samples, num_classes, tokens),
         teacher=None if teacher is None else teacher.sizes,
     )
-    trained = make_trained_model(recipe, objective, model, sizes)
+    trained = make_trained_model(recipe, objective, model, sizes, adapters)
     views = objective.views(recipe.augmentation)
     with_features = uses_features(recipe)
     if not with_features:
