@@ -16,8 +16,8 @@ from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
 from clipsys.training.engine.zero import zero_faults
-from clipsys.training.features.config import FeaturesConfig
-from clipsys.training.features.phases import UnlockConfig, feature_faults
+from clipsys.training.features.config import FeaturesConfig, UnlockConfig
+from clipsys.training.features.faults import feature_faults, idle_settings
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.objectives import (
     Objective,
@@ -64,7 +64,17 @@ class Recipe(Settings):
             *self._idle_with_data(objective),
             *self._frame_faults(objective),
             *self._conflicts(objective),
-            *feature_faults(self, objective),
+            *feature_faults(
+                self.objective.name,
+                objective,
+                num_views=len(objective.views(self.augmentation)),
+                model=self.model,
+                features=self.features,
+                unlock=self.unlock,
+            ),
+            *idle_settings(
+                self.model, {"engine": self.engine, "optimizer": self.optimizer}, self.unlock
+            ),
             *objective.faults(surroundings),
         )
         for fault in faults:

@@ -28,7 +28,6 @@ from clipsys.training.distributed.collectives import (
 )
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.features.batches import FeatureBatches
-from clipsys.training.features.phases import uses_features
 from clipsys.training.losses import auto_tile_size
 from clipsys.training.mining.miner import Miner
 from clipsys.training.model.initial import (
@@ -169,7 +168,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     )
     trained = make_trained_model(recipe, objective, model, sizes, adapters)
     views = objective.views(recipe.augmentation)
-    with_features = uses_features(recipe)
+    with_features = recipe.model.has_locked_towers
     if not with_features:
         check_view_sizes(model.model, views, model.preprocessing.size)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)

@@ -16,7 +16,6 @@ from clipsys.models.open_clip_models import fingerprint as fingerprint_of_parts
 from clipsys.training.checkpoints import ADAPTER_FOLDER
 from clipsys.training.distributed.agreement import on_every_rank, require_equal
 from clipsys.training.distributed.collectives import rank
-from clipsys.training.features.phases import uses_features
 from clipsys.training.features.trunks import Heads
 from clipsys.training.model.adapters import Adapters
 from clipsys.training.model.adding_adapters import add_adapters, announce_trained
@@ -128,7 +127,7 @@ def make_trained_model(
         freeze_batch_norm=recipe.model.rests_batch_norm,
     )
     _check_frozen_batch_norm(model.model, recipe.model)
-    clip = Heads(model.model) if uses_features(recipe) else model.model
+    clip = Heads(model.model) if recipe.model.has_locked_towers else model.model
     trained = TrainedModel(clip, objective, options, sizes=sizes, adapters=adapters)
     _check_batch_norm(trained, recipe)
     return trained

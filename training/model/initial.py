@@ -126,9 +126,11 @@ class ModelConfig(Settings):
     @property
     def rests_batch_norm(self) -> bool:
         """Whether batch norm of the towers keeps its statistics."""
-        return (
-            self.begins_with_weights if self.freeze_batch_norm is None else self.freeze_batch_norm
-        )
+        if self.freeze_batch_norm is not None:
+            return self.freeze_batch_norm
+        # Statistics of random weights are worth nothing.
+        is_random = self.image_tower is not None and self.image_tower.weights == "random"
+        return self.begins_with_weights and not is_random
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

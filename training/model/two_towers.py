@@ -106,6 +106,10 @@ class ImageTowerConfig(TowerConfig):
             )
         if self.weights and not self.name.startswith(TIMM):
             raise ValueError("weights is for a tower of timm (name timm:NAME); leave it out")
+        if self.weights == "random" and self.unlocked_blocks is not None:
+            raise ValueError(
+                "weights is random, so that all blocks must be trained; set unlocked_blocks to null"
+            )
         return self
 
 

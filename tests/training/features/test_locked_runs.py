@@ -20,9 +20,9 @@ from clipsys.shards.reading import iterate_raw
 from clipsys.shards.samples import parse_sample
 from clipsys.training.data.augmentation import AugmentationConfig, augment, normalisation
 from clipsys.training.features.extraction import view_seed
-from clipsys.training.features.phases import locked_phase, unlocked_phase
 from clipsys.training.journal import read_metrics
 from clipsys.training.model.initial import initial_model
+from clipsys.training.phases import locked_phase, unlocked_phase
 from clipsys.training.recipe import Recipe
 from tests.training.runs import (
     Attempt,

@@ -196,6 +196,7 @@ def test_what_cannot_be_found_is_named(
         ({"patch_dropout": 0.5}, "patch_dropout does nothing for image_tower"),
         ({"image_tower": {"name": "hf:x"}}, "a text encoder"),
         ({"text_tower": {"name": "timm:x"}}, "an image model"),
+        ({"image_tower": {"name": "timm:x", "weights": "random"}}, "unlocked_blocks to null"),
         (
             {"image_tower": {"name": "timm:x", "locked_head": True}},
             "timm:x has no head of its own",
@@ -239,3 +240,9 @@ def test_an_encoder_of_the_hub_is_taken_from_its_cache_with_its_own_pooling(
     parts = initial_model(ModelConfig.model_validate(sections))
     assert parts.config["text_cfg"]["hf_pooler_type"] == "cls_last_hidden_state_pooler"
     assert parts.config["text_cfg"]["context_length"] == 20
+
+
+def test_batch_norm_of_a_tower_with_random_weights_takes_statistics(towers: Path) -> None:
+    sections = tower_sections(towers, weights="random", unlocked_blocks=None)
+    assert not ModelConfig.model_validate(sections).rests_batch_norm
+    assert ModelConfig.model_validate(tower_sections(towers)).rests_batch_norm
