@@ -46,6 +46,7 @@ from clipsys.training.run_data import (
     make_miner,
     open_data,
     open_features,
+    open_teacher,
     training_batches,
 )
 from clipsys.training.run_model import (
@@ -186,6 +187,9 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         num_frames=objective.num_frames,
     )
     decoder = make_decoder(recipe, objective, model, classes, teacher)
+    taught = None
+    if teacher is not None:
+        taught = open_teacher(recipe, objective, model, teacher, decoder, shard_set, order)
     encoded = None
     if with_features:
         trunks, encoded = open_features(recipe, model, decoder, shard_set, order, device)
@@ -219,7 +223,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
             objective=objective,
             augmentation=recipe.augmentation,
             seed=recipe.seed,
-            teacher=teacher,
+            teacher=taught,
         ),
         validation=validation,
         canaries=canaries,

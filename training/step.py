@@ -24,6 +24,7 @@ from clipsys.training.data.samples import Batch
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Loss, MakeInputs
 from clipsys.training.engine.gradient_check import NonFiniteGradientError
+from clipsys.training.features.taught import StoredTeacher
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
 from clipsys.training.model.teacher import Teacher
 from clipsys.training.objectives import Labels, Objective
@@ -61,7 +62,7 @@ class TrainingStep:
         objective: Objective[Any],
         augmentation: AugmentationConfig,
         seed: int,
-        teacher: Teacher | None = None,
+        teacher: Teacher | StoredTeacher | None = None,
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -150,10 +151,11 @@ class TrainingStep:
 
     def _taught(self, batch: Batch, seed: int) -> Rows:
         """The teacher's vectors of the first view, drawn as for the student, and of the text."""
-        teacher, view = self._teacher, self._views[0]
+        teacher, view, device = self._teacher, self._views[0], self._engine.device
+        if isinstance(teacher, StoredTeacher):
+            return {name: rows.to(device) for name, rows in teacher.rows(batch).items()}
         assert teacher is not None and batch.teacher_BL is not None
         assert batch.image_BCHW is not None
-        device = self._engine.device
         image_BCHW = augment(
             batch.image_BCHW.to(device, non_blocking=True),
             view.augmentation,
@@ -185,12 +187,20 @@ class TrainingStep:
                 view.size or self._size,
                 self._mean,
                 self._std,
-                _generator(seed, number),
+                self._drawn_from(batch, seed, number),
                 Shared(_generator(seed, 0), view.shares) if view.shares else None,
             )
             for number, view in enumerate(self._views)
         )
         return Inputs(views, texts, seeds_B.to(device))
+
+    def _drawn_from(
+        self, batch: Batch, seed: int, number: int
+    ) -> torch.Generator | list[torch.Generator]:
+        """The random numbers of a view; those of the first one are a stored teacher's."""
+        if isinstance(self._teacher, StoredTeacher) and number == 0:
+            return self._teacher.generators(batch)
+        return _generator(seed, number)
 
     def _over_ranks(
         self,

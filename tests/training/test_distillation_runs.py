@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from clipsys.config import load_settings
 from clipsys.errors import ConfigError
 from clipsys.models.encoder import Encoder
 from clipsys.models.open_clip_models import build_model, fingerprint, load_model, save_model
+from clipsys.training.data.augmentation import augment, normalisation
 from clipsys.training.journal import read_metrics
 from clipsys.training.model.teacher import TEACHER_IMAGE, TEACHER_TEXT, Teacher, load_teacher
+from clipsys.training.recipe import Recipe
+from clipsys.training.run import build_run
 from tests.conftest import TINY_MODEL, noise_image
+from tests.ranks import run_ranks
 from tests.tiny_models import SIGLIP_PREPROCESS, siglip_config, write_tokenizer
 from tests.training.runs import Attempt, have_same_weights, train_in_group, weights_of, write_recipe
 
@@ -73,6 +78,61 @@ def test_a_run_learns_from_its_teacher_keeps_nothing_of_it_and_resumes_bit_for_b
     torch.manual_seed(0)
     student = build_model(TINY_MODEL).model.state_dict()
     assert weights_of(run).keys() == student.keys()
+
+
+def test_stored_vectors_are_those_of_the_view_that_the_student_sees(
+    teacher_folder: str, shards: str, tmp_path: Path
+) -> None:
+    objective = {
+        "name": "distillation",
+        "teacher": teacher_folder,
+        "teacher_views": 3,
+        "teacher_features": str(tmp_path / "stored"),
+    }
+    sections: dict[str, Any] = {"objective": objective, "evaluation": {"every_epochs": 0}}
+    path = write_recipe(tmp_path, shards, **sections)
+    (seen,) = run_ranks(_compare_with_live, 1, str(path), teacher_folder)
+    assert seen["apart"] < 2e-3  # stored in float16
+    assert seen["student apart"] == 0
+    assert seen["views"] == [0, 1, 2]
+    # Two ranks find what one has stored, and rows do not depend on the split.
+    outcomes = train_in_group([Attempt(path)], 2)
+    assert [one.error for one in outcomes[0]] == [""]
+    assert "1 of 1 blocks are stored" in outcomes[0][0].log
+
+
+def _compare_with_live(rank: int, world_size: int, path: str, teacher_folder: str) -> Any:
+    recipe = load_settings(Recipe, path)
+    run = build_run(recipe, torch.device("cpu"))
+    stored: Any = run.step._teacher
+    batches = run.batches(0)
+    batch = next(batches)
+    chosen = [int(view) for view in batch.stored_B2[:, 0]]  # type: ignore[index]
+    for _ in range(3):
+        chosen += [int(view) for view in next(batches).stored_B2[:, 0]]  # type: ignore[index]
+    batches.close()
+    (make,) = run.step._seeded_inputs([batch], 0)
+    inputs = make()
+    live = Teacher(load_teacher(teacher_folder), device=torch.device("cpu"), precision="fp32")
+
+    def view(size: tuple[int, int], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        assert batch.image_BCHW is not None
+        generators = stored.generators(batch)
+        return augment(
+            *(batch.image_BCHW, recipe.augmentation, size, mean, std, generators),
+            drawn_for=run.model.preprocessing.size,
+        )
+
+    expected = live.rows(view(live.size, *live.normalisation), live.tokenizer([*batch.captions]))
+    assert inputs.teacher is not None
+    apart = max(float((inputs.teacher[n] - expected[n]).abs().max()) for n in expected)
+    look = run.model.preprocessing
+    own = view(look.size, *normalisation(look, torch.device("cpu")))
+    return {
+        "apart": apart,
+        "student apart": float((own - inputs.views[0]).abs().max()),
+        "views": sorted(set(chosen)),
+    }
 
 
 def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ repeats exactly what the uninterrupted one would have done.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def augment(
     size: tuple[int, int],
     mean: torch.Tensor,
     std: torch.Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
     shared: Shared | None = None,
     drawn_for: tuple[int, int] | None = None,
 ) -> torch.Tensor:
@@ -103,7 +104,8 @@ def augment(
         size: (H, W) of the result.
         mean: (3, 1, 1), of pixels in [0, 1].
         std: (3, 1, 1).
-        generator: on the CPU, so that CPU and GPU runs draw the same numbers.
+        generator: on the CPU, so that CPU and GPU runs draw the same numbers; or one for each
+            image, which is then drawn as if it were alone.
         shared: what is drawn as for another view of the same ``config``.
         drawn_for: (H, W) of a view that this one shows in another size, of equal draws; None: it
             is no other's.
@@ -128,7 +130,7 @@ class _Draws:
     def __init__(
         self,
         count: int,
-        generator: torch.Generator,
+        generator: torch.Generator | Sequence[torch.Generator],
         device: torch.device,
         shared: Shared | None = None,
         family: Family | None = None,
@@ -141,7 +143,10 @@ class _Draws:
         return _Draws(self.count, self.generator, self.device, self.shared, family)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        values = torch.rand(self.count, generator=self.generator)
+        if isinstance(self.generator, torch.Generator):
+            values = torch.rand(self.count, generator=self.generator)
+        else:
+            values = torch.cat([torch.rand(1, generator=one) for one in self.generator])
         if self.shared is not None:
             # Both advance together, so that each number is the other view's own counterpart.
             others = torch.rand(self.count, generator=self.shared.generator)

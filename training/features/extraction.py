@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.features.config import FeaturesConfig
 from clipsys.training.features.store import Array, BlockStore, block_size
-from clipsys.training.features.trunks import Trunks, trunk_fingerprint
 from clipsys.training.model.layers import Tower
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +63,8 @@ class FeatureSource:
         numbers: of the samples that are trained on, among all of the shards.
         seed: of the views.
         cache: copies of remote shards.
+        drawn_for: size of the views as another model sees them, of equal draws; None: no other.
+        setting: the one that names the folder, for messages.
     """
 
     settings: FeaturesConfig
@@ -73,6 +74,8 @@ class FeatureSource:
     numbers: Sequence[int]
     seed: int
     cache: Any = None
+    drawn_for: tuple[int, int] | None = None
+    setting: str = "features.folder"
 
     @property
     def block_size(self) -> int:
@@ -85,13 +88,28 @@ class FeatureSource:
         return -(-len(self.numbers) // self.block_size)
 
 
+class Encoders(Protocol):
+    """What features are computed with: `Trunks`, or a whole model."""
+
+    device: torch.device
+
+    def images(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, F) float32 of normalised images."""
+
+    def texts(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """(B, F) float32 of tokens."""
+
+    def fingerprint(self, parts: ModelParts, tower: Tower) -> str:
+        """Equal if and only if features are."""
+
+
 def view_seed(seed: int, number: int, view: int) -> int:
     """What a view of a sample is drawn from."""
     return group_id(f"{seed}/{number}/{view}")
 
 
 def stored_features(
-    source: FeatureSource, trunks: Trunks, parts: ModelParts, *, precision: str
+    source: FeatureSource, trunks: Encoders, parts: ModelParts, *, precision: str
 ) -> tuple[BlockStore, BlockStore]:
     """Image and text features of all samples, computed where they are not stored yet.
 
@@ -103,7 +121,7 @@ def stored_features(
     root = Path(source.settings.folder) if source.settings.folder else cache_folder("features")
     stores = {
         tower: BlockStore(
-            root / f"{tower}-{_key(source, parts, tower, precision)}", source.num_blocks
+            root / f"{tower}-{_key(source, trunks, parts, tower, precision)}", source.num_blocks
         )
         for tower in ("image", "text")
     }
@@ -112,27 +130,27 @@ def stored_features(
         ("text", _TextBlocks(source, trunks, parts)),
     )
     for tower, blocks in work:
-        _fill(stores[tower], source, tower, blocks)
+        _fill(stores[tower], source, f"{parts.name}, {tower} tower", blocks)
     return stores["image"], stores["text"]
 
 
-def _fill(store: BlockStore, source: FeatureSource, tower: str, blocks: _Blocks) -> None:
+def _fill(store: BlockStore, source: FeatureSource, described: str, blocks: _Blocks) -> None:
     missing = gather_objects(store.missing())[0]
     own = missing[rank() :: world_size()]
     if rank() == 0:
         found = store.num_blocks - len(missing)
         _logger.info(
-            "features of the locked %s tower: %s",
-            tower,
+            "features of %s: %s",
+            described,
             f"{found} of {store.num_blocks} blocks are stored in {store.folder}"
             if found
             else f"computed once, and stored in {store.folder}",
         )
-    title = f"Computing {tower} features" if rank() == 0 and own else None
+    title = f"Computing features of {described}" if rank() == 0 and own else None
     samples = sum(len(_of_block(source, number)) for number in own)
     with (
         drive_errors_explained(
-            store.folder.parent, TrainingError, "make room, or set features.folder"
+            store.folder.parent, TrainingError, f"make room, or set {source.setting}"
         ),
         progress_if(title is not None, title or "", samples, unit="samples") as advance,
         ThreadPoolExecutor(max_workers=2) as pool,
@@ -148,7 +166,7 @@ def _fill(store: BlockStore, source: FeatureSource, tower: str, blocks: _Blocks)
     if absent := store.missing():
         raise TrainingError(
             f"{store.folder}: rank {rank()} does not see {len(absent)} blocks of features that "
-            "other ranks have written; set features.folder to a folder that all machines share"
+            f"other ranks have written; set {source.setting} to a folder that all machines share"
         )
 
 
@@ -160,7 +178,7 @@ def _of_block(source: FeatureSource, number: int) -> Sequence[int]:
 class _Blocks:
     """What a store's blocks are made of; one for each tower."""
 
-    def __init__(self, source: FeatureSource, trunks: Trunks, parts: ModelParts) -> None:
+    def __init__(self, source: FeatureSource, trunks: Encoders, parts: ModelParts) -> None:
         self.source, self.trunks, self.parts = source, trunks, parts
         shard_set = source.shard_set
         self._first = (*itertools.accumulate(shard_set.counts, initial=0),)
@@ -237,6 +255,7 @@ class _ImageBlocks(_Blocks):
                 mean,
                 std,
                 torch.Generator().manual_seed(view_seed(source.seed, number, view)),
+                drawn_for=source.drawn_for,
             )
             for pixels, number, view in views
         ]
@@ -294,7 +313,9 @@ def _outcome(decoded: list[Any]) -> dict[str, Array]:
     return {"keys": np.array(keys, np.str_), "reasons": np.array(reasons, np.str_)}
 
 
-def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str) -> str:
+def _key(
+    source: FeatureSource, trunks: Encoders, parts: ModelParts, tower: Tower, precision: str
+) -> str:
     """Names the folder of a tower's features: everything that they depend on."""
     decoder, shards = source.decoder, source.shard_set
     of_image = {
@@ -303,7 +324,8 @@ def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str)
         "seed": source.seed if source.settings.views > 1 else None,
         "decode": decoder.decode,
         "pixels": decoder.max_image_pixels,
-        "loaded": decoder.preprocessing.size,
+        "loaded": repr(decoder.preprocessing),
+        "drawn_for": source.drawn_for,
     }
     of_text = {
         "captions": decoder.captions,
@@ -312,7 +334,7 @@ def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str)
     }
     described = {
         "format": FORMAT,
-        "trunk": trunk_fingerprint(parts, tower),
+        "trunk": trunks.fingerprint(parts, tower),
         "precision": precision,
         "caption_key": decoder.caption_key,
         "shards": [*_stamps(shards.shards)],

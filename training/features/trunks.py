@@ -60,6 +60,10 @@ class Trunks:
         """(B, F) float32 of int64 tokens (B, L)."""
         return self._run(self._encode_text, tokens_BL)
 
+    def fingerprint(self, parts: ModelParts, tower: Tower) -> str:
+        """Equal if and only if features of this tower are."""
+        return trunk_fingerprint(parts, tower)
+
     def _run(self, encode: Encode, inputs: torch.Tensor) -> torch.Tensor:
         in_bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._in_bf16)
         with torch.no_grad(), in_bf16, self._without_heads():
@@ -117,6 +121,12 @@ def trunk_fingerprint(parts: ModelParts, tower: Tower) -> str:
         digest.update(repr((text.get("hf_pooler_type"), text.get("pool_type"))).encode())
         digest.update(repr(parts.tokenizer(_PROBE_TEXTS).tolist()).encode())
     return digest.hexdigest()
+
+
+def tokens_fingerprint(parts: ModelParts) -> str:
+    """Equal for tokenizers that give equal tokens."""
+    tokens = repr(parts.tokenizer(_PROBE_TEXTS).tolist()).encode()
+    return hashlib.blake2b(tokens, digest_size=16).hexdigest()
 
 
 def _head_name(tower: Any) -> str | None:

@@ -6,6 +6,7 @@ checkpoint and no export; every rank holds it whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ class Teacher:
     """Vectors of images and texts, in evaluation mode and without gradients.
 
     Attributes:
+        parts: the model.
         name: what messages call it.
         fingerprint: of its weights, architecture and preprocessing.
         sizes: what an objective needs to know of it.
@@ -47,6 +49,7 @@ class Teacher:
         normalisation: mean and deviation of its pixels, (3, 1, 1) each.
         tokenizer: of its text tower.
         num_parameters: how many weights it has.
+        device: where it runs.
     """
 
     def __init__(self, parts: ModelParts, *, device: torch.device, precision: str) -> None:
@@ -57,6 +60,7 @@ class Teacher:
             precision: of the run; anything but fp32 is autocast to bfloat16, or to float16 where
                 the run is in fp16.
         """
+        self.parts = parts
         self.name = parts.name
         self.fingerprint = parts.loaded_fingerprint or model_fingerprint(parts)
         model: Any = parts.model.eval().requires_grad_(False).to(device)
@@ -64,7 +68,7 @@ class Teacher:
         self._encode_tokens = text_encoder(self._model)
         self._autocast = {"fp16": torch.float16}.get(precision, torch.bfloat16)
         self._is_exact = precision == "fp32"
-        self._device = device
+        self.device = device
         look = parts.preprocessing
         self.size = look.size
         self.normalisation = (
@@ -76,13 +80,22 @@ class Teacher:
         scale = float(model.logit_scale.detach().exp())
         self.sizes = TeacherSizes(int(parts.config["embed_dim"]), scale)
 
-    @torch.no_grad()
     def rows(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> Rows:
         """Unit vectors, float32, of normalised images and of tokens of this teacher's own."""
-        with torch.autocast(self._device.type, dtype=self._autocast, enabled=not self._is_exact):
-            image_BE = self._model.encode_image(image_BCHW)
-            text_BE = self._encode_tokens(tokens_BL)
-        return {
-            TEACHER_IMAGE: F.normalize(image_BE.float(), dim=-1),
-            TEACHER_TEXT: F.normalize(text_BE.float(), dim=-1),
-        }
+        return {TEACHER_IMAGE: self.images(image_BCHW), TEACHER_TEXT: self.texts(tokens_BL)}
+
+    def images(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, E) unit norm, float32, of images with this teacher's size and normalisation."""
+        return self._run(self._model.encode_image, image_BCHW)
+
+    def texts(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """(B, E) unit norm, float32, of this teacher's tokens."""
+        return self._run(self._encode_tokens, tokens_BL)
+
+    @torch.no_grad()
+    def _run(
+        self, encode: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=self._autocast, enabled=not self._is_exact):
+            features = encode(inputs.to(self.device))
+        return F.normalize(features.float(), dim=-1)

@@ -16,7 +16,7 @@ from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes, State
 from clipsys.training.model.teacher import TEACHER_IMAGE, TEACHER_TEXT
 from clipsys.training.model.towers import Towers
 from clipsys.training.objectives.pairs import PairConfig, PairObjective
-from clipsys.training.objectives.protocol import Labels, Surroundings
+from clipsys.training.objectives.protocol import Labels, StoredViews, Surroundings
 
 _IMAGE_HEAD, _TEXT_HEAD = "image_to_teacher", "text_to_teacher"
 _SCALE = "teacher_scale"
@@ -33,6 +33,18 @@ class DistillationConfig(PairConfig):
     teacher: PathText = Field(
         description="the stronger model: NAME/TAG of open_clip, hf-hub:ORG/REPO, a model folder or "
         "a run folder"
+    )
+    teacher_views: int | None = Field(
+        None,
+        ge=2,
+        description="augmented views of each image, and all captions, whose vectors the teacher "
+        "computes once, before the first step; each use of a sample shows one of these views. "
+        "Default: it is asked at each step, for ever new views",
+    )
+    teacher_features: PathText | None = Field(
+        None,
+        description="where those vectors are stored, one folder for all ranks; default the user's "
+        "cache folder. They are found again by teacher, data and augmentation",
     )
     contrastive_weight: NonNegativeFloat = Field(
         1.0, description="weight of InfoNCE between the student's images and texts"
@@ -65,7 +77,9 @@ class Distillation(PairObjective[DistillationConfig]):
     Recommendations:
         Where a model is too large to serve, or was trained on far more than there is here. The
         feature term does most. ``data.load_size`` should be the teacher's image size where that is
-        larger than the student's. A step costs the teacher's forward pass besides. The default
+        larger than the student's. A step costs the teacher's forward pass besides, unless its
+        vectors are stored: with ``teacher_views`` they are computed once, each with the seed of
+        its view, so that the student sees exactly that view (as in DataCompDR). The default
         weights are the paper's; the feature term is a mean over the teacher's width, so that for a
         width far below 512 its weight may be lowered in proportion.
 
@@ -76,7 +90,9 @@ class Distillation(PairObjective[DistillationConfig]):
     References:
         Yang et al. 2024, "CLIP-KD: An Empirical Study of CLIP Model Distillation": feature
         distillation, contrastive relational distillation and interactive contrastive learning,
-        with the weights of the released code.
+        with the weights of the released code. Vasu et al. 2024, "MobileCLIP: Fast Image-Text
+        Models through Multi-Modal Reinforced Training", and Faghri et al. 2023, "Reinforce Data,
+        Multiply Impact": vectors of a teacher stored with the parameters of the augmentation.
     """
 
     config = DistillationConfig
@@ -96,6 +112,13 @@ class Distillation(PairObjective[DistillationConfig]):
     def teacher(self) -> str | None:
         """As the recipe says."""
         return self.settings.teacher
+
+    @property
+    def stored_teacher(self) -> StoredViews | None:
+        """As the recipe says."""
+        if self.settings.teacher_views is None:
+            return None
+        return StoredViews(self.settings.teacher_views, self.settings.teacher_features)
 
     def heads(self, sizes: Sizes) -> nn.ModuleDict:
         """Linear maps into the teacher's space, where it has another width."""
@@ -157,6 +180,16 @@ class Distillation(PairObjective[DistillationConfig]):
     def faults(self, recipe: Surroundings) -> Iterator[str]:
         """Weights with which nothing is learned from the teacher."""
         yield from super().faults(recipe)
+        if self.settings.teacher_features is not None and self.settings.teacher_views is None:
+            yield (
+                "objective.teacher_features does nothing without objective.teacher_views, the "
+                "number of views that are stored there"
+            )
+        if recipe.model.has_locked_towers:
+            yield (
+                "objective.name distillation shows images to a teacher, and locked towers are "
+                "trained over stored features of their own; unlock a block"
+            )
         if not any(self._weights._replace(contrastive=0.0)):
             yield (
                 "objective.feature_weight, relational_weight and interactive_weight are all 0, so "
