@@ -169,7 +169,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     )
     trained = make_trained_model(recipe, objective, model, sizes, adapters)
     views = objective.views(recipe.augmentation)
-    with_features = recipe.model.has_locked_towers
+    with_features = bool(recipe.model.stored_towers)
     if not with_features:
         check_view_sizes(model.model, views, model.preprocessing.size)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)

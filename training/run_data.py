@@ -199,6 +199,7 @@ def open_features(
     trunks = Trunks(
         model,
         device,
+        stored=recipe.model.stored_towers,
         precision=recipe.engine.precision,
         channels_last=recipe.engine.channels_last,
     )

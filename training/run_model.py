@@ -16,7 +16,7 @@ from clipsys.models.open_clip_models import fingerprint as fingerprint_of_parts
 from clipsys.training.checkpoints import ADAPTER_FOLDER
 from clipsys.training.distributed.agreement import on_every_rank, require_equal
 from clipsys.training.distributed.collectives import rank
-from clipsys.training.features.trunks import Heads
+from clipsys.training.features.trunks import BehindTrunks
 from clipsys.training.model.adapters import Adapters
 from clipsys.training.model.adding_adapters import add_adapters, announce_trained
 from clipsys.training.model.initial import (
@@ -117,7 +117,7 @@ def make_trained_model(
 ) -> TrainedModel:
     """The model with the objective's heads and momentum towers, checked against the recipe.
 
-    Of a model with locked towers only the heads, which take the features of the towers.
+    Of a tower whose features are stored only the head, which takes them.
     """
     engine = recipe.engine
     options = TowerOptions(
@@ -127,7 +127,8 @@ def make_trained_model(
         freeze_batch_norm=recipe.model.rests_batch_norm,
     )
     _check_frozen_batch_norm(model.model, recipe.model)
-    clip = Heads(model.model) if recipe.model.has_locked_towers else model.model
+    stored = recipe.model.stored_towers
+    clip = BehindTrunks(model.model, stored) if stored else model.model
     trained = TrainedModel(clip, objective, options, sizes=sizes, adapters=adapters)
     _check_batch_norm(trained, recipe)
     return trained

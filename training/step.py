@@ -171,8 +171,9 @@ class TrainingStep:
         device = self._engine.device
         if batch.is_encoded:
             assert batch.image_BCHW is not None
-            encoded = [one.to(device, non_blocking=True).float() for one in batch.texts]
-            return Inputs((batch.image_BCHW.to(device, non_blocking=True).float(),), tuple(encoded))
+            moved = [one.to(device, non_blocking=True) for one in (batch.image_BCHW, *batch.texts)]
+            image, *rest = [one.float() if one.is_floating_point() else one for one in moved]
+            return Inputs((image,), tuple(rest))
         texts = tuple(tokens_BL.to(device, non_blocking=True) for tokens_BL in batch.texts)
         seeds_B = torch.randint(1 << 62, (len(batch.keys),), generator=_generator(seed, -1))
         if batch.image_BCHW is None:

@@ -58,8 +58,8 @@ class Batch:
             where there is none, or its vectors are stored.
         stored_B2: int64; which of the stored views of its image and which of its captions a sample
             shows; None where a teacher's vectors are not stored.
-        is_encoded: whether images and texts are features of locked towers, float16 (B, F), in the
-            place of pixels and tokens.
+        is_encoded: whether images are features of a locked tower, float16 (B, F), in the place of
+            pixels, and texts too unless their tower is trained.
     """
 
     keys: tuple[str, ...]

@@ -92,6 +92,8 @@ class Encoders(Protocol):
     """What features are computed with: `Trunks`, or a whole model."""
 
     device: torch.device
+    #: The towers whose features are stored; of the others their inputs are.
+    stored: tuple[Tower, ...]
 
     def images(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, F) float32 of normalised images."""
@@ -113,7 +115,7 @@ def stored_features(
 ) -> tuple[BlockStore, BlockStore]:
     """Image and text features of all samples, computed where they are not stored yet.
 
-    Every rank calls it.
+    Of a text tower that is trained the tokens. Every rank calls it.
 
     Raises:
         TrainingError: the ranks do not see the same folder, or there is no room in it.
@@ -130,23 +132,24 @@ def stored_features(
         ("text", _TextBlocks(source, trunks, parts)),
     )
     for tower, blocks in work:
-        _fill(stores[tower], source, f"{parts.name}, {tower} tower", blocks)
+        what = f"{tower} features" if tower in trunks.stored else "tokens"
+        _fill(stores[tower], source, what, blocks)
     return stores["image"], stores["text"]
 
 
-def _fill(store: BlockStore, source: FeatureSource, described: str, blocks: _Blocks) -> None:
+def _fill(store: BlockStore, source: FeatureSource, what: str, blocks: _Blocks) -> None:
     missing = gather_objects(store.missing())[0]
     own = missing[rank() :: world_size()]
     if rank() == 0:
         found = store.num_blocks - len(missing)
         _logger.info(
-            "features of %s: %s",
-            described,
+            "%s: %s",
+            what,
             f"{found} of {store.num_blocks} blocks are stored in {store.folder}"
             if found
             else f"computed once, and stored in {store.folder}",
         )
-    title = f"Computing features of {described}" if rank() == 0 and own else None
+    title = f"Computing {what}" if rank() == 0 and own else None
     samples = sum(len(_of_block(source, number)) for number in own)
     with (
         drive_errors_explained(
@@ -210,6 +213,8 @@ class _Blocks:
         size = self.source.settings.batch_size
         parts = [encode(items[first : first + size]) for first in range(0, len(items), size)]
         features = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 1), np.float32)
+        if features.dtype.kind == "i":
+            return features.astype(np.int32)  # tokens
         halves = features.astype(np.float16)
         if not np.isfinite(halves).all():
             raise TrainingError(
@@ -294,7 +299,8 @@ class _TextBlocks(_Blocks):
         }
 
     def _encode_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        return self.trunks.texts(self.parts.tokenizer(list(captions)))
+        tokens_BL = self.parts.tokenizer(list(captions))
+        return self.trunks.texts(tokens_BL) if "text" in self.trunks.stored else tokens_BL
 
 
 def _spread(decoded: list[Any], name: str) -> list[int]:
@@ -335,7 +341,7 @@ def _key(
     described = {
         "format": FORMAT,
         "trunk": trunks.fingerprint(parts, tower),
-        "precision": precision,
+        "precision": precision if tower in trunks.stored else None,
         "caption_key": decoder.caption_key,
         "shards": [*_stamps(shards.shards)],
         "counts": shards.counts,

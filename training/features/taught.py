@@ -17,7 +17,7 @@ from clipsys.models.parts import ModelParts
 from clipsys.training.data.samples import Batch
 from clipsys.training.features.batches import FeatureTable
 from clipsys.training.features.extraction import FeatureSource, stored_features, view_seed
-from clipsys.training.features.trunks import tokens_fingerprint
+from clipsys.training.features.trunks import tokenizer_fingerprint
 from clipsys.training.model.layers import Tower
 from clipsys.training.model.outputs import Rows
 from clipsys.training.model.teacher import TEACHER_IMAGE, TEACHER_TEXT, Teacher
@@ -94,6 +94,8 @@ def store_teacher(source: FeatureSource, teacher: Teacher, *, precision: str) ->
 class _Whole:
     """A teacher's towers with their heads."""
 
+    stored: tuple[Tower, ...] = ("image", "text")
+
     def __init__(self, teacher: Teacher) -> None:
         self.device = teacher.device
         self._teacher = teacher
@@ -105,4 +107,4 @@ class _Whole:
         return self._teacher.texts(tokens_BL)
 
     def fingerprint(self, parts: ModelParts, tower: Tower) -> str:
-        return f"{self._teacher.fingerprint} {tower} {tokens_fingerprint(parts)}"
+        return f"{self._teacher.fingerprint} {tower} {tokenizer_fingerprint(parts)}"

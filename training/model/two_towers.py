@@ -34,7 +34,7 @@ from clipsys.models.construction import one_line
 from clipsys.models.model_folders import CONFIG_NAME
 from clipsys.models.open_clip_models import ModelParts, build_model, load_model
 from clipsys.models.tokenization import make_tokenizer
-from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
+from clipsys.training.model.layers import HEADS, TEMPERATURE_NAMES, Tower, tower_depths
 from clipsys.training.model.tower_weights import load_trunk, read_weights
 
 _logger = logging.getLogger(__name__)
@@ -240,18 +240,10 @@ def tower_parameters(model: nn.Module, tower: Tower) -> list[tuple[str, nn.Param
     ]
 
 
-#: Beginnings of the names of heads, by tower: timm's, those of open_clip's own transformers, its
-#: attention pool; Hugging Face's, and open_clip's.
-_HEADS: dict[Tower, tuple[str, ...]] = {
-    "image": ("visual.head.", "visual.proj", "visual.attnpool.c_proj."),
-    "text": ("text.proj.", "text.text_projection", "text_projection"),
-}
-
-
 def head_names(model: nn.Module, tower: Tower) -> frozenset[str]:
     """Names of the parameters of a tower's head: what follows its last layer and its pooling."""
     names = [name for name, _ in tower_parameters(model, tower)]
-    return frozenset(name for name in names if name.startswith(_HEADS[tower]))
+    return frozenset(name for name in names if name.startswith(HEADS[tower]))
 
 
 # ---- sources -----------------------------------------------------------------------------------
