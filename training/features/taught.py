@@ -61,13 +61,10 @@ class StoredTeacher:
                 "vectors (objective.teacher_features) to compute them again"
             )
         features = {
-            TEACHER_IMAGE: table.image_features(places, stored_B2[:, 0]),
-            TEACHER_TEXT: table.text_features(table.starts[places] + stored_B2[:, 1]),
+            TEACHER_IMAGE: torch.from_numpy(table.image_features(places, stored_B2[:, 0])),
+            TEACHER_TEXT: table.text_inputs(table.starts[places] + stored_B2[:, 1]),
         }
-        return {
-            name: F.normalize(torch.from_numpy(halves).float(), dim=-1)
-            for name, halves in features.items()
-        }
+        return {name: F.normalize(one.float(), dim=-1) for name, one in features.items()}
 
 
 def store_teacher(source: FeatureSource, teacher: Teacher, *, precision: str) -> StoredTeacher:

@@ -185,7 +185,7 @@ class Distillation(PairObjective[DistillationConfig]):
                 "objective.teacher_features does nothing without objective.teacher_views, the "
                 "number of views that are stored there"
             )
-        if recipe.model.has_locked_towers:
+        if recipe.model.stored_towers:
             yield (
                 "objective.name distillation shows images to a teacher, and locked towers are "
                 "trained over stored features of their own; unlock a block"
