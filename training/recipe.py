@@ -106,7 +106,7 @@ class Recipe(Settings):
             )
         lacking = [] if objective.views(self.augmentation) else ["image"]
         lacking += [] if objective.num_texts else ["text"]
-        if self.evaluation.canary and lacking and not model.pretrained:
+        if self.evaluation.canary and lacking and not model.begins_with_weights:
             yield (
                 f"evaluation.canary needs images and texts, and objective.name {name} trains no "
                 f"{lacking[0]}; start from a model that knows both (model.pretrained)"
