@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 FIXED: dict[str, str] = {
     "seed": "the order of samples, augmentation and dropout are drawn from it",
     "model": "the weights come from the checkpoint",
+    "model.lora": "the checkpoint holds adapters of this form, and the weights beside them",
     "data.batch_size": "it decides which samples each step has seen",
     "data.shuffle_shards": "it decides which samples each step has seen",
     "data.resampled": "it decides which samples each step has seen",
@@ -40,6 +41,8 @@ FIXED: dict[str, str] = {
     "data.subset_seed": "it decides which samples each step has seen, and their labels",
     "data.frames": "it decides which windows each step has seen",
     "data.classes": "it decides what the numbers of the classes mean",
+    "features": "it decides which views each step has seen",
+    "unlock": "it decides what the second phase trains",
     "objective": "it decides which parameters and states there are",
     "optimizer.name": "the checkpoint holds the state of another optimizer",
     "optimizer.layer_decay": "it decides the groups that the optimizer's state is kept in",
@@ -51,6 +54,7 @@ CHANGEABLE: tuple[str, ...] = (
     "output",
     "nproc",
     "model.patch_dropout",
+    "model.freeze_batch_norm",
     "data.train",  # its order of samples is compared by `SampleOrder.fingerprint`
     "data.validation",
     "data.micro_batch_size",
@@ -67,6 +71,8 @@ CHANGEABLE: tuple[str, ...] = (
     "data.max_bad_share",
     "data.max_image_pixels",
     "augmentation",
+    "features.folder",
+    "features.batch_size",
     "objective.positives",
     "objective.duplicates",
     "objective.tile_size",

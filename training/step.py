@@ -136,6 +136,11 @@ class TrainingStep:
     def _inputs(self, batch: Batch, seed: int) -> Inputs:
         """What a micro-batch shows to the towers: the same for the same seed."""
         device = self._engine.device
+        if batch.is_encoded:
+            assert batch.image_BCHW is not None
+            moved = [one.to(device, non_blocking=True) for one in (batch.image_BCHW, *batch.texts)]
+            image, *rest = [one.float() if one.is_floating_point() else one for one in moved]
+            return Inputs((image,), tuple(rest))
         texts = tuple(tokens_BL.to(device, non_blocking=True) for tokens_BL in batch.texts)
         seeds_B = torch.randint(1 << 62, (len(batch.keys),), generator=_generator(seed, -1))
         if batch.image_BCHW is None:

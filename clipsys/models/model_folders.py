@@ -72,6 +72,23 @@ def read_card(folder: str | Path) -> ModelCard | None:
         raise ModelError(f"{path}: damaged ({one_line(error)}); export the model again") from error
 
 
+def check_replaceable(target: Path, *, overwrite: bool) -> None:
+    """Refuses a place where a model folder must not be written.
+
+    Raises:
+        ModelError: ``target`` exists, is not an empty folder, and is no model folder or
+            ``overwrite`` is not given.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not target.is_dir() or not (target / CONFIG_NAME).is_file():
+            raise ModelError(
+                f"{target}: already exists and is no model folder, which alone is replaced; choose "
+                "another folder"
+            )
+        if not overwrite:
+            raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
+
+
 def save_model(
     parts: ModelParts,
     out: str | Path,
@@ -101,14 +118,7 @@ def save_model(
     from safetensors.torch import save_file
 
     target = Path(out)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        if not target.is_dir() or not (target / CONFIG_NAME).is_file():
-            raise ModelError(
-                f"{target}: already exists and is no model folder, which alone is replaced; choose "
-                "another folder"
-            )
-        if not overwrite:
-            raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
+    check_replaceable(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     weights = parts.model.state_dict() if weights is None else weights
     mark = fingerprint(parts, weights)

@@ -188,7 +188,10 @@ class Engine:
         if not self.config.channels_last:
             return inputs
         layout = torch.channels_last
-        views = tuple(view.contiguous(memory_format=layout) for view in inputs.views)
+        views = tuple(
+            view.contiguous(memory_format=layout) if view.dim() == 4 else view
+            for view in inputs.views
+        )
         return inputs._replace(views=views)
 
     def _targets(self, inputs: Inputs) -> Rows:
@@ -412,9 +415,14 @@ class Engine:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole float32 weights of the open_clip model, averaged ones where they are kept.
 
-        Every rank must call it: ZeRO gathers its partitions.
+        Adapters are merged into them. Every rank must call it: ZeRO gathers its partitions.
         """
-        return self._whole(self.module.clip)
+        whole, adapters = self._whole(self.module.clip), self.module.adapters
+        return whole if adapters is None else adapters.merged_weights(self.module.clip, whole)
+
+    def adapted_state_dict(self) -> dict[str, torch.Tensor]:
+        """The same with the weights and the adapters each by themselves; empty without adapters."""
+        return {} if self.module.adapters is None else self._whole(self.module.clip)
 
     def heads_state_dict(self) -> dict[str, torch.Tensor]:
         """The same of the objective's heads; empty where there are none."""
