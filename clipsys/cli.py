@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "shards": ("clipsys.commands.shards", "shards"),
     "train": ("clipsys.training.commands", "train"),
     "export": ("clipsys.training.commands", "export"),
+    "interpolate": ("clipsys.commands.interpolate", "interpolate"),
     "index": ("clipsys.retrieval.commands.index", "index"),
     "search": ("clipsys.retrieval.commands.search", "search"),
     "info": ("clipsys.retrieval.commands.reports", "info"),

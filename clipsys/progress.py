@@ -113,11 +113,11 @@ def _line_writer(description: str, total: int | None, unit: str) -> Callable[...
 
 @contextmanager
 def progress_if(
-    shown: bool, description: str, total: int | None = None
+    shown: bool, description: str, total: int | None = None, *, unit: str = "items"
 ) -> Iterator[Callable[[int], object]]:
     """`progress` where it is to be shown; otherwise a function that does nothing."""
     if not shown:
         yield lambda _: None
         return
-    with progress(description, total) as advance:
+    with progress(description, total, unit=unit) as advance:
         yield advance

@@ -74,6 +74,7 @@ class TrainState:
         skipped: samples that could not be used so far, by reason.
         shards: fingerprint of the names of the shards, in their order; empty in older ones.
         shard_sizes: fingerprint of their sizes; empty too where one is remote.
+        canaries: what each canary showed when it was first measured, by name.
     """
 
     step: int
@@ -85,6 +86,7 @@ class TrainState:
     skipped: dict[str, int] = field(default_factory=dict)
     shards: str = ""
     shard_sizes: str = ""
+    canaries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -126,12 +128,22 @@ class Checkpoints:
         ):
             engine.save(self.folder, partial, asdict(state))
             weights, heads = engine.state_dict(), engine.heads_state_dict()
+            # Locked towers whose features are stored are not in the engine.
+            locked = parts.model.state_dict()
+            if not locked.keys() <= weights.keys():
+                weights = {**locked, **weights}
             files = self._describe_own(self.folder / partial)
 
             def publish() -> None:
                 written = self.folder / partial
-                target = written / "model"
-                save_model(parts, target, weights=weights, heads=heads, provenance=provenance)
+                save_model(
+                    parts,
+                    written / "model",
+                    weights=weights,
+                    heads=heads,
+                    provenance=provenance,
+                    place=self.folder / name / "model",
+                )
                 for place, path in (attachments or {}).items():
                     (written / place).parent.mkdir(exist_ok=True)
                     link_or_copy(path, written / place)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from clipsys.training.json_lines import format_line, read_lines, rewrite
 
 METRICS_NAME = "metrics.jsonl"
+
+#: What a line of the log says of the held-out data.
+_LOGGED = (
+    "val/text_to_image/recall@10",
+    "val/image_to_text/recall@10",
+    "val/zeroshot/accuracy@1",
+    "val/knn/accuracy@1",
+    "val/classifier/accuracy@1",
+    "val/classifier/macro_f1",
+)
 
 
 class Journal:
@@ -34,11 +45,20 @@ class Journal:
         self._board.close()
 
 
+def described(figures: Mapping[str, float]) -> list[str]:
+    """The figures on the held-out data that the log shows."""
+    shown = (name for name in _LOGGED if name in figures)
+    return [f"{name.removeprefix('val/')} {figures[name]:.3f}" for name in shown]
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; steps that a resumed run did again count once, the last time."""
+    """The lines of metrics.jsonl; steps that a resumed run did again count once, the last time.
+
+    What was measured at one step beside the loss is one entry.
+    """
     latest: dict[tuple[int, bool], dict[str, Any]] = {}
     for entry in read_lines(run / METRICS_NAME):
-        latest[entry["step"], "loss" in entry] = entry
+        latest.setdefault((entry["step"], "loss" in entry), {}).update(entry)
     return [latest[key] for key in sorted(latest)]
 
 
@@ -71,6 +91,9 @@ def plot_curves(run: Path, out: Path) -> None:
     for name, label in shown.items():
         if points := _points(entries, name):
             right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    for name, label in _canary_figures(entries).items():
+        points = _points(entries, name)
+        right.plot(*zip(*points, strict=True), "--", marker="o", markersize=3, label=label)
     right.set(title="Held-out data", xlabel="step", ylim=(0, 1))
     if right.lines:
         right.legend(frameon=False)
@@ -78,6 +101,21 @@ def plot_curves(run: Path, out: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     figure.savefig(out)
+
+
+def _canary_figures(entries: list[dict[str, Any]]) -> dict[str, str]:
+    """The figures of canaries that are drawn, with their labels."""
+    shown = {
+        "/text_to_image/recall@10": "text → image, recall@10",
+        "/zeroshot/accuracy@1": "zero-shot accuracy",
+    }
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    return {
+        name: f"{name.removeprefix('canary/').removesuffix(ending)}: {label}"
+        for name in names
+        for ending, label in shown.items()
+        if name.startswith("canary/") and name.endswith(ending)
+    }
 
 
 def _points(entries: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:

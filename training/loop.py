@@ -7,6 +7,7 @@ RUN/checkpoints/      what --resume goes on from
 RUN/mining/           the hard negatives in use, of an objective that mines them
 RUN/tensorboard/
 RUN/curves.png
+RUN/locked/           the first phase, of a run with one for locked towers
 RUN/model/            the trained model, when the run is complete
 """
 
@@ -23,8 +24,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clipsys import __version__
 from clipsys.errors import TrainingError
+from clipsys.models.model_folders import set_place
 from clipsys.progress import Advance, progress
 from clipsys.training.agreement import agree_on_recipe
 from clipsys.training.checkpoints import FOLDER, TrainState
@@ -32,8 +36,10 @@ from clipsys.training.data.samples import Batch, Skipped
 from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
 from clipsys.training.distributed.process_group import start_processes
+from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.schedule import lr_factor
-from clipsys.training.journal import Journal, plot_curves
+from clipsys.training.features.phases import LOCKED_FOLDER, locked_phase, unlocked_phase
+from clipsys.training.journal import Journal, described, plot_curves
 from clipsys.training.plan import StepClock
 from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe
@@ -56,22 +62,56 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     Raises:
         ClipsysError: whatever is wrong with recipe, data or run folder.
     """
-    recipe.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    for phase in (recipe, *_phases(recipe)):
+        phase.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     device = start_processes(recipe.engine.device)
     recipe = agree_on_recipe(recipe)
     on_first_rank(lambda: _check_folder(recipe.run_folder, resume=resume))
     require_shared(recipe.run_folder)
-    resumption = find_resumption(recipe.run_folder, recipe) if resume else None
+    if recipe.unlock is None:
+        _train_phase(recipe, recipe, device, resume=resume)
+        return recipe.run_folder
+    locked, unlocked = _phases(recipe)
+    if on_first_rank((locked.run_folder / "model").is_dir):
+        find_resumption(locked.run_folder, locked)  # refuses what must not have changed
+        _logger.info("%s: the heads are trained already", locked.run_folder)
+    else:
+        begun = on_first_rank((locked.run_folder / "config.yaml").is_file)
+        _logger.info("first phase: the heads of locked towers, in %s", locked.run_folder)
+        _train_phase(locked, locked, device, resume=begun)
+    begun = on_first_rank((recipe.run_folder / "config.yaml").is_file)
+    _logger.info("second phase: blocks of the towers are unlocked")
+    _train_phase(unlocked, recipe, device, resume=begun)
+    return recipe.run_folder
+
+
+def _phases(recipe: Recipe) -> tuple[Recipe, ...]:
+    if recipe.unlock is None:
+        return ()
+    return locked_phase(recipe), unlocked_phase(recipe)
+
+
+def _train_phase(recipe: Recipe, stated: Recipe, device: torch.device, *, resume: bool) -> None:
+    """Trains one phase of a run.
+
+    Args:
+        recipe: what is carried out.
+        stated: the recipe that it comes from, which is written down and compared.
+        device: this rank's.
+        resume: goes on from the last checkpoint.
+    """
+    folder = recipe.run_folder
+    resumption = find_resumption(folder, stated) if resume else None
     settled = resumption.settle(recipe) if resumption else recipe
-    loop = TrainingLoop(build_run(settled, device, resumption.name if resumption else None))
+    run = build_run(settled, device, resumption.name if resumption else None)
+    loop = TrainingLoop(run, stated)
     if resumption:
         loop.resume(resumption)
     elif resume:
-        _logger.info("%s: no checkpoint yet, starting at the first step", recipe.run_folder)
+        _logger.info("%s: no checkpoint yet, starting at the first step", folder)
     # Only now, when data and model are known to be usable, something is written.
-    on_first_rank(lambda: write_recipe(recipe.run_folder, loop.recipe, resumption))
+    on_first_rank(lambda: write_recipe(folder, loop.stated, resumption))
     loop.train()
-    return recipe.run_folder
 
 
 def _check_folder(run: Path, *, resume: bool) -> None:
@@ -83,6 +123,8 @@ def _check_folder(run: Path, *, resume: bool) -> None:
             f"{run}: {place} may not be written to by this user; set output to another folder"
         )
     if resume:
+        if (run / LOCKED_FOLDER / "config.yaml").is_file():
+            return
         if not (run / "config.yaml").is_file() and (run / FOLDER).is_dir():
             raise TrainingError(
                 f"{run}: config.yaml is missing, in which a run states its settings; put it back, "
@@ -111,9 +153,18 @@ class _Window:
 class TrainingLoop:
     """Takes the steps of a run; evaluates, saves and writes down on the way."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, stated: Recipe | None = None) -> None:
+        """
+        Args:
+            run: the parts of the run.
+            stated: the recipe that the run's own was made from; it is what is written down.
+                None: its own.
+        """
         self.run = run
         self.recipe = run.recipe
+        #: With what was chosen at the start: precision and threads.
+        stated = stated or run.recipe
+        self.stated = stated.model_copy(update={"engine": _settled(stated, run.recipe)})
         self.step = 0
         self.figures: dict[str, float] = {}
         self._window = _Window()
@@ -134,6 +185,7 @@ class TrainingLoop:
             )
         self.step = state.step
         self.run.skips.resume(state.step, state.skipped)
+        self.run.canaries.resume(state.canaries)
         if self.run.miner is not None:
             self.run.miner.resume(self.run.checkpoints.folder / resumption.name, state.step)
         _logger.info("resuming after step %d of %d", self.step, self.run.total_steps)
@@ -156,6 +208,7 @@ class TrainingLoop:
             skipped=dict(self.run.skips.reasons),
             shards=self.run.shard_set.name_fingerprint(),
             shard_sizes=self.run.shard_set.size_fingerprint(),
+            canaries=self.run.canaries.state(),
         )
 
     def train(self) -> None:
@@ -181,6 +234,10 @@ class TrainingLoop:
                 self._window.waited_s += time.monotonic() - asked
                 if self.step == 0 and run.checks_precision:
                     self._check_precision(own[0])
+                # In the precision that is trained in, so after that check.
+                if run.canaries and not run.canaries.is_known():
+                    with self._pause():
+                        self._write_figures(self._canary_figures())
                 self._train_step(own)
                 clock.tick()
                 advance(1, note=self._note())
@@ -254,7 +311,9 @@ class TrainingLoop:
         self.run.engine.module.use_precision("fp32")
         engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
         self.recipe = self.recipe.model_copy(update={"engine": engine})
-        on_first_rank(lambda: write_recipe(self.run.folder, self.recipe, None))
+        engine = self.stated.engine.model_copy(update={"precision": "fp32"})
+        self.stated = self.stated.model_copy(update={"engine": engine})
+        on_first_rank(lambda: write_recipe(self.run.folder, self.stated, None))
 
     def _count_skipped(self, own: Sequence[Skipped]) -> None:
         gathered = gather_objects(own)
@@ -287,24 +346,34 @@ class TrainingLoop:
         return f"loss {self.figures['loss']:.3f}  epoch {self.figures['epoch']:.1f}"
 
     def _evaluate(self) -> None:
-        if not self.run.validation:
+        figures: dict[str, float] = {}
+        if self.run.validation:
+            measured = self.run.validation.measure(self.run.engine)
+            figures |= {f"val/{name}": value for name, value in measured.items()}
+        if self.run.canaries:
+            figures |= self._canary_figures()
+        self._write_figures(figures)
+
+    def _canary_figures(self) -> dict[str, float]:
+        measured = self.run.canaries.measure(self.run.engine, self.step)
+        return {f"canary/{name}": value for name, value in measured.items()}
+
+    def _write_figures(self, figures: dict[str, float]) -> None:
+        """What was measured beside the loss: into the journal and the log, on rank 0."""
+        if not self._journal or not figures:
             return
-        figures = self.run.validation.measure(self.run.engine)
-        if self._journal:
-            self._journal.write(
-                self.step, {f"val/{name}": value for name, value in figures.items()}
-            )
-            shown = (
-                "text_to_image/recall@10",
-                "image_to_text/recall@10",
-                "zeroshot/accuracy@1",
-                "knn/accuracy@1",
-                "classifier/accuracy@1",
-                "classifier/macro_f1",
-            )
-            texts = [f"{name} {figures[name]:.3f}" for name in shown if name in figures]
-            epoch = self.step / self.run.steps_per_epoch
-            _logger.info("epoch %.3g: %s", epoch, ", ".join(texts))
+        self._journal.write(self.step, figures)
+        of_canaries = {
+            name.removeprefix("canary/"): value
+            for name, value in figures.items()
+            if name.startswith("canary/")
+        }
+        texts = [
+            *described(figures),
+            *(f"canary {text}" for text in self.run.canaries.describe(of_canaries)),
+        ]
+        _logger.info("epoch %.3g: %s", self.step / self.run.steps_per_epoch, ", ".join(texts))
+        self.run.canaries.warn(of_canaries)
 
     def _save(self) -> Path:
         return self.run.checkpoints.save(
@@ -321,7 +390,7 @@ class TrainingLoop:
             "step": self.step,
             "epochs": round(self.step / self.run.steps_per_epoch, 4),
             "clipsys": __version__,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self.stated.model_dump(mode="json"),
             **({"classes": list(self.run.classes)} if self.run.classes else {}),
         }
 
@@ -338,6 +407,7 @@ class TrainingLoop:
             partial = run / ".model.partial"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(checkpoint / "model", partial)
+            set_place(partial, run / "model")
             shutil.rmtree(run / "model", ignore_errors=True)
             partial.rename(run / "model")
             plot_curves(run, run / "curves.png")
@@ -347,6 +417,13 @@ class TrainingLoop:
                 self._journal.close()
 
         on_first_rank(publish)
+
+
+def _settled(stated: Recipe, carried_out: Recipe) -> EngineConfig:
+    chosen = carried_out.engine
+    return stated.engine.model_copy(
+        update={"precision": chosen.precision, "threads": chosen.threads}
+    )
 
 
 def _check_same_run(run: Path, saved: TrainState, now: TrainState) -> None:

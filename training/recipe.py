@@ -16,6 +16,8 @@ from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
 from clipsys.training.engine.zero import zero_faults
+from clipsys.training.features.config import FeaturesConfig
+from clipsys.training.features.phases import UnlockConfig, feature_faults
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.objectives import (
     Objective,
@@ -42,6 +44,8 @@ class Recipe(Settings):
     data: DataConfig
     augmentation: AugmentationConfig = AugmentationConfig()
     objective: ObjectiveSection = InfoNCEConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    unlock: UnlockConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
@@ -60,6 +64,7 @@ class Recipe(Settings):
             *self._idle_with_data(objective),
             *self._frame_faults(objective),
             *self._conflicts(objective),
+            *feature_faults(self, objective),
             *objective.faults(surroundings),
         )
         for fault in faults:
@@ -88,6 +93,16 @@ class Recipe(Settings):
                 f"evaluation.zeroshot needs text, and objective.name {name} trains none; use "
                 "evaluation.knn, or start from a model that knows text (model.pretrained)"
             )
+        lacking = [] if objective.views(self.augmentation) else ["image"]
+        lacking += [] if objective.num_texts else ["text"]
+        if self.evaluation.canary and lacking and not model.pretrained:
+            yield (
+                f"evaluation.canary needs images and texts, and objective.name {name} trains no "
+                f"{lacking[0]}; start from a model that knows both (model.pretrained)"
+            )
+        default_drop = type(self.evaluation).model_fields["canary_drop"].default
+        if self.evaluation.canary_drop != default_drop and not self.evaluation.canary:
+            yield "evaluation.canary_drop does nothing without evaluation.canary"
         if self.evaluation.knn and not data.validation:
             yield "evaluation.knn does nothing without data.validation"
         if self.engine.cache_on_host and data.micro_batch_size is None:

@@ -27,6 +27,8 @@ from clipsys.training.distributed.collectives import (
     world_size,
 )
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.features.batches import FeatureBatches
+from clipsys.training.features.phases import uses_features
 from clipsys.training.losses import auto_tile_size
 from clipsys.training.mining.miner import Miner
 from clipsys.training.model.initial import (
@@ -44,6 +46,7 @@ from clipsys.training.run_data import (
     make_decoder,
     make_miner,
     open_data,
+    open_features,
     training_batches,
 )
 from clipsys.training.run_model import (
@@ -53,6 +56,7 @@ from clipsys.training.run_model import (
     make_trained_model,
 )
 from clipsys.training.step import TrainingStep
+from clipsys.training.validation.canary import Canaries
 from clipsys.training.validation.classifier import Classifier
 from clipsys.training.validation.measuring import Validation
 
@@ -78,10 +82,12 @@ class Run:
         engine: gradients, updates, checkpoints of the weights.
         step: makes an update of decoded micro-batches.
         validation: measurements on the way.
+        canaries: measurements of what is not trained on.
         checkpoints: states that ``--resume`` continues from.
         skips: samples that could not be used.
         decoder: makes rows of samples.
         miner: mines hard negatives; None where the objective has none.
+        encoded: batches of stored features; None where towers are trained.
         checks_precision: whether the first loss is compared with that in fp32.
     """
 
@@ -97,10 +103,12 @@ class Run:
     engine: Engine
     step: TrainingStep
     validation: Validation
+    canaries: Canaries
     checkpoints: Checkpoints
     skips: SkipLedger
     decoder: Decoder
     miner: Miner | None = None
+    encoded: FeatureBatches | None = None
     checks_precision: bool = False
 
     @property
@@ -115,6 +123,8 @@ class Run:
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches from a step on, to the end of the run or the next mining."""
+        if self.encoded is not None:
+            return self.encoded.from_step(start_step)
         if self.miner is not None:
             return self.miner.batches(start_step)
         data = self.recipe.data
@@ -145,6 +155,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     model = begin_model(begins_with, recipe, objective)
     shard_set, windows, classes, order = open_data(recipe, objective)
     validation = _validation(recipe, objective, model, classes)
+    canaries = _canaries(recipe, model)
     asked = recipe.engine.precision
     recipe = choose_training_precision(recipe, model, device)
     num_samples = shard_set.num_samples if windows is None else windows.num_windows
@@ -153,7 +164,9 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     sizes = Sizes(feature_width(model), num_samples, num_classes, tokens)
     trained = make_trained_model(recipe, objective, model, sizes)
     views = objective.views(recipe.augmentation)
-    check_view_sizes(model.model, views, model.preprocessing.size)
+    with_features = uses_features(recipe)
+    if not with_features:
+        check_view_sizes(model.model, views, model.preprocessing.size)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)
     plan = plan_run(  # before the engine partitions the model
         recipe,
@@ -162,11 +175,18 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         world_size=world_size(),
         num_samples=order.num_positions,
         embed_dim=sizes.width,
-        image_size=loading_size(recipe, model.preprocessing) if views else (0, 0),
+        image_size=loading_size(recipe, model.preprocessing)
+        if views and not with_features
+        else (0, 0),
         tile_size=tile_size,
         num_frames=objective.num_frames,
     )
     decoder = make_decoder(recipe, objective, model, classes)
+    encoded = None
+    if with_features:
+        trunks, encoded = open_features(recipe, model, decoder, shard_set, order, device)
+        validation.use_trunks(trunks)
+        canaries.use_trunks(trunks)
     if objective.negatives_key is not None:
         announce_negatives(recipe, shard_set, objective.negatives_key)
     engine = Engine(
@@ -197,6 +217,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
             seed=recipe.seed,
         ),
         validation=validation,
+        canaries=canaries,
         checkpoints=checkpoints,
         skips=SkipLedger(
             folder,
@@ -206,6 +227,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         ),
         decoder=decoder,
         miner=make_miner(recipe, objective, model, shard_set, order, decoder),
+        encoded=encoded,
         checks_precision=asked == "auto" and recipe.engine.precision == "bf16",
     )
     if rank() == 0:
@@ -238,6 +260,21 @@ def _validation(
         remedy="give every machine the same data.validation and evaluation.zeroshot",
     )
     return validation
+
+
+def _canaries(recipe: Recipe, model: ModelParts) -> Canaries:
+    """The canaries, the same on every rank."""
+    canaries = on_every_rank(
+        lambda: Canaries(recipe.evaluation, model.preprocessing, model.tokenizer)
+    )
+    require_equal(
+        {
+            f"canary {name} with the fingerprint": found
+            for name, found in canaries.fingerprints().items()
+        },
+        remedy="give every machine the same evaluation.canary",
+    )
+    return canaries
 
 
 def _announce(run: Run, device: torch.device, precision: str, tile_rows: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.open_clip_models import ModelParts
 from clipsys.shards.remote import is_remote
-from clipsys.training.data.batches import TrainingBatches
+from clipsys.training.data.batches import TrainingBatches, sample_numbers
 from clipsys.training.data.classes import class_names, read_labels
 from clipsys.training.data.frames import FrameWindows, read_windows
 from clipsys.training.data.further_texts import StatedNegatives, check_negatives_key
@@ -19,6 +21,9 @@ from clipsys.training.data.shard_set import ShardSet, open_shards
 from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from clipsys.training.distributed.agreement import require_same_files
 from clipsys.training.distributed.collectives import on_first_rank, rank, world_size
+from clipsys.training.features.batches import BatchShape, FeatureBatches, FeatureTable
+from clipsys.training.features.extraction import FeatureSource, stored_features
+from clipsys.training.features.trunks import Trunks
 from clipsys.training.mining.miner import Miner
 from clipsys.training.objectives import Objective
 from clipsys.training.recipe import Recipe
@@ -133,6 +138,48 @@ def training_batches(
         world_size=world_size(),
         epochs=recipe.schedule.epochs,
         start_step=start_step,
+    )
+
+
+def open_features(
+    recipe: Recipe,
+    model: ModelParts,
+    decoder: Decoder,
+    shard_set: ShardSet,
+    order: SampleOrder,
+    device: torch.device,
+) -> tuple[Trunks, FeatureBatches]:
+    """The locked towers, and batches of their features of all samples; every rank calls it."""
+    data, settings = recipe.data, recipe.features
+    numbers = sample_numbers(order, shard_set)
+    source = FeatureSource(
+        settings,
+        recipe.augmentation,
+        decoder,
+        shard_set,
+        numbers,
+        recipe.seed,
+        data.shard_cache,
+    )
+    trunks = Trunks(
+        model,
+        device,
+        precision=recipe.engine.precision,
+        channels_last=recipe.engine.channels_last,
+    )
+    stores = stored_features(source, trunks, model, precision=recipe.engine.precision)
+    table = FeatureTable(*stores, numbers, views=settings.views, shard_set=shard_set)
+    share = data.batch_size // world_size()
+    shape = BatchShape(data.batch_size, data.micro_batch_size or share, rank(), world_size())
+    return trunks, FeatureBatches(
+        table,
+        order,
+        shape,
+        views=settings.views,
+        captions=data.captions,
+        positives=decoder.positives,
+        seed=recipe.seed,
+        epochs=recipe.schedule.epochs,
     )
 
 

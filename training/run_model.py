@@ -11,6 +11,8 @@ from torch import nn
 from clipsys.errors import ConfigError
 from clipsys.models.open_clip_models import ModelParts
 from clipsys.training.distributed.agreement import on_every_rank, require_equal
+from clipsys.training.features.phases import uses_features
+from clipsys.training.features.trunks import Heads
 from clipsys.training.model.initial import (
     ModelConfig,
     fingerprint,
@@ -34,8 +36,8 @@ def begin_model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]
         )
     )
     require_equal(
-        {"a model with the fingerprint": fingerprint(model, weights=bool(settings.pretrained))},
-        remedy="give every machine the same model.architecture and model.pretrained",
+        {"a model with the fingerprint": fingerprint(model, weights=settings.begins_with_weights)},
+        remedy="give every machine the same model, and the same files of its weights",
     )
     freeze_unused(
         model.model,
@@ -49,10 +51,14 @@ def begin_model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]
 def make_trained_model(
     recipe: Recipe, objective: Objective[Any], model: ModelParts, sizes: Sizes
 ) -> TrainedModel:
-    """The model with the objective's heads and momentum towers, checked against the recipe."""
+    """The model with the objective's heads and momentum towers, checked against the recipe.
+
+    Of a model with locked towers only the heads, which take the features of the towers.
+    """
     engine = recipe.engine
     options = TowerOptions(engine.precision, engine.grad_checkpointing, engine.compile)
-    trained = TrainedModel(model.model, objective, options, sizes=sizes)
+    clip = Heads(model.model) if uses_features(recipe) else model.model
+    trained = TrainedModel(clip, objective, options, sizes=sizes)
     _check_batch_norm(trained, recipe)
     return trained
 

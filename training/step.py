@@ -136,6 +136,10 @@ class TrainingStep:
     def _inputs(self, batch: Batch, seed: int) -> Inputs:
         """What a micro-batch shows to the towers: the same for the same seed."""
         device = self._engine.device
+        if batch.is_encoded:
+            assert batch.image_BCHW is not None
+            encoded = [one.to(device, non_blocking=True).float() for one in batch.texts]
+            return Inputs((batch.image_BCHW.to(device, non_blocking=True).float(),), tuple(encoded))
         texts = tuple(tokens_BL.to(device, non_blocking=True) for tokens_BL in batch.texts)
         seeds_B = torch.randint(1 << 62, (len(batch.keys),), generator=_generator(seed, -1))
         if batch.image_BCHW is None:

@@ -3,5 +3,6 @@
 options             arguments and options that several verbs share
 shards              ``clipsys shards``
 models              ``clipsys models``
+interpolate         ``clipsys interpolate``
 doctor              ``clipsys doctor``
 """

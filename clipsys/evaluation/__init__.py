@@ -15,6 +15,7 @@ metrics/            figures from vectors, scores and labels
 tasks/              zero-shot classification, retrieval and probes
 comparison          two models on one task, paired
 class_comparison    the same for figures over classes
+interpolation       which weights between two models to take
 reports/            results as plots, Markdown and HTML
 measuring           from a model and a data set to results
 """

@@ -48,7 +48,7 @@ class BytePairTokenizer:
         """Token ids with their start and end, cut at the context length; no padding."""
         start, end = (self._ids[token] for token in _SPECIAL)
         tokens = [start]
-        for word in self._words.findall(_clean(text)):
+        for word in self._words.findall(clean(text).lower()):
             tokens += self._word_ids(word)
         return [*tokens[: self._context_length - 1], end]
 
@@ -102,13 +102,14 @@ def _merged(symbols: list[str], one: str, two: str) -> list[str]:
     return result
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """What open_clip cleans each text to before it is lowered or split, with single spaces."""
     plain = text.isascii() and text.replace("\n", " ").replace("\t", " ").isprintable()
     if not plain or "&" in text:
         import ftfy  # mends wrongly decoded text; in printable ASCII there is nothing to mend
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
 
 
 def _byte_symbols() -> dict[int, str]:

@@ -9,6 +9,7 @@ parts               `ModelParts` and its fingerprint
 model_folders       what lies in a model folder, and writing one
 building            a model with random weights
 loading             a model with its weights
+interpolation       weights between two models (WiSE-FT)
 counting            what an architecture takes: parameters, GFLOP, activations
 catalogue           open_clip's pretrained models: what they take and what they reach
 catalogue_plot      the same as a picture

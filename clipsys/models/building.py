@@ -42,7 +42,7 @@ def build_model(
     """
     import open_clip
 
-    config = contrastive_pair(architecture_config(architecture))
+    config = _with_absolute_folders(contrastive_pair(architecture_config(architecture)))
     name = architecture if isinstance(architecture, str) else "custom"
     if tokenizer is None:
         tokenizer = make_tokenizer(config)
@@ -63,6 +63,16 @@ def build_model(
                 raise ModelError(_why_not_built(name, config, unreachable, error)) from error
     preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     return ModelParts(model, tokenizer, config, preprocessing, name)
+
+
+def _with_absolute_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with absolute paths: a relative one looks like a name of the hub."""
+    text = dict(config["text_cfg"])
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        place = Path(text.get(key) or "").expanduser()
+        if text.get(key) and place.is_dir():
+            text[key] = str(place.absolute())
+    return {**config, "text_cfg": text}
 
 
 def _why_not_built(

@@ -26,6 +26,15 @@ def quiet_open_clip() -> Iterator[None]:
     def drop(record: logging.LogRecord) -> bool:
         return f"{os.sep}open_clip{os.sep}" not in record.pathname
 
+    from transformers.utils import logging as transformers_logging
+
+    # It draws a bar for each file, and lists weights that a tower has no use for.
+    talk, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     filters = [(handler, drop) for handler in root.handlers]
     had_handlers = bool(root.handlers)
     if not had_handlers:  # logging.warning() would install a handler for good
@@ -35,6 +44,9 @@ def quiet_open_clip() -> Iterator[None]:
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(talk)
+        if bars:
+            transformers_logging.enable_progress_bar()
         for handler, one in filters:
             handler.removeFilter(one)
         if not had_handlers:

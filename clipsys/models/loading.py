@@ -24,6 +24,7 @@ from clipsys.models.model_folders import (
     CONFIG_NAME,
     TEXT_CONFIG_NAME,
     WEIGHTS_NAME,
+    config_in,
     read_card,
 )
 from clipsys.models.parts import ModelParts, fingerprint
@@ -107,10 +108,11 @@ def _load_folder(folder: Path) -> ModelParts:
     unreachable = ""
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]
-        own = _own_text_config(config, folder)
-        with quiet_open_clip(), without_random_values(), hub_for({**config, **own}) as reason:
+        own = _config_here(config, folder)
+        text = {"text_cfg": own["text_cfg"]} if own["text_cfg"] != config["text_cfg"] else {}
+        with quiet_open_clip(), without_random_values(), hub_for(own) as reason:
             unreachable = reason
-            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True, **own)
+            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True, **text)
     except Exception as error:
         # open_clip, torch and safetensors raise anything here; all of it means: unusable folder.
         if unreachable:
@@ -119,35 +121,43 @@ def _load_folder(folder: Path) -> ModelParts:
                 f"{config['text_cfg']['hf_model_name']}, and {unreachable}; {hub.HINT}"
             ) from error
         raise ModelError(f"{folder}: the model cannot be loaded ({one_line(error)})") from error
-    tokenizer = make_tokenizer(config, folder=folder)
+    tokenizer = make_tokenizer(own, folder=folder)
     preprocessing = Preprocessing.from_open_clip(open_clip.get_model_preprocess_cfg(model))
     # A run's own model folder is always called "model"; the run says more.
     name = folder.parent.name if folder.name == "model" else folder.name
-    parts = ModelParts(model, tokenizer, config, preprocessing, name, str(folder.absolute()))
-    mark = fingerprint(parts)
-    _check_card(folder, mark)
+    parts = ModelParts(model, tokenizer, own, preprocessing, name, str(folder.absolute()))
+    mark = _checked_fingerprint(folder, parts, config["text_cfg"].get("hf_tokenizer_name"))
     return replace(parts, loaded_fingerprint=mark)
 
 
-def _own_text_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What replaces ``text_cfg`` where the folder holds the configuration of a Hugging Face model.
+def _config_here(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The folder's ``model_cfg``, with its present place where it names a place.
 
-    open_clip takes ``hf_model_name`` for a name of the hub, or for a folder that may have moved.
+    A folder that stock open_clip wrote has no ``config.json``: its ``hf_model_name`` is a name of
+    the hub, and stays.
     """
-    text = config["text_cfg"]
-    if not text.get("hf_model_name") or not (folder / TEXT_CONFIG_NAME).is_file():
-        return {}
-    return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
+    here = config_in(folder, config)
+    if not (folder / TEXT_CONFIG_NAME).is_file() and config["text_cfg"].get("hf_model_name"):
+        here["text_cfg"]["hf_model_name"] = config["text_cfg"]["hf_model_name"]
+    return here
 
 
-def _check_card(folder: Path, actual: str) -> None:
-    card = read_card(folder)
-    if card is not None and card.fingerprint != actual:
-        raise ModelError(
-            f"{folder}: the weights are not those that were exported ({CARD_NAME} says "
-            f"{card.fingerprint[:12]}, the files are {actual[:12]}); export the run again, or "
-            f"delete {CARD_NAME} if the change was meant"
-        )
+def _checked_fingerprint(folder: Path, parts: ModelParts, tokenizer_name: str | None) -> str:
+    """The fingerprint, which must be the one that the folder's card names.
+
+    Up to version 0.2.0 the path of a tokenizer's folder was part of it; of such a model folder the
+    fingerprint stays what it was, since collections know the model by it.
+    """
+    card, actual = read_card(folder), fingerprint(parts)
+    if card is None or card.fingerprint == actual:
+        return actual
+    if tokenizer_name and fingerprint(parts, tokenizer=tokenizer_name) == card.fingerprint:
+        return card.fingerprint
+    raise ModelError(
+        f"{folder}: the weights are not those that were exported ({CARD_NAME} says "
+        f"{card.fingerprint[:12]}, the files are {actual[:12]}); export the run again, or "
+        f"delete {CARD_NAME} if the change was meant"
+    )
 
 
 def _load_hub(name: str, pretrained: str | None, *, listed_activation: bool = False) -> ModelParts:

@@ -9,9 +9,11 @@ A model folder is open_clip's own local format plus one file of ours::
     tokenizer files                only where the text tower uses a Hugging Face tokenizer
     config.json                    only where the text tower is a Hugging Face model
 
-Stock open_clip loads it: ``open_clip.create_model_from_pretrained("local-dir:PATH")``. For a text
-tower of Hugging Face it asks the hub for ``text_cfg.hf_model_name``; to clipsys ``config.json`` is
-enough.
+Stock open_clip loads it: ``open_clip.create_model_from_pretrained("local-dir:PATH")``, without a
+hub. Of a Hugging Face text tower it reads the ``config.json`` of the folder that
+``text_cfg.hf_model_name`` names, which is the model folder itself, by its absolute path: open_clip
+resolves a relative one against the working directory. clipsys reads the ``config.json`` beside the
+weights, wherever the folder has been moved to.
 """
 
 from __future__ import annotations
@@ -70,6 +72,23 @@ def read_card(folder: str | Path) -> ModelCard | None:
         raise ModelError(f"{path}: damaged ({one_line(error)}); export the model again") from error
 
 
+def check_replaceable(target: Path, *, overwrite: bool) -> None:
+    """Refuses a place where a model folder must not be written.
+
+    Raises:
+        ModelError: ``target`` exists, is not an empty folder, and is no model folder or
+            ``overwrite`` is not given.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not target.is_dir() or not (target / CONFIG_NAME).is_file():
+            raise ModelError(
+                f"{target}: already exists and is no model folder, which alone is replaced; choose "
+                "another folder"
+            )
+        if not overwrite:
+            raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
+
+
 def save_model(
     parts: ModelParts,
     out: str | Path,
@@ -78,6 +97,7 @@ def save_model(
     heads: Mapping[str, torch.Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    place: str | Path | None = None,
 ) -> str:
     """Writes a model folder, complete or not at all. Returns the model's fingerprint.
 
@@ -89,6 +109,7 @@ def save_model(
             `load_model` do not read them.
         provenance: what ``clipsys.json`` says of the model's origin.
         overwrite: replaces ``out`` where it is a model folder.
+        place: the path that the folder will have in the end, where ``out`` is renamed later.
 
     Raises:
         ModelError: ``out`` exists, is not an empty folder, and is no model folder or ``overwrite``
@@ -97,14 +118,7 @@ def save_model(
     from safetensors.torch import save_file
 
     target = Path(out)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        if not target.is_dir() or not (target / CONFIG_NAME).is_file():
-            raise ModelError(
-                f"{target}: already exists and is no model folder, which alone is replaced; choose "
-                "another folder"
-            )
-        if not overwrite:
-            raise ModelError(f"{target}: already exists; choose another folder or pass --overwrite")
+    check_replaceable(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     weights = parts.model.state_dict() if weights is None else weights
     mark = fingerprint(parts, weights)
@@ -117,7 +131,7 @@ def save_model(
             kept = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}
             save_file(kept, folder / HEADS_NAME, metadata={"format": "pt"})
         document = {
-            "model_cfg": _config_in(target, parts.config),
+            "model_cfg": config_in(Path(place or target), parts.config),
             "preprocess_cfg": parts.preprocessing.to_open_clip(),
         }
         (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -137,7 +151,7 @@ def save_model(
         )
         if hasattr(parts.tokenizer, "save_pretrained"):  # Hugging Face tokenizers only
             parts.tokenizer.save_pretrained(str(folder))
-        if parts.config["text_cfg"].get("hf_model_name"):
+        if parts.config.get("text_cfg", {}).get("hf_model_name"):
             parts.model.text.config.save_pretrained(str(folder))  # type: ignore[union-attr,operator]
         if target.exists():
             shutil.rmtree(target)
@@ -148,17 +162,29 @@ def save_model(
     return mark
 
 
-def _config_in(target: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The ``model_cfg`` as it stands in a folder.
+def config_in(place: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``model_cfg`` of a model whose folder has this path.
 
-    Stock open_clip looks for the text tower's configuration under ``hf_model_name``. A folder that
-    is gone since is replaced by this one, which holds that configuration too.
+    The folder holds the weights of both towers and what its text tower and tokenizer need, so that
+    nothing refers to the hub or to another folder. The name of a tokenizer of the hub stays: it is
+    part of the fingerprint, and open_clip reads the folder's own files in its place.
     """
-    text = config["text_cfg"]
-    name = text.get("hf_model_name") or ""
-    if not Path(name).is_absolute() or Path(name).is_dir():
-        return config
-    return {**config, "text_cfg": {**text, "hf_model_name": str(target.absolute())}}
+    text, vision = dict(config.get("text_cfg", {})), dict(config.get("vision_cfg", {}))
+    if text.get("hf_model_name"):
+        text.update(hf_model_name=str(place.absolute()), hf_model_pretrained=False)
+    if Path(text.get("hf_tokenizer_name") or "").is_absolute():
+        text["hf_tokenizer_name"] = str(place.absolute())
+    if vision.get("timm_model_pretrained"):
+        vision["timm_model_pretrained"] = False
+    return {**config, "vision_cfg": vision, "text_cfg": text}
+
+
+def set_place(folder: Path, place: Path) -> None:
+    """Writes into a copied model folder the path that it will have in the end."""
+    path = folder / CONFIG_NAME
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["model_cfg"] = config_in(place, document["model_cfg"])
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _stored(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipsys.images.preprocessing import Preprocessing
-from clipsys.models.tokenization import Tokenizer
+from clipsys.models.tokenization import Tokenizer, vocabulary_digest
 
 if TYPE_CHECKING:
     import torch
@@ -42,21 +43,35 @@ class ModelParts:
     loaded_fingerprint: str = ""
 
 
-def fingerprint(parts: ModelParts, weights: Mapping[str, torch.Tensor] | None = None) -> str:
+def fingerprint(
+    parts: ModelParts,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    tokenizer: str | None = None,
+) -> str:
     """SHA-256 over weights, architecture and preprocessing: equal if and only if embeddings are.
 
-    Independent of the file format, of the order of the tensors and of the shape ([] or [1]) that
-    ``logit_scale`` has in and out of training.
+    Independent of the file format, of the order of the tensors, of the shape ([] or [1]) that
+    ``logit_scale`` has in and out of training, and of the place of a folder: a tokenizer of the hub
+    counts by its name, one from a folder by its vocabulary.
 
     Args:
         parts: the model.
         weights: its state dict where the module does not hold it; None takes the module's own.
+        tokenizer: what stands for the tokenizer; None: its name or its vocabulary.
     """
     digest = hashlib.sha256()
+    text = parts.config.get("text_cfg", {})
+    if tokenizer is None:
+        tokenizer = text.get("hf_tokenizer_name")
+        if tokenizer and Path(tokenizer).is_absolute():
+            tokenizer = vocabulary_digest(parts.tokenizer)
     identity = {
         "text": {
-            key: parts.config.get("text_cfg", {}).get(key)
-            for key in ("context_length", "hf_tokenizer_name", "tokenizer_kwargs", "pool_type")
+            "context_length": text.get("context_length"),
+            "hf_tokenizer_name": tokenizer,
+            "tokenizer_kwargs": text.get("tokenizer_kwargs"),
+            "pool_type": text.get("pool_type"),
         },
         "quick_gelu": bool(parts.config.get("quick_gelu", False)),
         "preprocessing": {**parts.preprocessing.to_open_clip(), "fill_color": None},

@@ -8,6 +8,8 @@ where it comes from: a folder, or a repository of the hub.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +102,13 @@ def vocabulary_size(tokenizer: Any) -> int | None:
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     size = getattr(inner, "vocab_size", None)
     return int(size) if isinstance(size, int) else None
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Equal for equal vocabularies of Hugging Face tokenizers, whatever folder they are from."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    tokens = {} if inner is None else inner.get_vocab()
+    return "vocabulary " + hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,9 +18,16 @@ from typing import Any
 
 from clipsys.errors import ClipsysError
 from clipsys.inference.bpe import vocabulary_path
+from clipsys.inference.numpy_bert_tower import (
+    TOKENIZER_NAME,
+    BertShape,
+    LightBertTower,
+    bert_shape_of,
+)
 from clipsys.inference.numpy_text_tower import (
     TOLERANCE,
     LightTextTower,
+    LightTower,
     TowerShape,
     shape_of,
     verify,
@@ -39,6 +46,13 @@ MAX_TEXTS = 64
 _logger = logging.getLogger(__name__)
 
 
+#: Kinds of towers, by what a record calls them: the tower, and what describes one.
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "clip": (LightTextTower, TowerShape),
+    "bert": (LightBertTower, BertShape),
+}
+
+
 @dataclass(frozen=True)
 class _Stamp:
     """A file as it was when it was verified."""
@@ -54,7 +68,7 @@ class _Stamp:
         return cls(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def open_light(folder: Path, pin: EncoderPin) -> LightTextTower | None:
+def open_light(folder: Path, pin: EncoderPin) -> LightTower | None:
     """The tower in numpy, where it was verified for exactly these files; else None."""
     try:
         record = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
@@ -65,7 +79,8 @@ def open_light(folder: Path, pin: EncoderPin) -> LightTextTower | None:
         if any(_Stamp.of(Path(stamp.path)) != stamp for stamp in stamps):
             return None
         weights, vocabulary = (Path(stamp.path) for stamp in stamps)
-        tower = LightTextTower(weights, TowerShape(**record["shape"]), vocabulary)
+        make, shape = _KINDS[record.get("kind", "clip")]
+        tower: LightTower = make(weights, shape(**record["shape"]), vocabulary)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _logger.debug("%s: no light text tower (%r)", folder, error)
         return None
@@ -83,16 +98,20 @@ def remember(folder: Path, pin: EncoderPin, encoder: Any) -> bool:
     loaded = sys.modules.get("clipsys.models.encoder")  # imported wherever an Encoder exists
     if loaded is None or not isinstance(encoder, loaded.Encoder):
         return False
-    weights, vocabulary = _weights_of(pin.model), vocabulary_path()
-    if weights is None or vocabulary is None:
+    weights = _weights_of(pin.model)
+    if weights is None:
         return False
-    shape = shape_of(encoder.model)
+    shape: TowerShape | BertShape | None = shape_of(encoder.model)
+    kind, vocabulary = "clip", vocabulary_path()
     if shape is None:
+        kind, shape = "bert", bert_shape_of(encoder.model, encoder.tokenizer)
+        vocabulary = weights.with_name(TOKENIZER_NAME)
+    if shape is None or vocabulary is None:
         return False
     try:
         # Taken before the comparison: whatever changes the files later also changes these.
         stamps = {"weights": _Stamp.of(weights), "vocabulary": _Stamp.of(vocabulary)}
-        tower = LightTextTower(weights, shape, vocabulary)
+        tower = _KINDS[kind][0](weights, shape, vocabulary)
         difference = verify(tower, encoder.model, encoder.tokenizer)
     except (OSError, ValueError, KeyError, IndexError, ClipsysError) as error:
         _logger.debug("%s: this text tower needs torch (%r)", folder, error)
@@ -104,6 +123,7 @@ def remember(folder: Path, pin: EncoderPin, encoder: Any) -> bool:
         "version": _VERSION,
         "fingerprint": pin.fingerprint,
         "model": pin.model,
+        "kind": kind,
         "shape": asdict(shape),
         "largest_difference": difference,
         **{name: asdict(stamp) for name, stamp in stamps.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from clipsys.inference.numpy_text_tower import LightTextTower
+from clipsys.inference.numpy_text_tower import LightTower
 from clipsys.retrieval.encoders import light
 from clipsys.retrieval.encoders.encoding import (
     ImageTextEncoder,
@@ -43,7 +43,7 @@ class PinnedEncoder:
         self._folder = folder
         self._data = data
         self._precision = precision
-        self._light: LightTextTower | None = None
+        self._light: LightTower | None = None
         self._is_light_remembered = False
 
     def get(self) -> ImageTextEncoder:
@@ -63,7 +63,7 @@ class PinnedEncoder:
         """The model, loaded at its first call, whose calls take turns."""
         return TurnTakingEncoder(self.get, self.lock)
 
-    def light_tower(self, num_texts: int) -> LightTextTower | None:
+    def light_tower(self, num_texts: int) -> LightTower | None:
         """The text tower in numpy, where it saves loading the model for so many texts."""
         if self.loaded is not None or not 0 < num_texts <= light.MAX_TEXTS:
             return None

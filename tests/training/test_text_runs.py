@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipsys.models.open_clip_models import HEADS_NAME, load_model
+from clipsys.models.open_clip_models import CONFIG_NAME, HEADS_NAME, load_model
 from clipsys.shards.samples import Sample
 from clipsys.shards.writing import write_shards
 from clipsys.training.export import export_model
@@ -201,6 +201,11 @@ def test_a_text_tower_of_a_folder_begins_with_its_weights_and_travels(
             state[f"text.transformer.{name}"], tensor, rtol=0, atol=1e-6, msg=name
         )
     assert parts.tokenizer(["a cat"]).shape == (1, 12)
+    [checkpoint] = (run / "checkpoints").glob("step-*")
+    for folder in (tmp_path / "out", run / "model", checkpoint / "model"):
+        written = json.loads((folder / CONFIG_NAME).read_text())["model_cfg"]["text_cfg"]
+        assert written["hf_model_name"] == written["hf_tokenizer_name"] == str(folder)
+        assert written["hf_model_pretrained"] is False  # the weights lie in the folder
     assert parts.config["vision_cfg"] == SMALLEST_IMAGE_TOWER
     features = parts.model.encode_text(parts.tokenizer(["a cat", "a dog on the picture"]))  # type: ignore[operator]
     assert features.shape == (2, 32) and features.isfinite().all()

@@ -245,8 +245,7 @@ class TrainingBatches(Dataset[Batch]):
     @property
     def sample_numbers(self) -> Sequence[int]:
         """The samples that are trained on, by their numbers among all of the shards."""
-        members = _numbered(self._order.subset, self._first_numbers)
-        return range(self._first_numbers[-1]) if members is None else tuple(members)
+        return _member_numbers(self._order.subset, self._first_numbers)
 
     def sample_row(self, number: int, draw: int, skipped: list[Skipped]) -> Row | None:
         """One sample by its number; None, with a note, where it cannot be used."""
@@ -320,6 +319,17 @@ class SampleShare(Dataset[Batch]):
         decoder = self._batches.decoder
         pixels = np.zeros((3, *decoder.preprocessing.size), np.uint8)
         return Row("", "", DecodedImage(pixels, 0), ("",), NO_GROUP, NO_SAMPLE)
+
+
+def sample_numbers(order: SampleOrder, shard_set: ShardSet) -> Sequence[int]:
+    """The samples that are trained on, by their numbers among all of the shards, ascending."""
+    starts = tuple(itertools.accumulate(shard_set.counts, initial=0))
+    return sorted(_member_numbers(order.subset, starts))
+
+
+def _member_numbers(subset: Subset | None, first_numbers: Sequence[int]) -> Sequence[int]:
+    members = _numbered(subset, first_numbers)
+    return range(first_numbers[-1]) if members is None else tuple(members)
 
 
 def _numbered(subset: Subset | None, first_numbers: Sequence[int]) -> dict[int, int] | None:

@@ -54,6 +54,8 @@ class Batch:
         captions: (B,) the first text of each sample, before it was tokenized.
         further_groups_BT: int64; for each text but the first the group of the sample that it is a
             caption of, `NO_GROUP` where there is none; None where there are no such texts.
+        is_encoded: whether images and texts are features of locked towers, float16 (B, F), in the
+            place of pixels and tokens.
     """
 
     keys: tuple[str, ...]
@@ -67,6 +69,7 @@ class Batch:
     shards: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
     further_groups_BT: torch.Tensor | None = None
+    is_encoded: bool = False
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -278,9 +281,18 @@ class Decoder:
         if self.positives == "image":
             # SHA-256 because processors compute it: half the time of BLAKE2.
             group = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
-        return DecodedImage(self._pixels(data, place), group)
+        return DecodedImage(self.pixels(data, place), group)
 
-    def _pixels(self, data: bytes, place: str) -> Pixels:
+    def pixels(self, data: bytes, place: str) -> Pixels:
+        """Decodes an image file: uint8 (3, H, W).
+
+        Args:
+            data: the file.
+            place: what messages call it.
+
+        Raises:
+            DataError: it cannot be used.
+        """
         if self.decode == "exact":
             image = decode_image(data, uri=place, max_pixels=self.max_image_pixels)
             return self.preprocessing.pixels(image)

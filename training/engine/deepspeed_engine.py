@@ -188,7 +188,10 @@ class Engine:
         if not self.config.channels_last:
             return inputs
         layout = torch.channels_last
-        views = tuple(view.contiguous(memory_format=layout) for view in inputs.views)
+        views = tuple(
+            view.contiguous(memory_format=layout) if view.dim() == 4 else view
+            for view in inputs.views
+        )
         return inputs._replace(views=views)
 
     def _targets(self, inputs: Inputs) -> Rows:

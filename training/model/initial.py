@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
 from clipsys.config import PathText, Settings
@@ -22,10 +22,17 @@ from clipsys.models.architectures import (
     image_size_of,
     with_image_size,
 )
+from clipsys.models.model_folders import config_in
 from clipsys.models.open_clip_models import ModelParts, build_model, load_model
 from clipsys.models.tokenization import Tokenizer, with_context_length
 from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 from clipsys.training.model.pretrained import config_of_weights, load_weights
+from clipsys.training.model.two_towers import (
+    ImageTowerConfig,
+    TextTowerConfig,
+    build_two_towers,
+    lock_towers,
+)
 
 #: Where Zhai et al. 2023 (section 3.2) start the sigmoid loss: a bias of -10, since nearly all
 #: pairs are negatives, and a scale of 10.
@@ -55,10 +62,21 @@ class ModelConfig(Settings):
     pretrained: PathText | None = Field(
         None, description="start from these weights: NAME/TAG, hf-hub:ORG/REPO or a model folder"
     )
+    image_tower: ImageTowerConfig | None = Field(
+        None, description="a pretrained image tower; with text_tower, in the place of architecture"
+    )
+    text_tower: TextTowerConfig | None = Field(
+        None, description="a pretrained text tower; with image_tower"
+    )
+    embed_dim: PositiveInt | None = Field(
+        None,
+        description="width of the common space of image_tower and text_tower; default that of a "
+        "tower with its own head, else 512",
+    )
     preprocess: dict[str, Any] = Field(
         default_factory=dict,
-        description="what differs from the preprocess_cfg of model.pretrained, or from open_clip's "
-        "default",
+        description="what differs from the preprocess_cfg of model.pretrained or image_tower, or "
+        "from open_clip's default",
     )
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
         None,
@@ -84,6 +102,47 @@ class ModelConfig(Settings):
         None, description="the same for the text tower"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if (self.image_tower is None) != (self.text_tower is None):
+            missing, given = ("image_tower", "text_tower")[:: 1 if self.text_tower else -1]
+            raise ValueError(f"{given} needs {missing} beside it; set both")
+        if self.towers is None:
+            if self.embed_dim is not None:
+                raise ValueError("embed_dim is for image_tower and text_tower; leave it out")
+            return self
+        for setting in ("architecture", "pretrained"):
+            if getattr(self, setting) is not None:
+                raise ValueError(
+                    f"{setting} and image_tower exclude each other; leave one of them out"
+                )
+        for tower in ("image", "text"):
+            if getattr(self, f"unlocked_{tower}_blocks") is not None:
+                raise ValueError(
+                    f"unlocked_{tower}_blocks is for model.pretrained; set "
+                    f"{tower}_tower.unlocked_blocks"
+                )
+        if self.patch_dropout:
+            raise ValueError("patch_dropout does nothing for image_tower; leave it out")
+        return self
+
+    @property
+    def towers(self) -> tuple[ImageTowerConfig, TextTowerConfig] | None:
+        """The two pretrained towers, where the model is made of them."""
+        if self.image_tower is None or self.text_tower is None:
+            return None
+        return self.image_tower, self.text_tower
+
+    @property
+    def has_locked_towers(self) -> bool:
+        """Whether nothing of two pretrained towers is trained but their heads."""
+        return self.towers is not None and all(one.unlocked_blocks == 0 for one in self.towers)
+
+    @property
+    def begins_with_weights(self) -> bool:
+        """Whether it begins with weights that could differ between machines."""
+        return self.pretrained is not None or self.towers is not None
+
 
 def initial_model(
     settings: ModelConfig, *, with_bias: bool = False, trains_images: bool = True
@@ -102,6 +161,8 @@ def initial_model(
         ConfigError: a tower to be locked has no blocks that could stay unlocked, or
             ``model.preprocess`` does not fit.
     """
+    if settings.towers is not None:
+        return _two_towers(settings, *settings.towers, with_bias=with_bias)
     if not trains_images:
         settings = _with_image_tower(settings)
     source = load_model(settings.pretrained) if settings.pretrained else None
@@ -124,6 +185,28 @@ def initial_model(
     return parts
 
 
+def _two_towers(
+    settings: ModelConfig, image: ImageTowerConfig, text: TextTowerConfig, *, with_bias: bool
+) -> ModelParts:
+    check_preprocess(settings.preprocess, setting="model.preprocess")
+    bias: dict[str, float] = {}
+    if with_bias:
+        bias = {"init_logit_bias": SIGMOID_BIAS, "init_logit_scale": math.log(SIGMOID_SCALE)}
+    parts = build_two_towers(
+        image,
+        text,
+        embed_dim=settings.embed_dim,
+        preprocess=settings.preprocess,
+        image_size=settings.image_size,
+        context_length=settings.context_length,
+        bias=bias,
+    )
+    _set(parts.model, "logit_scale", settings.initial_logit_scale, math.log)
+    _set(parts.model, "logit_bias", settings.initial_logit_bias, float)
+    lock_towers(parts.model, image, text)
+    return parts
+
+
 def _with_image_tower(settings: ModelConfig) -> ModelConfig:
     asked = settings.architecture
     if asked is None or isinstance(asked, str) or "vision_cfg" in asked or settings.pretrained:
@@ -142,6 +225,8 @@ def resumed_settings(settings: ModelConfig, model_folder: Path) -> ModelConfig:
         settings: the recipe's section.
         model_folder: the checkpoint's model.
     """
+    if settings.towers is not None:
+        return _resumed_towers(settings, *settings.towers, model_folder)
     if settings.pretrained is None:
         return settings
     from_checkpoint: dict[str, Any] = {
@@ -153,13 +238,32 @@ def resumed_settings(settings: ModelConfig, model_folder: Path) -> ModelConfig:
     return settings.model_copy(update={**from_checkpoint, **dict.fromkeys(as_they_are)})
 
 
+def _resumed_towers(
+    settings: ModelConfig, image: ImageTowerConfig, text: TextTowerConfig, folder: Path
+) -> ModelConfig:
+    """Both towers with their heads out of a checkpoint's model; locked as the recipe says."""
+    own = {"name": str(folder), "head": None}
+    return settings.model_copy(
+        update={
+            "image_tower": image.model_copy(update={**own, "weights": None}),
+            "text_tower": text.model_copy(update={**own, "pooling": None}),
+            "embed_dim": None,
+            "preprocess": {},
+            **dict.fromkeys(("image_size", "context_length", "initial_logit_scale")),
+            "initial_logit_bias": None,
+        }
+    )
+
+
 def fingerprint(parts: ModelParts, *, weights: bool) -> str:
     """Equal for equal architectures, preprocessings and, with ``weights``, parameters.
 
     The sum of the bits of each tensor, at the speed of memory; for comparing ranks, not files.
     """
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((parts.config, parts.preprocessing)).encode())
+    # Machines may have the same folder in different places.
+    config = config_in(Path("/"), parts.config)
+    digest.update(repr((config, parts.preprocessing)).encode())
     for name, tensor in parts.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if weights:

@@ -52,8 +52,9 @@ class Inputs(NamedTuple):
 
     Attributes:
         views: V of float32 (B, 3, H, W), normalised; views may differ in size. None where the
-            objective trains no image.
-        texts: T of int64 (B, L); none where the objective trains no text.
+            objective trains no image. Of a locked tower its features (B, F).
+        texts: T of int64 (B, L); none where the objective trains no text. Of a locked tower its
+            features, float32 (B, F).
         seeds_B: int64, a random number of each row, for what an objective draws itself: the same
             whenever the micro-batch is shown.
     """

@@ -27,6 +27,7 @@ from clipsys.shards.samples import Sample
 from clipsys.training.data.augmentation import normalisation, to_input
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine
+from clipsys.training.features.trunks import Encode, Trunks
 from clipsys.training.model.outputs import Inputs
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.validation.classifier import (
@@ -64,6 +65,7 @@ class Validation:
         has_images: bool = True,
         caption_key: str | None = None,
         classifier: Classifier | None = None,
+        place: str | None = None,
     ) -> None:
         """
         Args:
@@ -75,6 +77,8 @@ class Validation:
             has_images: whether images are trained; else they are not decoded.
             caption_key: as `parse_sample` takes it.
             classifier: what the objective trains, where it is to be measured.
+            place: the setting that names the data, for messages; None: those of a recipe's own
+                validation.
 
         Raises:
             DataError: the shards cannot be used, or lack what is asked of them.
@@ -87,6 +91,8 @@ class Validation:
         self._classifier = classifier
         self._classified: ClassifiedSamples | None = None
         self._tokens: torch.Tensor | None = None
+        self._trunks: Trunks | None = None
+        self._features: dict[str, torch.Tensor] = {}
         retrieves = has_text and has_images
         if validation is not None and not retrieves:
             lacking = "text" if has_images else "image"
@@ -101,7 +107,7 @@ class Validation:
                 )
         if validation is not None and (retrieves or config.knn or classifier):
             samples = usable_samples(
-                "data.validation",
+                place or "data.validation",
                 validation,
                 preprocessing,
                 require_key,
@@ -115,7 +121,9 @@ class Validation:
                     share = first[rank() :: world_size()] or first[:1]
                     self._tokens = tokenizer(share)
             if retrieves:
-                self._targets = _targets([sample for sample, _ in samples], config)
+                self._targets = _targets(
+                    [sample for sample, _ in samples], config, place or "data.validation"
+                )
             if config.knn is not None:
                 self._neighbours = _neighbours([sample for sample, _ in samples], config)
             self._pixels = stack_share(samples)
@@ -123,7 +131,7 @@ class Validation:
         self._labels: list[str] = []
         if config.zeroshot is not None:
             samples = usable_samples(
-                "evaluation.zeroshot", config.zeroshot, preprocessing, require_label
+                place or "evaluation.zeroshot", config.zeroshot, preprocessing, require_label
             )
             self._labels = [str(sample.label) for sample, _ in samples]
             self._question, self._labels = class_question(
@@ -131,19 +139,32 @@ class Validation:
                 folders_of(config.zeroshot),
                 classnames=config.classnames,
                 templates=config.templates,
-                setting="evaluation.classnames",
+                setting=f"{place or 'evaluation'}.classnames",
             )
             self._zeroshot_pixels = stack_share(samples)
 
     def __bool__(self) -> bool:
         return bool(self._targets or self._neighbours or self._labels or self._classified)
 
+    def use_trunks(self, trunks: Trunks) -> None:
+        """Measures heads over features of locked towers, which are computed once."""
+        self._trunks = trunks
+
+    def _featured(self, name: str, rows: torch.Tensor, encode: Encode) -> torch.Tensor:
+        """Features of rows that never change, in the place of the rows."""
+        if name not in self._features:
+            size = self._config.batch_size
+            parts = [encode(rows[first : first + size]) for first in range(0, len(rows), size)]
+            self._features[name] = torch.cat(parts).cpu()
+        return self._features[name]
+
     def fingerprint(self) -> str:
         """Equal for the same texts, labels and numbers of images; ranks must hold the same."""
         texts = self._targets.texts if self._targets else []
         images = self._num_images if self._targets or self._neighbours else 0
         labels = self._neighbours.labels if self._neighbours else []
-        held = repr((images, texts, self._labels, labels, self._classified)).encode()
+        prompts = self._question.prompts if self._labels else []
+        held = repr((images, texts, self._labels, labels, self._classified, prompts)).encode()
         return hashlib.blake2b(held, digest_size=8).hexdigest()
 
     def measure(self, engine: Engine) -> dict[str, float]:
@@ -159,20 +180,29 @@ class Validation:
                     image = image.contiguous(memory_format=torch.channels_last)
                 return image
 
-            def encode_image(pixels: torch.Tensor) -> torch.Tensor:
-                return model.encode_image(image_of(pixels))
-
-            def encode_text(texts: list[str]) -> Floats:
-                share = texts[rank() :: world_size()]
-                tokens = self._tokenizer(share or [""])
+            def encode_images(name: str, pixels: torch.Tensor, total: int) -> Floats:
+                if self._trunks is None:
+                    return self._encode_all(
+                        pixels, total, lambda part: model.encode_image(image_of(part))
+                    )
+                trunk = self._trunks.images
+                features = self._featured(name, pixels, lambda part: trunk(image_of(part)))
                 return self._encode_all(
-                    tokens, len(texts), lambda part: model.encode_tokens(part.to(engine.device))
+                    features, total, lambda part: model.encode_image(part.to(engine.device))
+                )
+
+            def encode_texts(name: str, texts: list[str]) -> Floats:
+                rows = self._tokenizer(texts[rank() :: world_size()] or [""])
+                if self._trunks is not None:
+                    rows = self._featured(name, rows, self._trunks.texts)
+                return self._encode_all(
+                    rows, len(texts), lambda part: model.encode_tokens(part.to(engine.device))
                 )
 
             if self._targets or self._neighbours:
-                image_ND = self._encode_all(self._pixels, self._num_images, encode_image)
+                image_ND = encode_images("images", self._pixels, self._num_images)
             if self._targets:
-                text_MD = encode_text(self._targets.texts)
+                text_MD = encode_texts("texts", self._targets.texts)
                 figures |= retrieval_figures(image_ND, text_MD, self._targets)
             if self._neighbours:
                 nearest = knn_figures(image_ND, *self._neighbours)
@@ -182,8 +212,9 @@ class Validation:
                 scores_NC = self._scores(self._classifier, model, image_of, engine.device)
                 figures |= classifier_figures(scores_NC, self._classified, self._classifier)
             if self._labels:
-                image_ND = self._encode_all(self._zeroshot_pixels, len(self._labels), encode_image)
-                class_CD = self._question.vectors(encode_text(self._question.prompts))
+                image_ND = encode_images("zeroshot", self._zeroshot_pixels, len(self._labels))
+                prompts_ND = encode_texts("prompts", self._question.prompts)
+                class_CD = self._question.vectors(prompts_ND)
                 accuracy = zeroshot_figures(image_ND, class_CD, self._question.labels, self._labels)
                 figures |= {f"zeroshot/{name}": value for name, value in accuracy.items()}
         return figures
@@ -236,7 +267,7 @@ class _Neighbours(NamedTuple):
     same: list[object]
 
 
-def _targets(samples: Sequence[Sample], config: EvaluationConfig) -> RetrievalTargets:
+def _targets(samples: Sequence[Sample], config: EvaluationConfig, place: str) -> RetrievalTargets:
     """The captions to search with, and the images that each of them should find."""
     try:
         return retrieval_targets(
@@ -247,7 +278,7 @@ def _targets(samples: Sequence[Sample], config: EvaluationConfig) -> RetrievalTa
             duplicates=config.duplicates,
         )
     except DataError as error:
-        raise DataError(f"data.validation: {error}") from error
+        raise DataError(f"{place}: {error}") from error
 
 
 def _neighbours(samples: Sequence[Sample], config: EvaluationConfig) -> _Neighbours:

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from clipsys.inference.bpe import BytePairTokenizer, vocabulary_path
+from clipsys.inference.numpy_layers import gelu, map_safetensors
 from clipsys.inference.numpy_text_tower import (
     PROBES,
     TOLERANCE,
     LightTextTower,
     TowerShape,
-    gelu,
-    map_safetensors,
     shape_of,
     verify,
 )

@@ -12,6 +12,7 @@ import torch
 
 import clipsys
 from clipsys.errors import ModelError
+from clipsys.models.hub import without_hub
 from clipsys.models.open_clip_models import (
     build_model,
     fingerprint,
@@ -19,6 +20,7 @@ from clipsys.models.open_clip_models import (
     read_card,
     save_model,
 )
+from clipsys.models.tokenization import make_tokenizer
 from tests.conftest import TINY_MODEL, noise_image
 from tests.tiny_models import (
     HF_TEXT_TOWERS,
@@ -192,20 +194,76 @@ def test_every_kind_of_model_travels_in_its_folder(kind: str, tmp_path: Path) ->
     save_model(build_model(config, preprocess=SIGLIP_PREPROCESS, for_training=True), made)
     images = [noise_image(seed) for seed in range(3)]
     texts = ["a red square", "", "the picture of a cat " * 30]
-    stock, transform = open_clip.create_model_from_pretrained(f"local-dir:{made}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{made}")
+    shutil.rmtree(tmp_path / "source", ignore_errors=True)
+    with without_hub():
+        stock, transform = open_clip.create_model_from_pretrained(f"local-dir:{made}")
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{made}")
     with torch.no_grad():
         stock.eval()
         image_ND = stock.encode_image(torch.stack([transform(i) for i in images]), normalize=True)
         text_ND = stock.encode_text(tokenizer(texts), normalize=True)
-    shutil.rmtree(tmp_path / "source", ignore_errors=True)
     moved = made.rename(tmp_path / "moved")
     encoder = clipsys.load(moved, precision="fp32")
     np.testing.assert_allclose(encoder.encode_image(images), image_ND.numpy(), atol=1e-5)
     np.testing.assert_allclose(encoder.encode_text(texts), text_ND.numpy(), atol=1e-5)
     again = tmp_path / "again"
     assert save_model(load_model(moved), again) == encoder.fingerprint
-    assert open_clip.create_model(f"local-dir:{again}", require_pretrained=True) is not None
+    with without_hub():
+        assert open_clip.create_model(f"local-dir:{again}", require_pretrained=True) is not None
+
+
+def test_names_of_the_hub_are_not_asked_for_once_a_model_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    from transformers import AutoConfig
+
+    source = write_text_model(tmp_path / "source", "bert")
+    config = hf_text_config(source)
+    config["text_cfg"].update(hf_model_name="org/bert", hf_tokenizer_name="org/bert")
+    known = AutoConfig.from_pretrained(str(source))
+    tokenizer = make_tokenizer(hf_text_config(source))
+    with monkeypatch.context() as patched:
+        patched.setattr("clipsys.models.hub._ask", lambda _: "")
+        patched.setattr(AutoConfig, "from_pretrained", lambda *_, **__: known)
+        made = build_model(config, tokenizer=tokenizer)
+    # The fingerprint of a tokenizer of the hub holds its name, as it did in version 0.2.0.
+    mark = save_model(made, tmp_path / "model")
+    assert mark == fingerprint(made, tokenizer="org/bert")
+    with without_hub():
+        stock = open_clip.create_model(f"local-dir:{tmp_path / 'model'}", require_pretrained=True)
+        assert open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")(["a cat"]).shape == (
+            1,
+            77,
+        )
+        loaded = load_model(tmp_path / "model")
+    assert loaded.loaded_fingerprint == mark
+    tokens_BL = tokenizer(["a red square", "a cat"])
+    torch.testing.assert_close(
+        stock.eval().encode_text(tokens_BL), loaded.model.eval().encode_text(tokens_BL)
+    )
+
+
+def test_a_fingerprint_depends_on_the_tokenizer_and_not_on_its_place(tmp_path: Path) -> None:
+    marks = []
+    for name, pad_id in (("one", 0), ("two", 0), ("other", 1)):
+        torch.manual_seed(0)
+        config = siglip_config(write_tokenizer(tmp_path / name, pad_id=pad_id))
+        marks.append(fingerprint(build_model(config)))
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_a_folder_of_version_0_2_keeps_its_fingerprint(tmp_path: Path) -> None:
+    """It held the path of the tokenizer's folder."""
+    source, made = write_tokenizer(tmp_path / "source"), tmp_path / "made"
+    parts = build_model(siglip_config(source))
+    save_model(parts, made)
+    document = json.loads((made / "open_clip_config.json").read_text())
+    document["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(source)
+    (made / "open_clip_config.json").write_text(json.dumps(document))
+    old = fingerprint(parts, tokenizer=str(source))
+    (made / "clipsys.json").write_text(json.dumps({"fingerprint": old}))
+    assert load_model(made).loaded_fingerprint == old
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from clipsys.retrieval import Collection
 from clipsys.retrieval.encoders.light import FILE_NAME, MAX_TEXTS, open_light
 from tests.conftest import TINY_MODEL
 from tests.retrieval.colours import paint_folder
+from tests.tiny_models import hf_text_config, write_text_model
 
 
 @pytest.fixture
@@ -58,6 +59,22 @@ def test_cold_search_imports_no_torch_and_finds_the_same(collection: Path, model
     found = json.loads(done.stdout)
     assert [item_id for item_id, _ in found] == [hit.id for hit in expected]
     np.testing.assert_allclose([s for _, s in found], [hit.score for hit in expected], atol=1e-4)
+
+
+def test_cold_search_with_a_bert_like_tower_is_light_too(tmp_path: Path) -> None:
+    build = build_model(hf_text_config(write_text_model(tmp_path / "source", "bert")))
+    save_model(build, tmp_path / "m")
+    pictures = paint_folder(tmp_path / "pictures", num_images=6)
+    with Collection.create(tmp_path / "c", clipsys.load(tmp_path / "m")) as made:
+        made.add(pictures, show_progress=False)
+        expected = made.search("a red square", k=3)
+    assert json.loads((tmp_path / "c" / FILE_NAME).read_text())["kind"] == "bert"
+    with Collection.open(tmp_path / "c") as opened:
+        found = opened.search("a red square", k=3)
+        assert opened._encoder.loaded is None, "torch's model was not needed"
+    assert [hit.id for hit in found] == [hit.id for hit in expected]
+    (tmp_path / "m" / "tokenizer.json").touch()
+    assert not is_light(tmp_path / "c")
 
 
 def test_record_names_the_files_and_the_difference(collection: Path, model: Path) -> None:
