@@ -62,9 +62,15 @@ def encode(
     return [
         EncodedQuery(None)
         if query is None
-        else EncodedQuery(next(vectors), query.words, query.items)
+        else EncodedQuery(next(vectors), query.words, query.items, _texts_of(query))
         for query in queries
     ]
+
+
+def _texts_of(query: Query) -> tuple[str, ...]:
+    """The texts of a query that is made of them alone, all for it; else none."""
+    texts = [part.text for part in query.parts if part.text is not None and part.weight > 0]
+    return tuple(texts) if len(texts) == len(query.parts) else ()
 
 
 def embed_with_pinned(
