@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, the newest few kept, found again for `--resume`.
 
 RUN/checkpoints/step-00001200/     DeepSpeed's state of all ranks, the averaged weights,
-                                   model/, a model folder that open_clip loads, mined/, the hard
+                                   model/, a model folder that open_clip loads, with adapters merged
+                                   into it and by themselves in model/adapter/, mined/, the hard
                                    negatives of an objective that mines them, and
                                    checkpoint.json, the manifest of all these files
 RUN/checkpoints/latest             the name of the newest complete one
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -25,6 +27,7 @@ from clipsys.config import Settings
 from clipsys.errors import TrainingError
 from clipsys.files.drive_faults import drive_errors_explained
 from clipsys.files.links import link_or_copy
+from clipsys.models.adapters import write_adapter
 from clipsys.models.open_clip_models import ModelParts, save_model
 from clipsys.training.distributed.collectives import (
     gather_objects,
@@ -44,10 +47,13 @@ from clipsys.training.manifest import (
     missing_or_resized,
     read_manifest,
 )
+from clipsys.training.model.trained import TrainedModel
 
 _logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+#: Where the adapters of a run stand in its model folder.
+ADAPTER_FOLDER = "adapter"
 _LATEST = "latest"
 _NAME = "step-????????"
 #: DeepSpeed names the files that a rank has written by its number.
@@ -128,22 +134,28 @@ class Checkpoints:
         ):
             engine.save(self.folder, partial, asdict(state))
             weights, heads = engine.state_dict(), engine.heads_state_dict()
+            adapted = engine.adapted_state_dict()
             # Locked towers whose features are stored are not in the engine.
             locked = parts.model.state_dict()
-            if not locked.keys() <= weights.keys():
+            if engine.module.adapters is None and not locked.keys() <= weights.keys():
                 weights = {**locked, **weights}
             files = self._describe_own(self.folder / partial)
 
             def publish() -> None:
                 written = self.folder / partial
-                save_model(
+                target = written / "model"
+                mark = save_model(
                     parts,
-                    written / "model",
+                    target,
                     weights=weights,
                     heads=heads,
                     provenance=provenance,
                     place=self.folder / name / "model",
                 )
+                if engine.module.adapters is not None:
+                    _write_adapter(
+                        engine.module, adapted, target / ADAPTER_FOLDER, mark, provenance
+                    )
                 for place, path in (attachments or {}).items():
                     (written / place).parent.mkdir(exist_ok=True)
                     link_or_copy(path, written / place)
@@ -280,6 +292,31 @@ class Checkpoints:
         state = engine.load(self.folder, name, saved)
         known = TrainState.__dataclass_fields__.keys() & state.keys()
         return TrainState(**{name: state[name] for name in known})
+
+
+def _write_adapter(
+    module: TrainedModel,
+    state: dict[str, torch.Tensor],
+    folder: Path,
+    fingerprint: str,
+    provenance: dict[str, Any],
+) -> None:
+    """The adapters of a model by themselves, beside the model that they are merged into."""
+    adapters = module.adapters
+    assert adapters is not None
+    adapter = adapters.adapter(
+        module.clip,
+        state,
+        with_statistics=not module.freezes_batch_norm,
+        fingerprint=fingerprint,
+    )
+    write_adapter(
+        folder,
+        adapter,
+        config=adapters.config,
+        names=adapters.names,
+        provenance=provenance,
+    )
 
 
 def _name_of(step: int) -> str:

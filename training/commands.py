@@ -55,7 +55,10 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The run folder that `clipsys train` wrote.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="What `clipsys train` wrote, or an adapter folder to merge."),
+    ],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     step: Annotated[
         int | None, typer.Option(help="The checkpoint of this step; default the newest.")
@@ -64,14 +67,22 @@ def export(
         bool,
         typer.Option("--with-heads", help="Write the objective's heads beside the model too."),
     ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Write the adapters alone, for their base (model.lora)."),
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a folder of its kind.")
     ] = False,
 ) -> None:
     """Write a model folder that clipsys and stock open_clip load."""
     from clipsys.training.export import export_model
 
-    fingerprint = export_model(run, out, step=step, with_heads=with_heads, overwrite=overwrite)
+    if adapter and with_heads:
+        raise typer.BadParameter("give one of --adapter and --with-heads")
+    fingerprint = export_model(
+        run, out, step=step, with_heads=with_heads, adapter=adapter, overwrite=overwrite
+    )
     print(out)
     print(
         f"fingerprint {fingerprint[:16]}; load it with clipsys.load({str(out)!r})", file=sys.stderr

@@ -38,8 +38,8 @@ from clipsys.training.distributed.collectives import gather_objects, on_first_ra
 from clipsys.training.distributed.process_group import start_processes
 from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.schedule import lr_factor
-from clipsys.training.features.phases import LOCKED_FOLDER, locked_phase, unlocked_phase
 from clipsys.training.journal import Journal, described, plot_curves
+from clipsys.training.phases import LOCKED_FOLDER, locked_phase, unlocked_phase
 from clipsys.training.plan import StepClock
 from clipsys.training.precision import agrees
 from clipsys.training.recipe import Recipe

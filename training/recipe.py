@@ -16,8 +16,8 @@ from clipsys.training.engine.config import EngineConfig
 from clipsys.training.engine.optimizers import OptimizerConfig
 from clipsys.training.engine.schedule import ScheduleConfig
 from clipsys.training.engine.zero import zero_faults
-from clipsys.training.features.config import FeaturesConfig
-from clipsys.training.features.phases import UnlockConfig, feature_faults
+from clipsys.training.features.config import FeaturesConfig, UnlockConfig
+from clipsys.training.features.faults import feature_faults, idle_settings
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.objectives import (
     Objective,
@@ -64,7 +64,17 @@ class Recipe(Settings):
             *self._idle_with_data(objective),
             *self._frame_faults(objective),
             *self._conflicts(objective),
-            *feature_faults(self, objective),
+            *feature_faults(
+                self.objective.name,
+                objective,
+                num_views=len(objective.views(self.augmentation)),
+                model=self.model,
+                features=self.features,
+                unlock=self.unlock,
+            ),
+            *idle_settings(
+                self.model, {"engine": self.engine, "optimizer": self.optimizer}, self.unlock
+            ),
             *objective.faults(surroundings),
         )
         for fault in faults:
@@ -103,14 +113,50 @@ class Recipe(Settings):
         default_drop = type(self.evaluation).model_fields["canary_drop"].default
         if self.evaluation.canary_drop != default_drop and not self.evaluation.canary:
             yield "evaluation.canary_drop does nothing without evaluation.canary"
+        yield from self._adapter_faults(objective)
         if self.evaluation.knn and not data.validation:
             yield "evaluation.knn does nothing without data.validation"
         if self.engine.cache_on_host and data.micro_batch_size is None:
             yield "engine.cache_on_host does nothing without data.micro_batch_size"
-        if model.unlocked_image_blocks == 0 and model.unlocked_text_blocks == 0:
+        is_locked = model.unlocked_image_blocks == 0 and model.unlocked_text_blocks == 0
+        if is_locked and model.lora is None:
             yield (
                 "model.unlocked_image_blocks and model.unlocked_text_blocks are both 0: nothing "
                 "would be trained; leave one out"
+            )
+
+    def _adapter_faults(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
+        """Adapters that would not be trained, or beside something that they do not go with."""
+        model, lora, name = self.model, self.model.lora, self.objective.name
+        if lora is None:
+            return
+        trained = {
+            "image": bool(objective.views(self.augmentation)),
+            "text": objective.num_texts > 0,
+        }
+        unlocked = {"image": model.unlocked_image_blocks, "text": model.unlocked_text_blocks}
+        for tower in lora.towers:
+            if not trained[tower]:
+                left = [one for one in lora.towers if trained[one]]
+                yield (
+                    f"model.lora.towers names {tower}, and objective.name {name} trains no {tower};"
+                    f" set model.lora.towers: [{', '.join(left)}]"
+                )
+            if unlocked[tower]:
+                yield (
+                    f"model.unlocked_{tower}_blocks is {unlocked[tower]}, and model.lora freezes "
+                    f"the whole {tower} tower beside its adapters; leave one of them out, or set "
+                    f"model.unlocked_{tower}_blocks to 0 to lock the projection too"
+                )
+        if not model.begins_with_weights:
+            yield (
+                "model.lora adapts weights that were trained before, and these would be random; "
+                "set model.pretrained"
+            )
+        if lora.quantised and self.engine.precision in ("bf16_params", "fp16"):
+            yield (
+                f"model.lora.quantised holds the frozen weights in 4 bits, and engine.precision "
+                f"{self.engine.precision} the rest in 16; use fp32 or bf16"
             )
 
     def _idle_labels(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:

@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 FIXED: dict[str, str] = {
     "seed": "the order of samples, augmentation and dropout are drawn from it",
     "model": "the weights come from the checkpoint",
+    "model.lora": "the checkpoint holds adapters of this form, and the weights beside them",
     "data.batch_size": "it decides which samples each step has seen",
     "data.shuffle_shards": "it decides which samples each step has seen",
     "data.resampled": "it decides which samples each step has seen",
@@ -53,6 +54,7 @@ CHANGEABLE: tuple[str, ...] = (
     "output",
     "nproc",
     "model.patch_dropout",
+    "model.freeze_batch_norm",
     "data.train",  # its order of samples is compared by `SampleOrder.fingerprint`
     "data.validation",
     "data.micro_batch_size",
@@ -71,10 +73,6 @@ CHANGEABLE: tuple[str, ...] = (
     "augmentation",
     "features.folder",
     "features.batch_size",
-    "unlock.lr",
-    "unlock.epochs",
-    "unlock.warmup_steps",
-    "unlock.micro_batch_size",
     "objective.positives",
     "objective.duplicates",
     "objective.tile_size",

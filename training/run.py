@@ -28,7 +28,6 @@ from clipsys.training.distributed.collectives import (
 )
 from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.features.batches import FeatureBatches
-from clipsys.training.features.phases import uses_features
 from clipsys.training.losses import auto_tile_size
 from clipsys.training.mining.miner import Miner
 from clipsys.training.model.initial import (
@@ -152,7 +151,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     begins_with = recipe.model
     if checkpoint is not None:
         begins_with = resumed_settings(recipe.model, checkpoints.folder / checkpoint / "model")
-    model = begin_model(begins_with, recipe, objective)
+    model, adapters = begin_model(begins_with, recipe, objective)
     shard_set, windows, classes, order = open_data(recipe, objective)
     validation = _validation(recipe, objective, model, classes)
     canaries = _canaries(recipe, model)
@@ -162,9 +161,9 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     num_classes = len(classes) if objective.needs_classes else 0
     tokens = token_ids(model) if objective.num_texts else None
     sizes = Sizes(feature_width(model), num_samples, num_classes, tokens)
-    trained = make_trained_model(recipe, objective, model, sizes)
+    trained = make_trained_model(recipe, objective, model, sizes, adapters)
     views = objective.views(recipe.augmentation)
-    with_features = uses_features(recipe)
+    with_features = recipe.model.has_locked_towers
     if not with_features:
         check_view_sizes(model.model, views, model.preprocessing.size)
     tile_size = objective.tile_size or auto_tile_size(data.batch_size, device)

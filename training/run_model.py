@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from clipsys.errors import ConfigError
-from clipsys.models.open_clip_models import ModelParts
+from clipsys.models.adapters import Base, read_base
+from clipsys.models.open_clip_models import ModelParts, read_card
+from clipsys.models.open_clip_models import fingerprint as fingerprint_of_parts
+from clipsys.training.checkpoints import ADAPTER_FOLDER
 from clipsys.training.distributed.agreement import on_every_rank, require_equal
-from clipsys.training.features.phases import uses_features
+from clipsys.training.distributed.collectives import rank
 from clipsys.training.features.trunks import Heads
+from clipsys.training.model.adapters import Adapters
+from clipsys.training.model.adding_adapters import add_adapters, announce_trained
 from clipsys.training.model.initial import (
     ModelConfig,
     fingerprint,
@@ -25,9 +31,26 @@ from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Objective, View
 from clipsys.training.recipe import Recipe
 
+#: Settings with which a model begins elsewhere than at its pretrained weights.
+_CHANGING = (
+    "architecture", "preprocess", "image_size", "context_length", "initial_logit_scale",
+    "initial_logit_bias",
+)  # fmt: skip
 
-def begin_model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]) -> ModelParts:
-    """The model that every rank begins with, with what the objective does not train frozen."""
+
+def begin_model(
+    settings: ModelConfig, recipe: Recipe, objective: Objective[Any]
+) -> tuple[ModelParts, Adapters | None]:
+    """The model that every rank begins with, with what the objective does not train frozen.
+
+    Args:
+        settings: what it is made from: the recipe's section, or a checkpoint in its place.
+        recipe: the recipe.
+        objective: what is minimised.
+
+    Returns:
+        The model, and the adapters that it got.
+    """
     model = on_every_rank(
         lambda: initial_model(
             settings,
@@ -39,28 +62,90 @@ def begin_model(settings: ModelConfig, recipe: Recipe, objective: Objective[Any]
         {"a model with the fingerprint": fingerprint(model, weights=settings.begins_with_weights)},
         remedy="give every machine the same model, and the same files of its weights",
     )
+    adapters = on_every_rank(lambda: _adapters(model, settings, recipe.model))
     freeze_unused(
         model.model,
         image=bool(objective.views(recipe.augmentation)),
         text=objective.num_texts > 0,
         temperature=objective.trains_temperature,
     )
-    return model
+    if adapters is not None and rank() == 0:
+        announce_trained(model.model)
+    return model, adapters
+
+
+def _adapters(model: ModelParts, settings: ModelConfig, recipe: ModelConfig) -> Adapters | None:
+    """Adds the adapters that a recipe asks for."""
+    if recipe.lora is None:
+        return None
+    if settings is not recipe:  # resumed, from a model that they are merged into
+        model_folder = settings.towers[0].name if settings.towers else settings.pretrained
+        base, _ = read_base(Path(str(model_folder)) / ADAPTER_FOLDER)
+    else:
+        base = _base_of(model, recipe)
+    if recipe.towers is not None:
+        has_locked_head = {
+            tower: settings.locked_head
+            for tower, settings in zip(("image", "text"), recipe.towers, strict=True)
+        }
+    else:
+        blocks = {"image": recipe.unlocked_image_blocks, "text": recipe.unlocked_text_blocks}
+        has_locked_head = {tower: number == 0 for tower, number in blocks.items()}
+    locked = tuple(tower for tower in recipe.lora.towers if has_locked_head[tower])
+    return add_adapters(model, recipe.lora, base=base, locked_heads=locked)
+
+
+def _base_of(model: ModelParts, recipe: ModelConfig) -> Base:
+    """The model that adapters are trained on, as it was before the recipe changed it."""
+    if recipe.pretrained is None:
+        return Base()
+    mark = fingerprint_of_parts(model)
+    changing = [f"model.{name}" for name in _CHANGING if getattr(recipe, name) not in (None, {})]
+    folder = Path(recipe.pretrained).expanduser()
+    card = read_card(folder) or read_card(folder / "model")
+    if card is not None and card.fingerprint != mark and not changing:
+        changing = ["objective.name, which needs a bias, or leaves out a decoder"]
+    return Base(recipe.pretrained, mark, tuple(changing))
 
 
 def make_trained_model(
-    recipe: Recipe, objective: Objective[Any], model: ModelParts, sizes: Sizes
+    recipe: Recipe,
+    objective: Objective[Any],
+    model: ModelParts,
+    sizes: Sizes,
+    adapters: Adapters | None = None,
 ) -> TrainedModel:
     """The model with the objective's heads and momentum towers, checked against the recipe.
 
     Of a model with locked towers only the heads, which take the features of the towers.
     """
     engine = recipe.engine
-    options = TowerOptions(engine.precision, engine.grad_checkpointing, engine.compile)
-    clip = Heads(model.model) if uses_features(recipe) else model.model
-    trained = TrainedModel(clip, objective, options, sizes=sizes)
+    options = TowerOptions(
+        engine.precision,
+        engine.grad_checkpointing,
+        engine.compile,
+        freeze_batch_norm=recipe.model.rests_batch_norm,
+    )
+    _check_frozen_batch_norm(model.model, recipe.model)
+    clip = Heads(model.model) if recipe.model.has_locked_towers else model.model
+    trained = TrainedModel(clip, objective, options, sizes=sizes, adapters=adapters)
     _check_batch_norm(trained, recipe)
     return trained
+
+
+def _check_frozen_batch_norm(clip: nn.Module, settings: ModelConfig) -> None:
+    """Refuses the setting where there is nothing to freeze.
+
+    Raises:
+        ConfigError: it is set, and no tower has batch norm.
+    """
+    kinds = nn.modules.batchnorm._BatchNorm
+    has_batch_norm = any(isinstance(module, kinds) for module in clip.modules())
+    if settings.freeze_batch_norm is not None and not has_batch_norm:
+        raise ConfigError(
+            f"model.freeze_batch_norm is {str(settings.freeze_batch_norm).lower()}, but the towers "
+            "have no batch norm; leave it out"
+        )
 
 
 def _check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
@@ -80,7 +165,8 @@ def _check_batch_norm(model: TrainedModel, recipe: Recipe) -> None:
             raise ConfigError(
                 f"data.micro_batch_size is {recipe.data.micro_batch_size}, but {name} is batch "
                 "normalisation, which would take its statistics over a micro-batch: another "
-                "result; leave data.micro_batch_size out, or use a model without batch norm"
+                "result; leave data.micro_batch_size out, or use a model without batch norm, or "
+                "with statistics that rest (model.freeze_batch_norm)"
             )
 
 

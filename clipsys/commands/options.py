@@ -21,7 +21,10 @@ CollectionFolder = Annotated[Path, typer.Argument(help="Folder of the collection
 
 Model = Annotated[
     str,
-    typer.Option(help="Model folder, run folder, open_clip NAME/TAG or hf-hub:ORG/REPO."),
+    typer.Option(
+        help="Model, run or adapter folder, open_clip NAME/TAG or hf-hub:ORG/REPO; BASE::FOLDER "
+        "puts an adapter on a base."
+    ),
 ]
 MovedModel = Annotated[
     str | None, typer.Option(help="Where the collection's model lies, if not where it was.")

@@ -26,7 +26,9 @@ def quiet_open_clip() -> Iterator[None]:
     def drop(record: logging.LogRecord) -> bool:
         return f"{os.sep}open_clip{os.sep}" not in record.pathname
 
-    from transformers.utils import logging as transformers_logging
+    import transformers
+
+    transformers_logging: Any = transformers.utils.logging
 
     # It draws a bar for each file, and lists weights that a tower has no use for.
     talk, bars = (

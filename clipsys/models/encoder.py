@@ -20,6 +20,7 @@ from clipsys.inference.text_tower import text_encoder
 from clipsys.inference.threads import EncodeImage, in_chunks
 from clipsys.models import open_clip_models as models
 from clipsys.models.devices import choose_device, choose_encoding, compute_in_full_float32
+from clipsys.models.loading import BASE_SEPARATOR
 from clipsys.models.tokenization import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
@@ -300,12 +301,19 @@ def _unit(features: torch.Tensor) -> Vectors:
     return vectors
 
 
-def load(spec: str | Path, *, device: str = "auto", precision: str = "auto") -> Encoder:
+def load(
+    spec: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Encoder:
     """Loads an encoder.
 
     Args:
         spec: ``NAME/TAG`` of open_clip (``ViT-B-32/laion2b_s34b_b79k``), ``hf-hub:ORG/REPO``, a
-            model folder or a run folder.
+            model folder or a run folder; an adapter folder, which names its base.
+        adapter: an adapter folder (`clipsys export --adapter`, or peft's) for the model ``spec``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         precision: ``fp32``, ``bf16``, or ``int8`` (for processors with VNNI); ``auto``: fp32 or
             bf16, on a CPU by a measurement on the model's own products, which takes half a second
@@ -314,9 +322,12 @@ def load(spec: str | Path, *, device: str = "auto", precision: str = "auto") -> 
             with fp32 to a cosine of 0.99.
 
     Raises:
-        ModelError: there is no such model, or its files are damaged or altered.
+        ModelError: there is no such model, its files are damaged or altered, or the adapter was
+            trained on another one.
         ConfigError: the device is not there, or cannot compute in this precision.
     """
+    if adapter is not None:
+        spec = f"{spec}{BASE_SEPARATOR}{adapter}"
     return Encoder(models.load_model(spec), device=device, precision=precision)
 
 

@@ -12,6 +12,12 @@ from typing import Any
 from clipsys.errors import ModelError
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models import hub
+from clipsys.models.adapters import (
+    ADAPTER_CONFIG_NAME,
+    is_adapter_folder,
+    merged,
+    read_adapter,
+)
 from clipsys.models.architectures import architecture_config, image_size_of, unknown_name
 from clipsys.models.construction import (
     hub_for,
@@ -28,7 +34,11 @@ from clipsys.models.model_folders import (
     read_card,
 )
 from clipsys.models.parts import ModelParts, fingerprint
+from clipsys.models.quantisation import as_quantised, quantised_names
 from clipsys.models.tokenization import make_tokenizer
+
+#: Between a base and the adapter folder that is merged into it.
+BASE_SEPARATOR = "::"
 
 
 def load_model(spec: str | Path, *, listed_activation: bool = False) -> ModelParts:
@@ -36,7 +46,8 @@ def load_model(spec: str | Path, *, listed_activation: bool = False) -> ModelPar
 
     Args:
         spec: a model folder or a run folder; ``NAME/TAG`` or ``hf-hub:ORG/REPO`` of open_clip,
-            which are fetched from their hub at the first use.
+            which are fetched from their hub at the first use; an adapter folder, which is merged
+            into the base that it names, or ``BASE::FOLDER``, which names another place of the base.
         listed_activation: takes the activation of the architecture ``NAME`` where the weights were
             trained with another one; see `is_listed_with_other_activation`.
 
@@ -45,8 +56,13 @@ def load_model(spec: str | Path, *, listed_activation: bool = False) -> ModelPar
     """
     text = str(spec).removeprefix("local-dir:")
     folder = Path(text).expanduser()
+    base, is_adapted, adapter = text.partition(BASE_SEPARATOR)
+    if is_adapted and not folder.exists():
+        return _load_adapted(Path(adapter).expanduser(), base)
     if folder.is_dir():
-        return _load_folder(folder)
+        is_base = (folder / CONFIG_NAME).is_file()
+        adapted = is_adapter_folder(folder) and not is_base
+        return _load_adapted(folder, None) if adapted else _load_folder(folder)
     if text.startswith("hf-hub:"):
         return _load_hub(text, pretrained=None)
     name, _, tag = text.partition("/")
@@ -128,6 +144,52 @@ def _load_folder(folder: Path) -> ModelParts:
     parts = ModelParts(model, tokenizer, own, preprocessing, name, str(folder.absolute()))
     mark = _checked_fingerprint(folder, parts, config["text_cfg"].get("hf_tokenizer_name"))
     return replace(parts, loaded_fingerprint=mark)
+
+
+def _load_adapted(folder: Path, base: str | None) -> ModelParts:
+    """The base, with an adapter merged into its weights.
+
+    Args:
+        folder: the adapter folder.
+        base: what to load; None takes the base that the folder names.
+    """
+    if not is_adapter_folder(folder):
+        raise ModelError(f"{folder}: not an adapter folder (no {ADAPTER_CONFIG_NAME})")
+    adapter = read_adapter(folder)
+    source = base or adapter.base.model
+    if not source:
+        raise ModelError(
+            f"{folder}: the adapter does not say what its base is; name it: "
+            f"BASE{BASE_SEPARATOR}{folder}"
+        )
+    try:
+        parts = load_model(source)
+    except ModelError as error:
+        if base:
+            raise
+        raise ModelError(
+            f"{folder}: its base cannot be loaded ({error}); name the place of the base: "
+            f"BASE{BASE_SEPARATOR}{folder}"
+        ) from error
+    mark = parts.loaded_fingerprint or fingerprint(parts)
+    expected = adapter.base.fingerprint
+    if expected and expected != mark:
+        raise ModelError(
+            f"{folder}: the adapter was trained on a base with the fingerprint {expected[:12]} "
+            f"({adapter.base.model}), and {source} has {mark[:12]}; name the base that it was "
+            "trained on"
+        )
+    state = dict(parts.model.state_dict())
+    if adapter.quantised:
+        state |= {name: as_quantised(state[name]) for name in quantised_names(adapter.pairs, state)}
+    parts.model.load_state_dict(merged(state, adapter))
+    own = fingerprint(parts) if not adapter.merged_fingerprint else adapter.merged_fingerprint
+    return replace(
+        parts,
+        name=folder.parent.parent.name if folder.name == "adapter" else folder.name,
+        spec=f"{parts.spec}{BASE_SEPARATOR}{folder.absolute()}",
+        loaded_fingerprint=own,
+    )
 
 
 def _config_here(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

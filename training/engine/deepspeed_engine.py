@@ -415,9 +415,14 @@ class Engine:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole float32 weights of the open_clip model, averaged ones where they are kept.
 
-        Every rank must call it: ZeRO gathers its partitions.
+        Adapters are merged into them. Every rank must call it: ZeRO gathers its partitions.
         """
-        return self._whole(self.module.clip)
+        whole, adapters = self._whole(self.module.clip), self.module.adapters
+        return whole if adapters is None else adapters.merged_weights(self.module.clip, whole)
+
+    def adapted_state_dict(self) -> dict[str, torch.Tensor]:
+        """The same with the weights and the adapters each by themselves; empty without adapters."""
+        return {} if self.module.adapters is None else self._whole(self.module.clip)
 
     def heads_state_dict(self) -> dict[str, torch.Tensor]:
         """The same of the objective's heads; empty where there are none."""

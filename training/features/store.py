@@ -47,7 +47,7 @@ class BlockStore:
         """Writes a block."""
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self._features(number), lambda file: np.save(file, features_RF))
-        _write(self._info(number), lambda file: np.savez(file, **info))
+        _write(self._info(number), lambda file: np.savez(file, allow_pickle=False, **info))
 
     def features(self, number: int) -> Halves:
         """(rows, F), mapped from the file: read when it is used.

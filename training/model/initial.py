@@ -25,6 +25,7 @@ from clipsys.models.architectures import (
 from clipsys.models.model_folders import config_in
 from clipsys.models.open_clip_models import ModelParts, build_model, load_model
 from clipsys.models.tokenization import Tokenizer, with_context_length
+from clipsys.training.model.adapters import LoraConfig
 from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 from clipsys.training.model.pretrained import config_of_weights, load_weights
 from clipsys.training.model.two_towers import (
@@ -101,6 +102,35 @@ class ModelConfig(Settings):
     unlocked_text_blocks: NonNegativeInt | None = Field(
         None, description="the same for the text tower"
     )
+    lora: LoraConfig | None = Field(
+        None, description="train adapters in the place of a tower's weights"
+    )
+    freeze_batch_norm: bool | None = Field(
+        None,
+        description="keep the statistics of the towers' batch norm as they are; default true where "
+        "the weights are pretrained, else false",
+    )
+
+    @property
+    def begins_with_weights(self) -> bool:
+        """Whether a tower begins with weights that were trained before."""
+        if self.pretrained is not None or self.towers is not None:
+            return True
+        config = self.architecture if isinstance(self.architecture, dict) else {}
+        sections = (
+            ("vision_cfg", "timm_model_pretrained"),
+            ("text_cfg", "hf_model_pretrained"),
+        )
+        return any((config.get(section) or {}).get(key) for section, key in sections)
+
+    @property
+    def rests_batch_norm(self) -> bool:
+        """Whether batch norm of the towers keeps its statistics."""
+        if self.freeze_batch_norm is not None:
+            return self.freeze_batch_norm
+        # Statistics of random weights are worth nothing.
+        is_random = self.image_tower is not None and self.image_tower.weights == "random"
+        return self.begins_with_weights and not is_random
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -136,12 +166,8 @@ class ModelConfig(Settings):
     @property
     def has_locked_towers(self) -> bool:
         """Whether nothing of two pretrained towers is trained but their heads."""
-        return self.towers is not None and all(one.unlocked_blocks == 0 for one in self.towers)
-
-    @property
-    def begins_with_weights(self) -> bool:
-        """Whether it begins with weights that could differ between machines."""
-        return self.pretrained is not None or self.towers is not None
+        locked = self.towers is not None and all(one.unlocked_blocks == 0 for one in self.towers)
+        return locked and self.lora is None
 
 
 def initial_model(

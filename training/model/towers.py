@@ -37,11 +37,13 @@ class TowerOptions:
             bits, with float32 masters in the optimizer).
         grad_checkpointing: keeps no activations inside a tower's blocks, but computes them again.
         compile: torch.compile both towers.
+        freeze_batch_norm: keeps the statistics of the model's batch norm as they are.
     """
 
     precision: str = "fp32"
     grad_checkpointing: bool = False
     compile: bool = False
+    freeze_batch_norm: bool = False
 
 
 class Towers(nn.Module):
@@ -76,6 +78,7 @@ class Towers(nn.Module):
         self.heads = nn.ModuleDict() if heads is None else heads
         self._encode_image: Encode = self.clip.encode_image
         self.precision = options.precision
+        self.freezes_batch_norm = options.freeze_batch_norm
         #: Names of parameters of one element, which 16 bits are too coarse for.
         self._scalars = [name for name, one in self.named_parameters() if one.numel() == 1]
         self._exact: dict[str, torch.Tensor] = {}
@@ -161,7 +164,20 @@ class Towers(nn.Module):
         super().train(mode)
         if mode:
             rest_frozen(self)
+            if self.freezes_batch_norm:
+                rest_batch_norm(self.clip)
         return self
+
+
+def rest_batch_norm(model: nn.Module) -> None:
+    """Puts batch norm into evaluation mode; its scale and shift go on being trained.
+
+    Statistics of a few rows, or of other images than those that the weights were trained on, spoil
+    what the weights have learnt.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def rest_frozen(model: nn.Module) -> None:

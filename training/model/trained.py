@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from clipsys.training.model.adapters import Adapters
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, Sizes
 from clipsys.training.model.towers import TowerOptions, Towers
 
@@ -48,13 +49,15 @@ class TrainedModel(Towers):
         options: TowerOptions = TowerOptions(),
         *,
         sizes: Sizes,
+        adapters: Adapters | None = None,
     ) -> None:
         """
         Args:
             clip: open_clip's model.
             objective: what is minimised.
-            options: precision, checkpointing, compilation.
+            options: precision, checkpointing, compilation, batch norm.
             sizes: what the heads are shaped by.
+            adapters: those that the model has.
         """
         heads = objective.heads(sizes)
         has_text = objective.num_texts > 0
@@ -63,6 +66,7 @@ class TrainedModel(Towers):
         if objective.momentum is not None:
             copies = deepcopy(clip) if has_text else _ImageOnly(clip), deepcopy(heads)
         super().__init__(clip, heads, options)
+        self.adapters = adapters
         self._objective = objective
         self.momentum: Towers | None = None
         if copies:
@@ -72,10 +76,13 @@ class TrainedModel(Towers):
     def train(self, mode: bool = True) -> Self:
         """Training mode; momentum towers stay in evaluation mode, but for their batch norm.
 
-        That takes the statistics of the batch, as in MoCo. With the running ones of the trained
-        towers the keys of a ResNet on emoji all became equal, and with them the queries.
+        That takes the statistics of the batch, as in MoCo, unless batch norm is frozen. With the
+        running ones of the trained towers the keys of a ResNet on emoji all became equal, and with
+        them the queries.
         """
         super().train(mode)
+        if self.freezes_batch_norm:
+            return self
         for module in self.momentum.modules() if self.momentum is not None else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(mode)

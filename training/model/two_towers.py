@@ -106,6 +106,10 @@ class ImageTowerConfig(TowerConfig):
             )
         if self.weights and not self.name.startswith(TIMM):
             raise ValueError("weights is for a tower of timm (name timm:NAME); leave it out")
+        if self.weights == "random" and self.unlocked_blocks is not None:
+            raise ValueError(
+                "weights is random, so that all blocks must be trained; set unlocked_blocks to null"
+            )
         return self
 
 
@@ -346,7 +350,7 @@ def _hugging_face_config(
             f"model.text_tower.name: {name}: there is no such folder; expected one that "
             "save_pretrained wrote, or a name of the hub"
         )
-    stated, limit = _sentence_transformers_settings(folder)
+    stated, limit = _sentence_transformers_settings(name)
     pooler = {"mean": "mean_pooler", "max": "max_pooler", "cls": "cls_last_hidden_state_pooler"}
     return {
         "hf_model_name": name,
@@ -358,20 +362,24 @@ def _hugging_face_config(
     }
 
 
-def _sentence_transformers_settings(folder: Path) -> tuple[str, int]:
-    """Pooler and longest text of a sentence-transformers folder; what any other one gets.
+def _sentence_transformers_settings(name: str) -> tuple[str, int]:
+    """Pooler and longest text of a sentence-transformers model; what any other one gets.
+
+    Args:
+        name: a folder, or a name of the hub.
 
     Raises:
         ModelError: its files are damaged, or it pools as open_clip cannot.
     """
     limit, pooler = DEFAULT_CONTEXT, "mean_pooler"
-    length, pooling = folder / "sentence_bert_config.json", folder / "1_Pooling" / "config.json"
+    length = _file_of(name, "sentence_bert_config.json")
+    pooling = _file_of(name, "1_Pooling/config.json")
     try:
-        if length.is_file():
+        if length is not None:
             limit = int(
                 json.loads(length.read_text(encoding="utf-8")).get("max_seq_length") or limit
             )
-        if pooling.is_file():
+        if pooling is not None:
             modes = json.loads(pooling.read_text(encoding="utf-8"))
             active = [mode for mode, value in modes.items() if value is True and "mode" in mode]
             if len(active) != 1 or active[0] not in _POOLERS:
@@ -381,8 +389,25 @@ def _sentence_transformers_settings(folder: Path) -> tuple[str, int]:
                 )
             pooler = _POOLERS[active[0]]
     except (ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"{folder}: damaged ({one_line(error)}); fetch it again") from error
+        raise ModelError(
+            f"{length or pooling}: damaged ({one_line(error)}); fetch {name} again"
+        ) from error
     return pooler, limit
+
+
+def _file_of(name: str, file: str) -> Path | None:
+    """A file of a folder or of a repository of the hub; None where it has none."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    with hub.quiet_hub():
+        try:
+            return Path(hf_hub_download(name, file))
+        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+            return None  # a plain encoder; one that is not there at all is an error of the loading
 
 
 # ---- heads -------------------------------------------------------------------------------------

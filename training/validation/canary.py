@@ -79,8 +79,9 @@ class Canaries:
 
     def use_trunks(self, trunks: Trunks) -> None:
         """Measures heads over features of locked towers, which are computed once."""
-        for one in self._sets.values():
-            one.use_trunks(trunks)
+        for validations in self._sets.values():
+            for one in validations:
+                one.use_trunks(trunks)
 
     def fingerprints(self) -> dict[str, str]:
         """Of the data of each canary; ranks must hold the same."""

@@ -219,7 +219,11 @@ def test_a_resumed_run_goes_on_with_what_its_checkpoint_says(siglip: Path, tmp_p
     save_model(began, tmp_path / "checkpoint")
     resumed = initial_model(resumed_settings(settings, tmp_path / "checkpoint"), with_bias=True)
     assert resumed.preprocessing == began.preprocessing
-    assert resumed.config == began.config
+    own = {"hf_tokenizer_name": str(tmp_path / "checkpoint")}
+    assert resumed.config == {
+        **began.config,
+        "text_cfg": {**began.config["text_cfg"], **own},
+    }
     _assert_equal_vectors(resumed, began)
     tuned = initial_model(ModelConfig(pretrained=str(tmp_path / "checkpoint")))
     assert "patch_dropout" not in tuned.config["vision_cfg"]
