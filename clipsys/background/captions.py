@@ -7,8 +7,8 @@ sample of its captions in the model folder, as ``background.json``::
      "captions": ["a dog runs on the beach", ...],     one of each sampled image
      "words": {"a": 31210, "dog": 2180, ...}}          counts in all captions of these images
 
-It holds texts alone, so it stays right when the weights are exported, averaged or quantised. open_clip
-does not read it. Without it, everything goes on as before.
+It holds texts alone, so it stays right when the weights are exported, averaged or quantised.
+open_clip does not read it. Without it, everything goes on as before.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ _MAX_CHARACTERS = 1_000
 _WORD = re.compile(r"\w+")
 
 #: What a picture may show, for models whose training captions are unknown.
-_THINGS = tuple(
-    """dog cat horse bird fish cow sheep elephant bear flower tree forest mountain lake river beach
+_THINGS = """
+    dog cat horse bird fish cow sheep elephant bear flower tree forest mountain lake river beach
     island desert cloud sunset street bridge house church castle tower station market kitchen
     bedroom office garden park playground stadium car bus train bicycle motorcycle boat ship plane
     man woman child baby family crowd wedding concert party football tennis skateboard kite book
     newspaper map letter sign phone computer camera clock lamp chair table sofa bed mirror window
     door bread cake pizza fruit vegetable coffee bottle cup plate knife shirt dress shoe hat bag
-    umbrella glasses ring painting statue drawing diagram chart toy guitar piano drum logo"""
-    .split()
-)  # fmt: skip
+    umbrella glasses ring painting statue drawing diagram chart toy guitar piano drum logo
+"""
 _SCENES = (
     "a photo of a {}",
     "a {} outdoors",
@@ -100,7 +99,9 @@ def _spread(texts: Sequence[str], count: int) -> list[str]:
 
 def generic_captions() -> TrainingCaptions:
     """Captions as people write them, for a model whose own are unknown; no words are known."""
-    return TrainingCaptions(tuple(scene.format(thing) for thing in _THINGS for scene in _SCENES))
+    return TrainingCaptions(
+        tuple(scene.format(thing) for thing in _THINGS.split() for scene in _SCENES)
+    )
 
 
 def write_captions(folder: Path, captions: TrainingCaptions) -> None:
@@ -130,6 +131,32 @@ def read_captions(folder: Path) -> TrainingCaptions | None:
         raise ModelError(
             f"{path}: damaged ({error}); export the model again, or delete the file"
         ) from error
+
+
+def captions_of(model: str | Path) -> TrainingCaptions | None:
+    """The captions that lie in the folder of a model or of a run; None where there are none.
+
+    Args:
+        model: what `clipsys.load` takes.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    folder = Path(str(model).removeprefix("local-dir:")).expanduser()
+    return read_captions(folder) or read_captions(folder / "model")
+
+
+def copy_captions(out: Path, *models: str | Path) -> None:
+    """Puts the captions of the first of these models that has some into a model folder.
+
+    Raises:
+        ModelError: a file with captions is damaged.
+    """
+    for model in models:
+        captions = captions_of(model) if str(model) else None
+        if captions is not None:
+            write_captions(out, captions)
+            return
 
 
 def _parse(document: dict[str, Any]) -> TrainingCaptions:

@@ -9,14 +9,13 @@ no sight: law, medicine, finance, software, grammar, politics. None is taken fro
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwz", "aeiou"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CODE = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 
-_NOUNS = tuple(
-    """agreement allowance amendment analysis argument assembly assumption audit balance bandwidth
+_NOUNS = """
+    agreement allowance amendment analysis argument assembly assumption audit balance bandwidth
     bargain belief benefit bias budget capacity census charter clause climate coalition commission
     compiler concept consent contract credit culture currency custom deadline debate decree deficit
     demand democracy diagnosis dialect diploma discount doctrine duty economy election embargo
@@ -34,33 +33,33 @@ _NOUNS = tuple(
     surplus survey syllabus symptom syntax tariff tax tenure testimony theorem theory therapy
     threshold tradition treaty trend tribunal trust tuition turnover unit upgrade vaccine validity
     variable velocity verdict version vocabulary voltage vote voucher wage warranty wisdom
-    yield""".split()
-)
-_ADJECTIVES = tuple(
-    """abstract academic annual average biological chemical civil clinical commercial constitutional
+    yield
+"""
+_ADJECTIVES = """
+    abstract academic annual average biological chemical civil clinical commercial constitutional
     critical cumulative digital domestic economic electronic ethical federal fiscal formal foreign
     genetic global historical implicit industrial internal judicial legal linear logical marginal
     medical mental monetary moral national nominal nuclear obsolete optional organic partial
     political preliminary private provisional public quarterly random rational regional relative
     residual seasonal secondary social spiritual statistical strategic structural tentative
-    theoretical urban verbal virtual voluntary""".split()
-)
-_VERBS = tuple(
-    """accept adjust announce apply approve argue assume calculate cancel clarify combine compare
+    theoretical urban verbal virtual voluntary
+"""
+_VERBS = """
+    accept adjust announce apply approve argue assume calculate cancel clarify combine compare
     conclude confirm criticise define delay deny deserve determine discuss doubt estimate exceed
     exclude expire explain extend forbid guarantee imply improve infer inherit interpret justify
     mention negotiate neglect oppose overlook postpone predict prove publish question recall
     recommend reduce refund regret reject renew replace resolve revise simplify suspend translate
-    undermine update validate verify violate withdraw""".split()
-)
-_PLACES = tuple(
-    """Geneva Nairobi Lima Oslo Ankara Hanoi Quito Dublin Warsaw Accra Ottawa Jakarta Riga
-    Montevideo""".split()
-)
-_MONTHS = tuple("January March April June August October November".split())
-_SHEETS = tuple(
-    """what is the {a} {n} of the {n2}
-    the {n} was {v}d by the {a} court in {m}
+    undermine update validate verify violate withdraw
+"""
+_PLACES = """
+    Geneva Nairobi Lima Oslo Ankara Hanoi Quito Dublin Warsaw Accra Ottawa Jakarta Riga
+    Montevideo
+"""
+_MONTHS = "January March April June August October November"
+_PATTERNS = """
+    what is the {a} {n} of the {n2}
+    the {a} court will {v} the {n} in {m}
     how to {v} a {n} without a {n2}
     we {v} that the {a} {n} does not {v2} any {n2}
     please {v} your {n} before the {d}th of {m}
@@ -86,62 +85,81 @@ _SHEETS = tuple(
     the {n}
     {a} {n}
     {n} {n2}
-    {v} the {n}""".split("\n")
-)
+    {v} the {n}
+"""
 
 
 def foreign_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of all kinds in turn: the same ones for a count and a seed, the first ones of more."""
-    rng = random.Random(seed)
-    kinds = (_letters, _invented, _code, _drawn_words, _sentence, _sentence)
-    return [kinds[number % len(kinds)](rng) for number in range(count)]
+    grammar = _Grammar(random.Random(seed))
+    kinds = (
+        grammar.letters,
+        grammar.invented,
+        grammar.code,
+        grammar.drawn_words,
+        grammar.sentence,
+        grammar.sentence,
+    )
+    return [kinds[number % len(kinds)]() for number in range(count)]
 
 
-def _letters(rng: random.Random) -> str:
-    spaces = rng.choice((0, 2, 5))
-    length = rng.randint(4, 24)
-    drawn = "".join(rng.choice(_LETTERS + " " * spaces) for _ in range(length))
-    return " ".join(drawn.split()) or rng.choice(_LETTERS)
+class _Grammar:
+    """Draws texts of each kind."""
 
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._nouns, self._adjectives, self._verbs = (
+            words.split() for words in (_NOUNS, _ADJECTIVES, _VERBS)
+        )
+        self._places, self._months = _PLACES.split(), _MONTHS.split()
+        self._patterns = [line.strip() for line in _PATTERNS.strip().splitlines()]
 
-def _invented(rng: random.Random) -> str:
-    def word() -> str:
+    def letters(self) -> str:
+        rng = self._rng
+        alphabet = _LETTERS + " " * rng.choice((0, 2, 5))
+        drawn = "".join(rng.choice(alphabet) for _ in range(rng.randint(4, 24)))
+        return " ".join(drawn.split()) or rng.choice(_LETTERS)
+
+    def invented(self) -> str:
+        return " ".join(self._invented_word() for _ in range(self._rng.randint(1, 6)))
+
+    def _invented_word(self) -> str:
+        rng = self._rng
         return "".join(
             rng.choice(_CONSONANTS) + rng.choice(_VOWELS) + rng.choice(("", "", "n", "r", "x"))
             for _ in range(rng.randint(1, 4))
         )
 
-    return " ".join(word() for _ in range(rng.randint(1, 6)))
+    def code(self) -> str:
+        rng = self._rng
+        code = "".join(rng.choice(_CODE) for _ in range(rng.randint(3, 12)))
+        noun = rng.choice(self._nouns)
+        return rng.choice(
+            (
+                code,
+                f"{code[:3]}-{rng.randint(10, 99_999)}",
+                f"{rng.randint(1, 28)} {rng.choice(self._months)} {rng.randint(1700, 2030)}",
+                f"{rng.randint(1, 9_999)}.{rng.randint(0, 99):02} + {rng.randint(1, 999)}",
+                f"https://www.{self._invented_word()}.org/{noun}",
+                f"{noun}_{rng.randint(0, 99)}.{rng.choice(('txt', 'zip', 'csv'))}",
+                f"tel. {rng.randint(100, 999)} {rng.randint(1000, 9999)}",
+            )
+        )
 
+    def drawn_words(self) -> str:
+        words = [*self._nouns, *self._adjectives, *self._verbs]
+        return " ".join(self._rng.choice(words) for _ in range(self._rng.randint(1, 8)))
 
-def _code(rng: random.Random) -> str:
-    code = "".join(rng.choice(_CODE) for _ in range(rng.randint(3, 12)))
-    makes: tuple[Callable[[], str], ...] = (
-        lambda: code,
-        lambda: f"{code[:3]}-{rng.randint(10, 99_999)}",
-        lambda: f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1700, 2030)}",
-        lambda: f"{rng.randint(1, 9_999)}.{rng.randint(0, 99):02} + {rng.randint(1, 999)}",
-        lambda: f"https://www.{_invented(rng).replace(' ', '')}.org/{rng.choice(_NOUNS)}",
-        lambda: f"{rng.choice(_NOUNS)}_{rng.randint(0, 99)}.{rng.choice(('txt', 'zip', 'csv'))}",
-        lambda: f"tel. {rng.randint(100, 999)} {rng.randint(1000, 9999)}",
-    )
-    return rng.choice(makes)()
-
-
-def _drawn_words(rng: random.Random) -> str:
-    words = _NOUNS + _ADJECTIVES + _VERBS
-    return " ".join(rng.choice(words) for _ in range(rng.randint(1, 8)))
-
-
-def _sentence(rng: random.Random) -> str:
-    return rng.choice(_SHEETS).strip().format(
-        a=rng.choice(_ADJECTIVES),
-        n=rng.choice(_NOUNS),
-        n2=rng.choice(_NOUNS),
-        v=rng.choice(_VERBS),
-        v2=rng.choice(_VERBS),
-        p=rng.choice(_PLACES),
-        m=rng.choice(_MONTHS),
-        y=rng.randint(1800, 2030),
-        d=rng.randint(2, 99),
-    )
+    def sentence(self) -> str:
+        rng = self._rng
+        return rng.choice(self._patterns).format(
+            a=rng.choice(self._adjectives),
+            n=rng.choice(self._nouns),
+            n2=rng.choice(self._nouns),
+            v=rng.choice(self._verbs),
+            v2=rng.choice(self._verbs),
+            p=rng.choice(self._places),
+            m=rng.choice(self._months),
+            y=rng.randint(1800, 2030),
+            d=rng.randint(4, 19),
+        )

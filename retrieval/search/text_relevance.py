@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipsys.background.captions import words_of
-from clipsys.retrieval.search.calibration import RELEVANT, Doubles, Scores
+from clipsys.retrieval.search.calibration import CHANCE, RELEVANT, Doubles, Scores
 from clipsys.retrieval.storage import durable
 from clipsys.retrieval.storage.manifest import EncoderPin
 from clipsys.retrieval.storage.segments import Floats
@@ -83,7 +83,11 @@ class Cuts:
     @property
     def can_tell(self) -> bool:
         """Whether scores of this model say anything about this collection."""
-        return self.area >= LEAST_AREA and self.captions_kept >= LEAST_KEPT
+        return (
+            self.area >= LEAST_AREA
+            and self.captions_kept >= LEAST_KEPT
+            and self.foreign_kept <= CHANCE
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +112,8 @@ class TextRelevance:
     num_items: int
     cuts: Cuts
 
-    def relevance(
-        self, texts: Sequence[str], query_D: Floats, scores_K: Scores
-    ) -> Doubles | None:
-        """The relevance of hits: it does not fall where the score rises. None if scores do not tell.
+    def relevance(self, texts: Sequence[str], query_D: Floats, scores_K: Scores) -> Doubles | None:
+        """The relevance of hits, never falling as the score rises; None if scores do not tell.
 
         Args:
             texts: those that the query is made of.
@@ -218,4 +220,5 @@ def _unit(vectors_ND: npt.NDArray[Any]) -> Floats:
     wide_ND: Floats = vectors_ND.astype(np.float32)
     if wide_ND.ndim != 2:
         raise ValueError(f"vectors of shape {wide_ND.shape}")
-    return wide_ND / np.linalg.norm(wide_ND, axis=1, keepdims=True)
+    unit_ND: Floats = wide_ND / np.linalg.norm(wide_ND, axis=1, keepdims=True)
+    return unit_ND

@@ -12,7 +12,7 @@ Shapes: M captions, S foreign texts, N texts, D embedding width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +21,15 @@ import numpy as np
 
 from clipsys.background.captions import (
     TrainingCaptions,
+    captions_of,
     generic_captions,
-    read_captions,
     sample_captions,
     words_of,
 )
 from clipsys.background.foreign import foreign_texts
-from clipsys.errors import DataError, ModelError
+from clipsys.errors import ClipsysError, DataError
 from clipsys.retrieval.encoders.encoding import ImageTextEncoder
+from clipsys.retrieval.indexes.generation import LoadedIndex
 from clipsys.retrieval.search.calibration import CHANCE, MIN_ITEMS, Doubles
 from clipsys.retrieval.search.ranking import rank_batch
 from clipsys.retrieval.search.text_relevance import (
@@ -39,9 +40,9 @@ from clipsys.retrieval.search.text_relevance import (
     unknown_share,
     write_text_relevance,
 )
-from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage.manifest import EncoderPin
 from clipsys.retrieval.storage.segments import Floats
+from clipsys.retrieval.storage.snapshot import Snapshot
 from clipsys.retrieval.storage.store import Store
 
 #: The share of captions whose best hit passes.
@@ -66,32 +67,34 @@ class Calibrator:
     """Makes and renews the calibration of one collection. Call with the writer's lock held.
 
     Attributes:
-        data: folder of the current edition.
+        data: folder of the edition.
         pin: what the manifest says of the model.
-        store: the items.
-        view: their vectors, and the index.
+        current: the index, None where all vectors are compared, and the items.
     """
 
     data: Path
     pin: EncoderPin
-    store: Store
-    view: View
+    current: Callable[[], tuple[LoadedIndex | None, Snapshot]]
 
     def refresh(self, encoder: ImageTextEncoder) -> None:
         """Brings the calibration up to date with the collection, where its model has captions.
 
-        The model is called only where there is no calibration yet.
+        The model is called only where there is no calibration yet. A model that cannot be loaded is
+        no reason to fail: relevance is then that of `search.calibration`.
         """
-        num_items = len(self.view.snapshot())
+        num_items = len(self.current()[1])
         if num_items < MIN_ITEMS:
             return
         known = read_text_relevance(self.data, self.pin)
-        if known is None:
-            captions = captions_of_model(self.pin)
-            if captions is not None:
-                self.make(encoder, captions, "model")
-        elif not 1 / _GROWTH <= num_items / known.num_items <= _GROWTH:
-            self._write(known)
+        try:
+            if known is None:
+                captions = captions_of(self.pin.model)
+                if captions is not None:
+                    self.make(encoder, captions, "model")
+            elif not 1 / _GROWTH <= num_items / known.num_items <= _GROWTH:
+                self._write(known)
+        except ClipsysError as error:
+            _logger.warning("relevance is not calibrated: %s", error)
 
     def make(
         self, encoder: ImageTextEncoder, captions: TrainingCaptions, source: str
@@ -111,7 +114,7 @@ class Calibrator:
                 f"{len(captions.captions)} captions are too few to calibrate relevance with; give "
                 f"{MIN_CAPTIONS} or more different ones"
             )
-        if len(self.view.snapshot()) < MIN_ITEMS:
+        if len(self.current()[1]) < MIN_ITEMS:
             raise DataError(f"with fewer than {MIN_ITEMS} items relevance is not known; add images")
         _logger.info("calibrating relevance with %d captions", len(captions.captions))
         words = dict(captions.words)
@@ -130,7 +133,7 @@ class Calibrator:
 
     def _write(self, made: TextRelevance) -> TextRelevance:
         cuts = self._cuts(made)
-        made = replace(made, num_items=len(self.view.snapshot()), cuts=cuts)
+        made = replace(made, num_items=len(self.current()[1]), cuts=cuts)
         write_text_relevance(self.data, self.pin, made)
         _logger.info(
             "relevance: %.0f%% of captions and %.1f%% of foreign texts keep a hit%s",
@@ -142,7 +145,9 @@ class Calibrator:
 
     def _cuts(self, made: TextRelevance) -> Cuts:
         foreign = made.foreign_SD
-        unknown_S = [unknown_share(words_of(text), made.words) for text in foreign_texts(len(foreign))]
+        unknown_S = [
+            unknown_share(words_of(text), made.words) for text in foreign_texts(len(foreign))
+        ]
         return find_cuts(
             best_M=self._best(made.captions_MD),
             near_M=nearness(made.captions_MD, made.captions_MD, are_captions=True),
@@ -155,7 +160,7 @@ class Calibrator:
 
     def _best(self, vectors_ND: Floats) -> Doubles:
         """The cosine of each text with the item nearest to it."""
-        index, snapshot = self.view.current()
+        index, snapshot = self.current()
         found = rank_batch(snapshot, index, vectors_ND, 1)
         return np.array([scores[0] for _, scores in found], np.float64)
 
@@ -210,7 +215,7 @@ def find_cuts(
         enough = [
             share
             for share in shares
-            if cuts_at(share, -1.0).passed(near_M, unknown_M, best_M) >= KEPT
+            if cuts_at(share, -np.inf).passed(near_M, unknown_M, best_M) >= KEPT
         ]
         for share in shares[shares >= max(enough)]:
             cut = cuts_at(share, floor)
@@ -230,23 +235,9 @@ def find_cuts(
     )
 
 
-def captions_of_model(pin: EncoderPin) -> TrainingCaptions | None:
-    """The training captions in the model's folder; None where it has none, or is none."""
-    folder = Path(pin.model.removeprefix("local-dir:")).expanduser()
-    for place in (folder, folder / "model"):
-        try:
-            found = read_captions(place)
-        except ModelError as error:
-            _logger.warning("relevance is not calibrated: %s", error)
-            return None
-        if found is not None:
-            return found
-    return None
-
-
-def captions_of_collection(store: Store, view: View) -> TrainingCaptions | None:
+def captions_of_collection(store: Store, snapshot: Snapshot) -> TrainingCaptions | None:
     """A collection's own captions, where at least half of its items have one and they suffice."""
-    ids = view.snapshot().spread(_LOOKED_AT).tolist()
+    ids = snapshot.spread(_LOOKED_AT).tolist()
     captioned = [item.captions for item in store.items(ids).values() if item.captions]
     sample = sample_captions(captioned)
     if 2 * len(captioned) < len(ids) or len(sample.captions) < MIN_CAPTIONS:
@@ -255,12 +246,12 @@ def captions_of_collection(store: Store, view: View) -> TrainingCaptions | None:
 
 
 def best_known_captions(
-    pin: EncoderPin, store: Store, view: View
+    pin: EncoderPin, store: Store, snapshot: Snapshot
 ) -> tuple[TrainingCaptions, str]:
     """The model's captions, else the collection's own, else generic ones; and which."""
-    if (found := captions_of_model(pin)) is not None:
+    if (found := captions_of(pin.model)) is not None:
         return found, "model"
-    if (own := captions_of_collection(store, view)) is not None:
+    if (own := captions_of_collection(store, snapshot)) is not None:
         return own, "collection"
     return generic_captions(), "generic"
 
