@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
         ("agreement", "phases", "plan", "precision", "resuming"),
-        ("run_model",),
+        ("run_model", "run_teacher"),
         ("run_data",),
         ("run",),
         ("loop",),

@@ -76,6 +76,11 @@ def _copy_adapter(source: Path, out: Path, *, overwrite: bool) -> str:
             f"{source}: the run trained no adapters (model.lora); export without --adapter"
         )
     adapter = read_adapter(folder)  # checks its digest
+    if not adapter.base.model:
+        raise TrainingError(
+            f"{source}: the run began with towers of several models (model.image_tower), and no "
+            "model folder is their base; export without --adapter"
+        )
     if adapter.base.changed_by:
         raise TrainingError(
             f"{source}: the run began elsewhere than at {adapter.base.model or 'a model folder'} "

@@ -106,9 +106,10 @@ class FeatureTable:
         """(B, F) of one view of each sample."""
         return self._images.take(self._image_rows[places] * self._views + views)
 
-    def text_features(self, rows: Ints) -> Halves:
-        """(B, F) of captions by their number among all."""
-        return self._texts.take(rows)
+    def text_inputs(self, rows: Ints) -> torch.Tensor:
+        """Of captions by their number among all: features (B, F), or int64 tokens (B, L)."""
+        found = torch.from_numpy(self._texts.take(rows))
+        return found if found.is_floating_point() else found.long()
 
 
 class _Rows:
@@ -120,7 +121,7 @@ class _Rows:
         self.width = max(block.shape[1] for block in self._blocks)
 
     def take(self, rows: Ints) -> Halves:
-        found = np.empty((len(rows), self.width), np.float16)
+        found = np.empty((len(rows), self.width), self._blocks[0].dtype)
         blocks = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(blocks):
             own = blocks == number
@@ -188,7 +189,7 @@ class FeatureBatches:
         return Batch(
             keys=tuple(str(key) for key in table.keys[places]),
             image_BCHW=torch.from_numpy(table.image_features(places, views)),
-            texts=(torch.from_numpy(table.text_features(rows)),),
+            texts=(table.text_inputs(rows),),
             groups_B=torch.from_numpy(self._groups(places, numbers, rows)),
             samples_B=torch.from_numpy(numbers),
             skipped=skipped,

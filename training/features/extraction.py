@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.features.config import FeaturesConfig
 from clipsys.training.features.store import Array, BlockStore, block_size
-from clipsys.training.features.trunks import Trunks, trunk_fingerprint
 from clipsys.training.model.layers import Tower
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +63,8 @@ class FeatureSource:
         numbers: of the samples that are trained on, among all of the shards.
         seed: of the views.
         cache: copies of remote shards.
+        drawn_for: size of the views as another model sees them, of equal draws; None: no other.
+        setting: the one that names the folder, for messages.
     """
 
     settings: FeaturesConfig
@@ -73,6 +74,8 @@ class FeatureSource:
     numbers: Sequence[int]
     seed: int
     cache: Any = None
+    drawn_for: tuple[int, int] | None = None
+    setting: str = "features.folder"
 
     @property
     def block_size(self) -> int:
@@ -85,17 +88,34 @@ class FeatureSource:
         return -(-len(self.numbers) // self.block_size)
 
 
+class Encoders(Protocol):
+    """What features are computed with: `Trunks`, or a whole model."""
+
+    device: torch.device
+    #: The towers whose features are stored; of the others their inputs are.
+    stored: tuple[Tower, ...]
+
+    def images(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, F) float32 of normalised images."""
+
+    def texts(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """(B, F) float32 of tokens."""
+
+    def fingerprint(self, parts: ModelParts, tower: Tower) -> str:
+        """Equal if and only if features are."""
+
+
 def view_seed(seed: int, number: int, view: int) -> int:
     """What a view of a sample is drawn from."""
     return group_id(f"{seed}/{number}/{view}")
 
 
 def stored_features(
-    source: FeatureSource, trunks: Trunks, parts: ModelParts, *, precision: str
+    source: FeatureSource, trunks: Encoders, parts: ModelParts, *, precision: str
 ) -> tuple[BlockStore, BlockStore]:
     """Image and text features of all samples, computed where they are not stored yet.
 
-    Every rank calls it.
+    Of a text tower that is trained the tokens. Every rank calls it.
 
     Raises:
         TrainingError: the ranks do not see the same folder, or there is no room in it.
@@ -103,7 +123,7 @@ def stored_features(
     root = Path(source.settings.folder) if source.settings.folder else cache_folder("features")
     stores = {
         tower: BlockStore(
-            root / f"{tower}-{_key(source, parts, tower, precision)}", source.num_blocks
+            root / f"{tower}-{_key(source, trunks, parts, tower, precision)}", source.num_blocks
         )
         for tower in ("image", "text")
     }
@@ -112,27 +132,28 @@ def stored_features(
         ("text", _TextBlocks(source, trunks, parts)),
     )
     for tower, blocks in work:
-        _fill(stores[tower], source, tower, blocks)
+        what = f"{tower} features" if tower in trunks.stored else "tokens"
+        _fill(stores[tower], source, what, blocks)
     return stores["image"], stores["text"]
 
 
-def _fill(store: BlockStore, source: FeatureSource, tower: str, blocks: _Blocks) -> None:
+def _fill(store: BlockStore, source: FeatureSource, what: str, blocks: _Blocks) -> None:
     missing = gather_objects(store.missing())[0]
     own = missing[rank() :: world_size()]
     if rank() == 0:
         found = store.num_blocks - len(missing)
         _logger.info(
-            "features of the locked %s tower: %s",
-            tower,
+            "%s: %s",
+            what,
             f"{found} of {store.num_blocks} blocks are stored in {store.folder}"
             if found
             else f"computed once, and stored in {store.folder}",
         )
-    title = f"Computing {tower} features" if rank() == 0 and own else None
+    title = f"Computing {what}" if rank() == 0 and own else None
     samples = sum(len(_of_block(source, number)) for number in own)
     with (
         drive_errors_explained(
-            store.folder.parent, TrainingError, "make room, or set features.folder"
+            store.folder.parent, TrainingError, f"make room, or set {source.setting}"
         ),
         progress_if(title is not None, title or "", samples, unit="samples") as advance,
         ThreadPoolExecutor(max_workers=2) as pool,
@@ -148,7 +169,7 @@ def _fill(store: BlockStore, source: FeatureSource, tower: str, blocks: _Blocks)
     if absent := store.missing():
         raise TrainingError(
             f"{store.folder}: rank {rank()} does not see {len(absent)} blocks of features that "
-            "other ranks have written; set features.folder to a folder that all machines share"
+            f"other ranks have written; set {source.setting} to a folder that all machines share"
         )
 
 
@@ -160,7 +181,7 @@ def _of_block(source: FeatureSource, number: int) -> Sequence[int]:
 class _Blocks:
     """What a store's blocks are made of; one for each tower."""
 
-    def __init__(self, source: FeatureSource, trunks: Trunks, parts: ModelParts) -> None:
+    def __init__(self, source: FeatureSource, trunks: Encoders, parts: ModelParts) -> None:
         self.source, self.trunks, self.parts = source, trunks, parts
         shard_set = source.shard_set
         self._first = (*itertools.accumulate(shard_set.counts, initial=0),)
@@ -192,6 +213,8 @@ class _Blocks:
         size = self.source.settings.batch_size
         parts = [encode(items[first : first + size]) for first in range(0, len(items), size)]
         features = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 1), np.float32)
+        if features.dtype.kind == "i":
+            return features.astype(np.int32)  # tokens
         halves = features.astype(np.float16)
         if not np.isfinite(halves).all():
             raise TrainingError(
@@ -237,6 +260,7 @@ class _ImageBlocks(_Blocks):
                 mean,
                 std,
                 torch.Generator().manual_seed(view_seed(source.seed, number, view)),
+                drawn_for=source.drawn_for,
             )
             for pixels, number, view in views
         ]
@@ -275,7 +299,8 @@ class _TextBlocks(_Blocks):
         }
 
     def _encode_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        return self.trunks.texts(self.parts.tokenizer(list(captions)))
+        tokens_BL = self.parts.tokenizer(list(captions))
+        return self.trunks.texts(tokens_BL) if "text" in self.trunks.stored else tokens_BL
 
 
 def _spread(decoded: list[Any], name: str) -> list[int]:
@@ -294,7 +319,9 @@ def _outcome(decoded: list[Any]) -> dict[str, Array]:
     return {"keys": np.array(keys, np.str_), "reasons": np.array(reasons, np.str_)}
 
 
-def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str) -> str:
+def _key(
+    source: FeatureSource, trunks: Encoders, parts: ModelParts, tower: Tower, precision: str
+) -> str:
     """Names the folder of a tower's features: everything that they depend on."""
     decoder, shards = source.decoder, source.shard_set
     of_image = {
@@ -303,7 +330,8 @@ def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str)
         "seed": source.seed if source.settings.views > 1 else None,
         "decode": decoder.decode,
         "pixels": decoder.max_image_pixels,
-        "loaded": decoder.preprocessing.size,
+        "loaded": repr(decoder.preprocessing),
+        "drawn_for": source.drawn_for,
     }
     of_text = {
         "captions": decoder.captions,
@@ -312,8 +340,8 @@ def _key(source: FeatureSource, parts: ModelParts, tower: Tower, precision: str)
     }
     described = {
         "format": FORMAT,
-        "trunk": trunk_fingerprint(parts, tower),
-        "precision": precision,
+        "trunk": trunks.fingerprint(parts, tower),
+        "precision": precision if tower in trunks.stored else None,
         "caption_key": decoder.caption_key,
         "shards": [*_stamps(shards.shards)],
         "counts": shards.counts,

@@ -48,14 +48,17 @@ def feature_faults(
         features: the recipe's section.
         unlock: the recipe's section.
     """
-    if not model.has_locked_towers:
-        needed = "set model.image_tower and model.text_tower with unlocked_blocks 0"
-        if unlock is not None:
-            yield (
-                f"unlock is the second phase of a run with locked towers; {needed}, or leave it out"
-            )
+    if unlock is not None and len(model.stored_towers) < 2:
+        yield (
+            "unlock is the second phase of a run with locked towers; set model.image_tower and "
+            "model.text_tower with unlocked_blocks 0, or leave it out"
+        )
+    if not model.stored_towers:
         if features != FeaturesConfig():
-            yield f"features are stored of locked towers only; {needed}, or leave it out"
+            yield (
+                "features are stored of locked towers only; set model.image_tower with "
+                "unlocked_blocks 0, or leave it out"
+            )
         return
     if num_views != 1 or objective.num_texts != 1 or objective.momentum is not None:
         yield (
@@ -80,7 +83,7 @@ def idle_settings(model: ModelConfig, sections: Any, unlock: UnlockConfig | None
         sections: the recipe's ``engine`` and ``optimizer``, by name.
         unlock: the recipe's section, in whose phase they are of use.
     """
-    if not model.has_locked_towers or unlock is not None:
+    if len(model.stored_towers) < 2 or unlock is not None:
         return
     for section, setting, idle in (
         ("engine", "compile", False),

@@ -1,4 +1,4 @@
-"""Two towers cut before their heads: trunks that are computed once, and heads that are trained.
+"""Towers cut before their heads: trunks that are computed once, and what is trained behind them.
 
 Shapes: B rows, F width of a trunk's features, D width of the common space, L tokens.
 """
@@ -6,7 +6,7 @@ Shapes: B rows, F width of a trunk's features, D width of the common space, L to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,15 +26,26 @@ _PROBE_TEXTS = ["A dog on the beach.", "Zwei Äpfel, 3 €", "naïve café — �
 
 
 class Trunks:
-    """Both towers of a model without their heads, without gradients."""
+    """Locked towers of a model without their heads, without gradients.
+
+    Attributes:
+        stored: the towers whose features are stored.
+    """
 
     def __init__(
-        self, parts: ModelParts, device: torch.device, *, precision: str, channels_last: bool
+        self,
+        parts: ModelParts,
+        device: torch.device,
+        *,
+        stored: Sequence[Tower],
+        precision: str,
+        channels_last: bool,
     ) -> None:
         """
         Args:
             parts: open_clip's CustomTextCLIP with locked towers.
             device: where they run.
+            stored: the towers whose features are stored.
             precision: ``bf16``, or anything else for float32.
             channels_last: feed images in the layout that convolutions prefer.
 
@@ -45,7 +56,8 @@ class Trunks:
         self.device = device
         self._in_bf16 = precision in ("bf16", "bf16_params", "fp16")
         self._channels_last = channels_last
-        for tower in ("image", "text"):
+        self.stored = tuple(stored)
+        for tower in self.stored:
             _require_head(self.model, tower)
         with self._without_heads():
             self._encode_text = text_encoder(self.model)
@@ -60,6 +72,12 @@ class Trunks:
         """(B, F) float32 of int64 tokens (B, L)."""
         return self._run(self._encode_text, tokens_BL)
 
+    def fingerprint(self, parts: ModelParts, tower: Tower) -> str:
+        """Equal if and only if features of this tower are, or its tokens."""
+        if tower not in self.stored:
+            return tokenizer_fingerprint(parts)
+        return trunk_fingerprint(parts, tower)
+
     def _run(self, encode: Encode, inputs: torch.Tensor) -> torch.Tensor:
         in_bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._in_bf16)
         with torch.no_grad(), in_bf16, self._without_heads():
@@ -71,31 +89,56 @@ class Trunks:
             yield
 
 
-class Heads(nn.Module):
-    """The heads and the temperature of a model: what is trained while its towers are locked.
+class BehindTrunks(nn.Module):
+    """What is trained of a model with stored features: heads, temperature, a text tower.
 
-    Takes features where open_clip's model takes images and tokens. The parameters are those of the
-    model, under their own names.
+    Takes features where open_clip's model takes images, and tokens if the text tower is locked too.
+    The parameters are those of the model, under their own names.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, stored: Sequence[Tower]) -> None:
+        """
+        Args:
+            model: open_clip's CustomTextCLIP.
+            stored: the towers whose features are stored.
+        """
         super().__init__()
         self.logit_scale = model.logit_scale
         if getattr(model, "logit_bias", None) is not None:
             self.logit_bias = model.logit_bias
-        self.visual, self.text = nn.Module(), nn.Module()
-        for holder, tower in ((self.visual, model.visual), (self.text, model.text)):
-            name = _head_name(tower)
-            if name is not None:
-                setattr(holder, name, getattr(tower, name))
+        self._has_text_tower = "text" not in stored
+        self.visual = _head_alone(model.visual)
+        self.text: Any = model.text if self._has_text_tower else _head_alone(model.text)
 
     def encode_image(self, features_BF: torch.Tensor) -> torch.Tensor:
         """(B, D), not normalised."""
         return _apply(self.visual, features_BF)
 
-    def encode_text(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """(B, D), not normalised."""
-        return _apply(self.text, features_BF)
+    def encode_text(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, D), not normalised; of features (B, F), or of tokens (B, L)."""
+        if not self._has_text_tower:
+            return _apply(self.text, inputs)
+        features: torch.Tensor = self.text(inputs)
+        return features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of the text tower; heads have no blocks."""
+        if self._has_text_tower:
+            self.text.set_grad_checkpointing(enable)
+
+
+def _head_alone(tower: Any) -> nn.Module:
+    holder = nn.Module()
+    name = _head_name(tower)
+    if name is not None:
+        setattr(holder, name, getattr(tower, name))
+    return holder
+
+
+def tokenizer_fingerprint(parts: ModelParts) -> str:
+    """Equal for tokenizers that give the same tokens for some texts."""
+    tokens = parts.tokenizer(_PROBE_TEXTS).tolist()
+    return hashlib.blake2b(repr(tokens).encode(), digest_size=16).hexdigest()
 
 
 def trunk_fingerprint(parts: ModelParts, tower: Tower) -> str:
@@ -115,7 +158,7 @@ def trunk_fingerprint(parts: ModelParts, tower: Tower) -> str:
     else:
         text = parts.config["text_cfg"]
         digest.update(repr((text.get("hf_pooler_type"), text.get("pool_type"))).encode())
-        digest.update(repr(parts.tokenizer(_PROBE_TEXTS).tolist()).encode())
+        digest.update(tokenizer_fingerprint(parts).encode())
     return digest.hexdigest()
 
 

@@ -28,12 +28,8 @@ from clipsys.models.tokenization import Tokenizer, with_context_length
 from clipsys.training.model.adapters import LoraConfig
 from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 from clipsys.training.model.pretrained import config_of_weights, load_weights
-from clipsys.training.model.two_towers import (
-    ImageTowerConfig,
-    TextTowerConfig,
-    build_two_towers,
-    lock_towers,
-)
+from clipsys.training.model.tower_config import ImageTowerConfig, TextTowerConfig
+from clipsys.training.model.two_towers import build_two_towers, lock_towers
 
 #: Where Zhai et al. 2023 (section 3.2) start the sigmoid loss: a bias of -10, since nearly all
 #: pairs are negatives, and a scale of 10.
@@ -164,10 +160,18 @@ class ModelConfig(Settings):
         return self.image_tower, self.text_tower
 
     @property
-    def has_locked_towers(self) -> bool:
-        """Whether nothing of two pretrained towers is trained but their heads."""
-        locked = self.towers is not None and all(one.unlocked_blocks == 0 for one in self.towers)
-        return locked and self.lora is None
+    def stored_towers(self) -> tuple[Tower, ...]:
+        """The towers whose features are computed once and stored: both, or that of the images.
+
+        An image tower that is trained takes so much longer than a locked text tower that storing
+        the texts would gain nothing.
+        """
+        if self.towers is None or self.lora is not None:
+            return ()
+        image, text = (one.unlocked_blocks == 0 for one in self.towers)
+        if not image:
+            return ()
+        return ("image", "text") if text else ("image",)
 
 
 def initial_model(

@@ -16,6 +16,14 @@ Tower = Literal["image", "text"]
 TEMPERATURE_NAMES = ("logit_scale", "logit_bias")
 
 
+#: Beginnings of the names of heads, by tower: timm's, those of open_clip's own transformers, its
+#: attention pool; Hugging Face's, and open_clip's.
+HEADS: dict[Tower, tuple[str, ...]] = {
+    "image": ("visual.head.", "visual.proj", "visual.attnpool.c_proj."),
+    "text": ("text.proj.", "text.text_projection", "text_projection"),
+}
+
+
 class _Layers(NamedTuple):
     """How the names of a tower's parameters tell their layer; each is matched at the start."""
 
@@ -78,13 +86,15 @@ def tower_depths(clip: nn.Module, tower: Tower, *, setting: str) -> dict[str, in
         module = getattr(clip, "visual", clip)
         if hasattr(module, "trunk"):
             depths = _timm_depths(module)
+        own = [name for name in names if name.startswith("visual.")]
         if depths is None:
-            own = [name for name in names if name.startswith("visual.")]
             depths = _tower_depths("visual.", own, _IMAGE_TOWERS)
     else:
         module = getattr(clip, "text", clip)
         own = [name for name in names if not name.startswith("visual.")]
         depths = _tower_depths("text." if hasattr(clip, "text") else "", own, _TEXT_TOWERS)
+    if depths is None and own and all(name.startswith(HEADS[tower]) for name in own):
+        depths = dict.fromkeys(own, 0)  # the head of a tower whose features are stored
     if depths is None:
         raise _unknown_layers(tower, module, setting)
     return depths

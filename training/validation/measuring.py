@@ -193,7 +193,7 @@ class Validation:
 
             def encode_texts(name: str, texts: list[str]) -> Floats:
                 rows = self._tokenizer(texts[rank() :: world_size()] or [""])
-                if self._trunks is not None:
+                if self._trunks is not None and "text" in self._trunks.stored:
                     rows = self._featured(name, rows, self._trunks.texts)
                 return self._encode_all(
                     rows, len(texts), lambda part: model.encode_tokens(part.to(engine.device))

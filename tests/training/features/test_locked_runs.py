@@ -67,6 +67,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Iterator[Runs
             ("stages", {"engine": {"precision": "fp32", "zero_stage": 3}}),
             ("phases", {"unlock": _UNLOCK}),
             ("stopped", {"unlock": _UNLOCK}),
+            (
+                "texts",
+                {"unlock": {**_UNLOCK, "image_blocks": 0}, "optimizer": {"layer_decay": 0.9}},
+            ),
         )
     }
     kill_ranks(8, recipes["killed"])
@@ -77,6 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Iterator[Runs
         "stages": Attempt(recipes["stages"]),
         "phases": Attempt(recipes["phases"]),
         "stopped": Attempt(recipes["stopped"], resume=True),
+        "texts": Attempt(recipes["texts"]),
         "changed": Attempt(recipes["whole"], ("features.views=2",), resume=True),
     }
     first, _ = train_in_group(list(attempts.values()), 2)
@@ -127,7 +132,7 @@ def _shards(pattern: str) -> list[Path]:
 
 def test_features_are_computed_once_for_runs_with_the_same_towers_and_data(runs: Runs) -> None:
     stores = [path.name for path in (runs.folder / "features").iterdir()]
-    assert len(stores) == 2
+    assert len(stores) == 3  # images, texts, and the tokens of a text tower that is trained
     assert "computed once, and stored in" not in runs.outcomes["whole"].log
     assert "1 of 1 blocks are stored" in runs.outcomes["whole"].log
 
@@ -188,6 +193,20 @@ def test_the_second_phase_unlocks_blocks_and_begins_with_the_heads(runs: Runs) -
     assert card["provenance"]["recipe"]["optimizer"]["lr"] == 1e-3
 
 
+def test_a_text_tower_is_trained_over_the_stored_features_of_images(runs: Runs) -> None:
+    outcome = runs.outcomes["texts"]
+    assert outcome.error == ""
+    assert "tokens: computed once" in outcome.log
+    run = runs.folder / "texts" / "run"
+    heads, unlocked = weights_of(run / "locked"), weights_of(run)
+    changed = {name for name in heads if not np.array_equal(heads[name], unlocked[name])}
+    assert "visual.head.proj.weight" in changed
+    assert "text.transformer.encoder.layer.0.output.dense.weight" in changed
+    assert not any(name.startswith("visual.trunk.") for name in changed)
+    figures = [line for line in read_metrics(run) if "val/text_to_image/recall@10" in line]
+    assert figures
+
+
 def test_a_run_killed_in_its_second_phase_goes_on_there(runs: Runs) -> None:
     outcome = runs.outcomes["stopped"]
     assert outcome.error == ""
@@ -232,6 +251,6 @@ def test_features_without_locked_towers_are_refused(runs: Runs) -> None:
 def test_the_phases_differ_in_what_the_recipe_says(runs: Runs) -> None:
     recipe = load_settings(Recipe, runs.folder / "phases" / "recipe.yaml", ())
     first, second = locked_phase(recipe), unlocked_phase(recipe)
-    assert first.model.has_locked_towers
-    assert not second.model.has_locked_towers
+    assert first.model.stored_towers == ("image", "text")
+    assert not second.model.stored_towers
     assert (second.optimizer.lr, second.schedule.epochs) == (1e-4, 1)
