@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
         ("errors", "printing"),
         ("files", "progress"),
-        ("config", "images", "inference", "processes"),
+        ("background", "config", "images", "inference", "processes"),
         ("shards", "probe"),
         ("models", "corpora"),
         ("zeroshot",),
