@@ -137,7 +137,7 @@ def _train(
         find = lambda: list((run / "checkpoints").glob("epoch_*.pt"))  # noqa: E731
     else:
         command = _own_command(cell, place, run, epochs, every)
-        find = lambda: list((run / "checkpoints").glob("step-*"))  # noqa: E731
+        find = lambda: list((run / "checkpoints").glob("step-????????"))  # noqa: E731
     before, started = _children_s(), time.monotonic()
     with Path(f"{run}.log").open("w", encoding="utf-8") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

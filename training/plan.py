@@ -18,7 +18,7 @@ from clipsys.training.recipe import Recipe
 _logger = logging.getLogger(__name__)
 
 #: Values of optimizer state per trained parameter.
-_STATE_VALUES = {"adamw": 2, "lamb": 2, "lars": 1, "sgd": 1}
+_STATE_VALUES = {"adamw": 2, "lamb": 2, "lars": 1, "muon": 2, "sgd": 1}
 
 #: Steps that are not timed: they compile, allocate and fill caches.
 WARM_UP_STEPS = 2

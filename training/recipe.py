@@ -242,8 +242,8 @@ class Recipe(Settings):
         if self.optimizer.needs_whole_tensors and stage != 0:
             yield (
                 f"engine.zero_stage is {stage}, which flattens parameters, and optimizer.name "
-                f"{self.optimizer.name} needs the norm of each; use engine.zero_stage 0 or "
-                f"optimizer.name {self.optimizer.without_norms}"
+                f"{self.optimizer.name} needs each one whole; use engine.zero_stage 0 or "
+                f"optimizer.name {self.optimizer.without_whole_tensors}"
             )
         micro, batch = self.data.micro_batch_size, self.data.batch_size
         if micro and not objective.cacheable:

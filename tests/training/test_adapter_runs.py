@@ -31,6 +31,7 @@ from tests.conftest import TINY_MODEL, noise_image
 from tests.ranks import run_ranks
 from tests.tiny_models import hf_text_config, write_text_model
 from tests.training.runs import Attempt, have_same_weights, train_in_group, write_recipe
+from tests.two_towers import tower_sections
 
 IMAGES = [noise_image(seed) for seed in range(4)]
 TEXTS = ["picture number 1", "image 7", "a red square"]
@@ -251,10 +252,19 @@ def test_momentum_towers_sigmoid_and_checkpointing_go_with_adapters(
         name: _attempt(tmp_path / name, shards, bases / base, lora, **more)
         for name, (base, lora, more) in cases.items()
     }
+    sections = {**tower_sections(tmp_path / "weights"), "lora": {"rank": 4, "alpha": 8}}
+    recipe = write_recipe(
+        tmp_path / "towers", shards, model={"architecture": None, **sections}, **_SHORT
+    )
+    attempts["towers"] = Attempt(recipe)
     outcomes = train_in_group(list(attempts.values()), 2)[0]
-    assert [outcome.error for outcome in outcomes] == [""] * len(cases)
-    _resume(tmp_path, {name: attempts[name] for name in ("moco", "moco_3", "bf16_params")})
-    for name in ("moco", "moco_3", "bf16_params"):
+    assert [outcome.error for outcome in outcomes] == [""] * len(attempts)
+    assert ", 10,240 of heads, 1 of temperature" in outcomes[-1].log
+    with pytest.raises(TrainingError, match=r"began with towers of several models"):
+        export_model(tmp_path / "towers" / "run", tmp_path / "adapter", adapter=True)
+    resumed = ("moco", "moco_3", "bf16_params", "towers")
+    _resume(tmp_path, {name: attempts[name] for name in resumed})
+    for name in resumed:
         assert have_same_weights(tmp_path / name / "run", tmp_path / name / "resumed"), name
     np.testing.assert_allclose(
         _vectors(tmp_path / "checkpointing" / "run"), _vectors(tmp_path / "plain" / "run"),

@@ -19,9 +19,9 @@ from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 
 #: Settings that not every optimizer has, with the names of those that do.
 _SETTINGS_OF = {
-    "betas": ("adamw", "lamb"),
-    "eps": ("adamw", "lamb"),
-    "momentum": ("sgd", "lars"),
+    "betas": ("adamw", "lamb", "muon"),
+    "eps": ("adamw", "lamb", "muon"),
+    "momentum": ("sgd", "lars", "muon"),
     "trust_coefficient": ("lars",),
 }
 
@@ -32,18 +32,22 @@ class OptimizerConfig(Settings):
     AdamW: Loshchilov & Hutter 2019. LAMB: You et al. 2020, and LARS: You et al. 2017, for batches
     of many thousands; only with ``engine.zero_stage`` 0. SGD: with momentum, its decay added to the
     gradient. LARS is SGD with a rate of its own for each matrix and kernel, as SimCLR, SwAV and
-    Barlow Twins use it.
+    Barlow Twins use it. Muon: Jordan et al. 2024, matrices and kernels are moved by their
+    orthogonalised momentum, with the rates of AdamW (Liu et al. 2025, "Muon is Scalable for LLM
+    Training", equation 4); AdamW with Nesterov momentum moves embeddings and what does not decay.
     """
 
-    name: Literal["adamw", "lamb", "lars", "sgd"] = Field("adamw", description="which optimizer")
+    name: Literal["adamw", "lamb", "lars", "muon", "sgd"] = Field(
+        "adamw", description="which optimizer"
+    )
     lr: PositiveFloat = Field(5e-4, description="peak learning rate")
     betas: tuple[float, float] = Field(
-        (0.9, 0.98), description="decay of the two moments; adamw and lamb"
+        (0.9, 0.98), description="decay of the two moments; adamw, lamb and muon"
     )
     eps: PositiveFloat = Field(
-        1e-6, description="added to the root of the second moment; adamw and lamb"
+        1e-6, description="added to the root of the second moment; adamw, lamb and muon"
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="of the gradient; sgd and lars")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of the gradient; sgd, lars and muon")
     trust_coefficient: PositiveFloat = Field(
         1e-3, description="a step's norm relative to that of its weights, at a rate of 1; lars"
     )
@@ -77,17 +81,18 @@ class OptimizerConfig(Settings):
 
     @property
     def needs_whole_tensors(self) -> bool:
-        """Whether a step depends on norms of whole parameters.
+        """Whether a step depends on whole parameters, and not on each number alone.
 
-        LAMB and LARS scale each parameter's step by the ratio of its norm to its update's. ZeRO 1
-        to 3, and the fp32 masters of half-precision parameters, hand the optimizer one flat tensor
-        of a whole group, or a piece of one: one ratio for all, and another one on each rank.
+        LAMB and LARS scale each parameter's step by the ratio of its norm to its update's, and Muon
+        makes a matrix orthogonal. ZeRO 1 to 3, and the fp32 masters of half-precision parameters,
+        hand the optimizer one flat tensor of a whole group, or a piece of one: one ratio for all,
+        and another one on each rank, and no matrix.
         """
-        return self.name in ("lamb", "lars")
+        return self.name in ("lamb", "lars", "muon")
 
     @property
-    def without_norms(self) -> str:
-        """The nearest optimizer that needs no norms of whole parameters."""
+    def without_whole_tensors(self) -> str:
+        """The nearest optimizer that looks at each number alone."""
         return "sgd" if self.name == "lars" else "adamw"
 
 
@@ -100,6 +105,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
         return torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
+    if config.name == "muon":
+        return _build_muon(groups, config)
     from timm.optim import Lamb, Lars
 
     # timm's take a weight decay of 0 for "not a matrix, no trust ratio"; a recipe without decay
@@ -117,6 +124,21 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     return optimizer
 
 
+def _build_muon(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Timm's Muon; what its shape makes no matrix of (depthwise kernels) it leaves to AdamW too."""
+    from timm.optim import Muon
+
+    routed = []
+    for group in groups:
+        # The eps of a group of matrices is that of their orthogonalisation, which has its own.
+        own = {} if group["orthogonal"] else {"use_fallback": True, "eps": config.eps}
+        routed.append({**group, **own})
+    optimizer: torch.optim.Optimizer = Muon(
+        routed, lr=config.lr, momentum=config.momentum, nesterov=True, betas=config.betas
+    )
+    return optimizer
+
+
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Splits what is trained by learning-rate factor and by whether it decays.
 
@@ -128,7 +150,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     LAMB adapts what decays. LARS adapts every tensor of two dimensions or more, as the codes of
     MoCo v3 and SwAV do: at its rates of 1 and more, prototypes and positions that were not adapted
-    would be thrown far off.
+    would be thrown far off. Muon makes orthogonal what decays but embeddings, whose rows are no
+    matrix that anything is multiplied with.
 
     Args:
         model: open_clip's CLIP or CustomTextCLIP, or a module that has it as ``clip`` and an
@@ -137,7 +160,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     Returns:
         Groups for a torch optimizer, each with ``params``, ``weight_decay``, ``lr_factor`` and
-        ``decays``; those of LAMB and LARS with ``adapts`` too.
+        ``decays``; those of LAMB and LARS with ``adapts`` too, those of Muon with ``orthogonal``.
 
     Raises:
         ConfigError: ``layer_decay`` is set, and the layers of a tower are not known.
@@ -149,7 +172,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         for tower in get_args(Tower):
             depth_of |= tower_depths(clip, tower, setting="optimizer.layer_decay")
     heads = getattr(model, "heads", None) if clip is inner else None
-    groups: dict[tuple[bool, float, bool, bool], dict[str, Any]] = {}
+    embeddings = _embedding_tables(model) if config.name == "muon" else frozenset()
+    groups: dict[tuple[bool, float, bool, bool, bool], dict[str, Any]] = {}
     for name, parameter, may_decay in (*_trained(clip), *(_trained(heads) if heads else ())):
         # An objective's own temperature is one like the model's.
         is_scale = name in TEMPERATURE_NAMES or name.endswith(".log_scale")
@@ -160,18 +184,27 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         )
         decays = parameter.ndim >= 2 and may_decay
         adapts = parameter.ndim >= 2 if config.name == "lars" else decays
+        orthogonal = config.name == "muon" and decays and id(parameter) not in embeddings
         group = groups.setdefault(
-            (is_scale, factor, decays, adapts),
+            (is_scale, factor, decays, adapts, orthogonal),
             {
                 "params": [],
                 "weight_decay": config.weight_decay if decays else 0.0,
                 "lr_factor": factor,
                 "decays": decays,
-                **({"adapts": adapts} if config.needs_whole_tensors else {}),
+                **({"adapts": adapts} if config.name in ("lamb", "lars") else {}),
+                **({"orthogonal": orthogonal} if config.name == "muon" else {}),
             },
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _embedding_tables(model: nn.Module) -> frozenset[int]:
+    """The ids of the parameters that are tables of vectors."""
+    return frozenset(
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    )
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
