@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compact": ("clipsys.retrieval.commands.maintenance", "compact"),
     "verify": ("clipsys.retrieval.commands.maintenance", "verify"),
     "repair": ("clipsys.retrieval.commands.maintenance", "repair"),
+    "calibrate": ("clipsys.retrieval.commands.calibrate", "calibrate"),
     "classify": ("clipsys.retrieval.commands.classify", "classify"),
     "evaluate": ("clipsys.retrieval.commands.evaluate", "evaluate"),
     "ui": ("clipsys.ui.commands", "ui"),

@@ -7,6 +7,7 @@
         segments/*.npy    float16 vectors, one file a commit             immutable
         indexes/*.faiss   one FAISS generation                           derived, may be deleted
         text_tower.json   that texts may be encoded without torch        derived, may be deleted
+        relevance.npz     what text queries are judged by                derived, may be deleted
         thumbnails/       the app's cache                                derived, may be deleted
         writer.lock       held by the one process that writes
 
@@ -52,10 +53,17 @@ from clipsys.retrieval.search.encoding import (
     encode,
     encode_vector,
     read_queries,
+    texts_of,
 )
-from clipsys.retrieval.search.options import NEAR_DUPLICATE, Options, duplicate_cosine
+from clipsys.retrieval.search.options import (
+    NEAR_DUPLICATE,
+    Options,
+    doubt_of,
+    duplicate_cosine,
+)
 from clipsys.retrieval.search.query import Hit, ImageSource, Query
 from clipsys.retrieval.search.searching import Searcher
+from clipsys.retrieval.search.text_relevance import Cuts
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage.annotations import annotated_keys
 from clipsys.retrieval.storage.conditions import Where, parse_where
@@ -77,6 +85,7 @@ from clipsys.retrieval.writing.compaction import CompactionReport
 from clipsys.retrieval.writing.writer import Writer, writing
 
 if TYPE_CHECKING:
+    from clipsys.background.captions import TrainingCaptions
     from clipsys.retrieval.indexes.tuning import TuningQueries
     from clipsys.retrieval.maintenance.duplicates import DuplicateGroup
     from clipsys.retrieval.maintenance.migration import MigrationOptions
@@ -273,7 +282,8 @@ class Collection:
                 ``["year>=2020", "colour in red,blue"]``; see
                 `clipsys.retrieval.storage.conditions`.
             min_score: cosine below which nothing is a hit.
-            relevant_only: leaves out hits that unrelated items would match by chance.
+            relevant_only: leaves out hits that chance explains; see
+                `clipsys.retrieval.search.text_relevance` and `calibration`.
             diverse: folds near-duplicates into one hit; a number is the cosine from which on two
                 items are duplicates.
             sort: a metadata key to put the hits in order by, or ``-key`` for descending; also
@@ -310,6 +320,20 @@ class Collection:
         if len(self) == 0 or not read:
             return [[] for _ in read]
         return self._searcher.search(encode(read, self.embed_batch), options)
+
+    def doubt(self, query: str | Query | None, hits: Sequence[Hit], options: Options) -> str | None:
+        """What `Options.relevant_only` cannot tell about an answer; None where it can.
+
+        Args:
+            query: what was asked.
+            hits: the answer.
+            options: how it was asked.
+        """
+        unknown: Sequence[str] = ()
+        judge = self._view.text_relevance()
+        if judge is not None and query is not None:
+            unknown = judge.unknown_words(texts_of(*read_queries([query], options)))
+        return doubt_of(hits, options, num_items=len(self), unknown=unknown)
 
     def embed(self, query: Query) -> Floats:
         """Encodes a query: (D,) float32 of unit norm.
@@ -584,6 +608,32 @@ class Collection:
         """
         with self._writing() as writer:
             return writer.compact()
+
+    def calibrate(self, captions: TrainingCaptions | None = None) -> Cuts:
+        """Makes anew what the relevance of text queries is measured by.
+
+        `add` does it for a model whose folder has the captions that it was trained with.
+
+        Args:
+            captions: such as the model was trained with (`clipsys.background.captions`); None:
+                those of the model's folder, else the collection's own, else generic ones.
+
+        Returns:
+            What a query has to reach, and whether the model's scores tell anything here.
+
+        Raises:
+            DataError: there are fewer than 50 captions, or fewer than 20 items.
+            CollectionError: another writer is at work.
+        """
+        from clipsys.retrieval.writing.relevance import best_known_captions
+
+        with self._writing() as writer:
+            source = "given"
+            if captions is None:
+                snapshot = self._view.snapshot()
+                captions, source = best_known_captions(self.encoder_pin, self._store, snapshot)
+            made = writer.calibrator.make(self._encoder.turns(), captions, source)
+        return made.cuts
 
     def record_model(self, model: str) -> None:
         """Records where the collection's model lies now.

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import open_clip  # noqa: F401
+import peft  # noqa: F401
 import pytest  # noqa: F401
 import torchvision  # noqa: F401
 

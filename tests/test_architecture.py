@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipsys": (
         ("errors", "printing"),
         ("files", "progress"),
-        ("config", "images", "inference", "processes"),
+        ("background", "config", "images", "inference", "processes"),
         ("shards", "probe"),
         ("models", "corpora"),
         ("zeroshot",),
@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("step", "validation", "checkpoints"),
         ("recipe", "export"),
         ("agreement", "phases", "plan", "precision", "resuming"),
-        ("run_model",),
+        ("run_model", "run_teacher"),
         ("run_data",),
         ("run",),
         ("loop",),

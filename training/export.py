@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipsys.background.captions import copy_captions
 from clipsys.errors import ModelError, TrainingError
 from clipsys.files.drive_faults import drive_errors_explained
 from clipsys.models.adapters import is_adapter_folder, read_adapter, read_base
@@ -54,14 +55,18 @@ def export_model(
     parts = load_model(source)  # checks the fingerprint
     heads, provenance = _read_heads(source) if with_heads else None, read_provenance(source)
     with drive_errors_explained(Path(out).absolute().parent, ModelError, "make room, then repeat"):
-        return save_model(parts, out, heads=heads, provenance=provenance, overwrite=overwrite)
+        mark = save_model(parts, out, heads=heads, provenance=provenance, overwrite=overwrite)
+        copy_captions(Path(out), source, run)
+    return mark
 
 
 def _merge(spec: str, out: Path, *, overwrite: bool) -> str:
     parts = load_model(spec)
-    _, card = read_base(Path(spec))
+    base, card = read_base(Path(spec))
     with drive_errors_explained(out.absolute().parent, ModelError, "make room, then repeat"):
-        return save_model(parts, out, provenance=card.get("provenance"), overwrite=overwrite)
+        mark = save_model(parts, out, provenance=card.get("provenance"), overwrite=overwrite)
+        copy_captions(out, spec, base.model)
+    return mark
 
 
 def _copy_adapter(source: Path, out: Path, *, overwrite: bool) -> str:
@@ -71,6 +76,11 @@ def _copy_adapter(source: Path, out: Path, *, overwrite: bool) -> str:
             f"{source}: the run trained no adapters (model.lora); export without --adapter"
         )
     adapter = read_adapter(folder)  # checks its digest
+    if not adapter.base.model:
+        raise TrainingError(
+            f"{source}: the run began with towers of several models (model.image_tower), and no "
+            "model folder is their base; export without --adapter"
+        )
     if adapter.base.changed_by:
         raise TrainingError(
             f"{source}: the run began elsewhere than at {adapter.base.model or 'a model folder'} "
@@ -90,6 +100,7 @@ def _copy_adapter(source: Path, out: Path, *, overwrite: bool) -> str:
     with drive_errors_explained(out.absolute().parent, ModelError, "make room, then repeat"):
         try:
             shutil.copytree(folder, partial)
+            copy_captions(partial, source)
             if out.exists():
                 shutil.rmtree(out)
             partial.rename(out)

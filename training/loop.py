@@ -27,11 +27,13 @@ from typing import Any
 import torch
 
 from clipsys import __version__
+from clipsys.background.captions import write_captions
 from clipsys.errors import TrainingError
 from clipsys.models.model_folders import set_place
 from clipsys.progress import Advance, progress
 from clipsys.training.agreement import agree_on_recipe
 from clipsys.training.checkpoints import FOLDER, TrainState
+from clipsys.training.data.captions import sample_training_captions
 from clipsys.training.data.samples import Batch, Skipped
 from clipsys.training.distributed.agreement import require_shared
 from clipsys.training.distributed.collectives import gather_objects, on_first_rank, rank, world_size
@@ -408,6 +410,7 @@ class TrainingLoop:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(checkpoint / "model", partial)
             set_place(partial, run / "model")
+            self._add_captions(partial)
             shutil.rmtree(run / "model", ignore_errors=True)
             partial.rename(run / "model")
             plot_curves(run, run / "curves.png")
@@ -417,6 +420,14 @@ class TrainingLoop:
                 self._journal.close()
 
         on_first_rank(publish)
+
+    def _add_captions(self, folder: Path) -> None:
+        """Puts a sample of the captions beside the model, which searches are judged by."""
+        if self.run.objective.num_texts == 0:
+            return
+        captions = sample_training_captions(self.recipe.data, self.run.shard_set)
+        if captions is not None:
+            write_captions(folder, captions)
 
 
 def _settled(stated: Recipe, carried_out: Recipe) -> EngineConfig:

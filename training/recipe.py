@@ -18,6 +18,7 @@ from clipsys.training.engine.schedule import ScheduleConfig
 from clipsys.training.engine.zero import zero_faults
 from clipsys.training.features.config import FeaturesConfig, UnlockConfig
 from clipsys.training.features.faults import feature_faults, idle_settings
+from clipsys.training.model.adapter_faults import adapter_faults
 from clipsys.training.model.initial import ModelConfig
 from clipsys.training.objectives import (
     Objective,
@@ -105,7 +106,7 @@ class Recipe(Settings):
             )
         lacking = [] if objective.views(self.augmentation) else ["image"]
         lacking += [] if objective.num_texts else ["text"]
-        if self.evaluation.canary and lacking and not model.pretrained:
+        if self.evaluation.canary and lacking and not model.begins_with_weights:
             yield (
                 f"evaluation.canary needs images and texts, and objective.name {name} trains no "
                 f"{lacking[0]}; start from a model that knows both (model.pretrained)"
@@ -113,7 +114,13 @@ class Recipe(Settings):
         default_drop = type(self.evaluation).model_fields["canary_drop"].default
         if self.evaluation.canary_drop != default_drop and not self.evaluation.canary:
             yield "evaluation.canary_drop does nothing without evaluation.canary"
-        yield from self._adapter_faults(objective)
+        yield from adapter_faults(
+            model,
+            objective_name=name,
+            precision=self.engine.precision,
+            trains_images=bool(objective.views(self.augmentation)),
+            trains_text=objective.num_texts > 0,
+        )
         if self.evaluation.knn and not data.validation:
             yield "evaluation.knn does nothing without data.validation"
         if self.engine.cache_on_host and data.micro_batch_size is None:
@@ -123,40 +130,6 @@ class Recipe(Settings):
             yield (
                 "model.unlocked_image_blocks and model.unlocked_text_blocks are both 0: nothing "
                 "would be trained; leave one out"
-            )
-
-    def _adapter_faults(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:
-        """Adapters that would not be trained, or beside something that they do not go with."""
-        model, lora, name = self.model, self.model.lora, self.objective.name
-        if lora is None:
-            return
-        trained = {
-            "image": bool(objective.views(self.augmentation)),
-            "text": objective.num_texts > 0,
-        }
-        unlocked = {"image": model.unlocked_image_blocks, "text": model.unlocked_text_blocks}
-        for tower in lora.towers:
-            if not trained[tower]:
-                left = [one for one in lora.towers if trained[one]]
-                yield (
-                    f"model.lora.towers names {tower}, and objective.name {name} trains no {tower};"
-                    f" set model.lora.towers: [{', '.join(left)}]"
-                )
-            if unlocked[tower]:
-                yield (
-                    f"model.unlocked_{tower}_blocks is {unlocked[tower]}, and model.lora freezes "
-                    f"the whole {tower} tower beside its adapters; leave one of them out, or set "
-                    f"model.unlocked_{tower}_blocks to 0 to lock the projection too"
-                )
-        if not model.begins_with_weights:
-            yield (
-                "model.lora adapts weights that were trained before, and these would be random; "
-                "set model.pretrained"
-            )
-        if lora.quantised and self.engine.precision in ("bf16_params", "fp16"):
-            yield (
-                f"model.lora.quantised holds the frozen weights in 4 bits, and engine.precision "
-                f"{self.engine.precision} the rest in 16; use fp32 or bf16"
             )
 
     def _idle_labels(self, objective: Objective[ObjectiveConfig]) -> Iterator[str]:

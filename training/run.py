@@ -46,6 +46,7 @@ from clipsys.training.run_data import (
     make_miner,
     open_data,
     open_features,
+    open_teacher,
     training_batches,
 )
 from clipsys.training.run_model import (
@@ -54,6 +55,7 @@ from clipsys.training.run_model import (
     feature_width,
     make_trained_model,
 )
+from clipsys.training.run_teacher import begin_teacher
 from clipsys.training.step import TrainingStep
 from clipsys.training.validation.canary import Canaries
 from clipsys.training.validation.classifier import Classifier
@@ -160,7 +162,11 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
     num_samples = shard_set.num_samples if windows is None else windows.num_windows
     num_classes = len(classes) if objective.needs_classes else 0
     tokens = token_ids(model) if objective.num_texts else None
-    sizes = Sizes(feature_width(model), num_samples, num_classes, tokens)
+    teacher = begin_teacher(recipe, objective, model, device)
+    sizes = Sizes(
+        *(feature_width(model), num_samples, num_classes, tokens),
+        teacher=None if teacher is None else teacher.sizes,
+    )
     trained = make_trained_model(recipe, objective, model, sizes, adapters)
     views = objective.views(recipe.augmentation)
     with_features = bool(recipe.model.stored_towers)
@@ -180,7 +186,10 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
         tile_size=tile_size,
         num_frames=objective.num_frames,
     )
-    decoder = make_decoder(recipe, objective, model, classes)
+    decoder = make_decoder(recipe, objective, model, classes, teacher)
+    taught = None
+    if teacher is not None:
+        taught = open_teacher(recipe, objective, model, teacher, decoder, shard_set, order)
     encoded = None
     if with_features:
         trunks, encoded = open_features(recipe, model, decoder, shard_set, order, device)
@@ -214,6 +223,7 @@ def build_run(recipe: Recipe, device: torch.device, checkpoint: str | None = Non
             objective=objective,
             augmentation=recipe.augmentation,
             seed=recipe.seed,
+            teacher=taught,
         ),
         validation=validation,
         canaries=canaries,

@@ -22,9 +22,12 @@ from clipsys.training.data.subset import LabelNoise, Subset, draw_subset
 from clipsys.training.distributed.agreement import require_same_files
 from clipsys.training.distributed.collectives import on_first_rank, rank, world_size
 from clipsys.training.features.batches import BatchShape, FeatureBatches, FeatureTable
+from clipsys.training.features.config import FeaturesConfig
 from clipsys.training.features.extraction import FeatureSource, stored_features
+from clipsys.training.features.taught import StoredTeacher, store_teacher
 from clipsys.training.features.trunks import Trunks
 from clipsys.training.mining.miner import Miner
+from clipsys.training.model.teacher import Teacher
 from clipsys.training.objectives import Objective
 from clipsys.training.recipe import Recipe
 from clipsys.training.run_model import feature_width
@@ -79,10 +82,14 @@ def loading_size(recipe: Recipe, preprocessing: Preprocessing) -> tuple[int, int
 
 
 def make_decoder(
-    recipe: Recipe, objective: Objective[Any], model: ModelParts, classes: tuple[str, ...]
+    recipe: Recipe,
+    objective: Objective[Any],
+    model: ModelParts,
+    classes: tuple[str, ...],
+    teacher: Teacher | None = None,
 ) -> Decoder:
     """What makes rows of a batch of raw samples, as recipe, objective and model need them."""
-    data, target = recipe.data, model.preprocessing
+    data, target, stored = recipe.data, model.preprocessing, objective.stored_teacher
     return Decoder(
         preprocessing=Preprocessing(**{**vars(target), "size": loading_size(recipe, target)}),
         tokenizer=model.tokenizer,
@@ -105,7 +112,35 @@ def make_decoder(
         further=None
         if objective.negatives_key is None
         else StatedNegatives(objective.negatives_key, objective.num_texts - 1),
+        teacher_tokenizer=None if teacher is None or stored else teacher.tokenizer,
+        stored_views=stored.number if stored else 0,
     )
+
+
+def open_teacher(
+    recipe: Recipe,
+    objective: Objective[Any],
+    model: ModelParts,
+    teacher: Teacher,
+    decoder: Decoder,
+    shard_set: ShardSet,
+    order: SampleOrder,
+) -> Teacher | StoredTeacher:
+    """The teacher, or its vectors of all samples where the objective stores them."""
+    stored = objective.stored_teacher
+    if stored is None:
+        return teacher
+    source = FeatureSource(
+        FeaturesConfig(views=stored.number, folder=stored.folder),
+        recipe.augmentation,
+        decoder,
+        shard_set,
+        sample_numbers(order, shard_set),
+        recipe.seed,
+        recipe.data.shard_cache,
+        drawn_for=model.preprocessing.size,
+    )
+    return store_teacher(source, teacher, precision=recipe.engine.precision)
 
 
 def announce_negatives(recipe: Recipe, shard_set: ShardSet, key: str) -> None:

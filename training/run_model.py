@@ -17,6 +17,7 @@ from clipsys.training.checkpoints import ADAPTER_FOLDER
 from clipsys.training.distributed.agreement import on_every_rank, require_equal
 from clipsys.training.distributed.collectives import rank
 from clipsys.training.features.trunks import BehindTrunks
+from clipsys.training.model.adapter_targets import HEADS
 from clipsys.training.model.adapters import Adapters
 from clipsys.training.model.adding_adapters import add_adapters, announce_trained
 from clipsys.training.model.initial import (
@@ -25,9 +26,11 @@ from clipsys.training.model.initial import (
     freeze_unused,
     initial_model,
 )
+from clipsys.training.model.layers import Tower
 from clipsys.training.model.outputs import Sizes
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
+from clipsys.training.model.two_towers import head_names
 from clipsys.training.objectives import Objective, View
 from clipsys.training.recipe import Recipe
 
@@ -70,7 +73,7 @@ def begin_model(
         temperature=objective.trains_temperature,
     )
     if adapters is not None and rank() == 0:
-        announce_trained(model.model)
+        announce_trained(model.model, _trained_heads(model.model, recipe.model))
     return model, adapters
 
 
@@ -83,16 +86,25 @@ def _adapters(model: ModelParts, settings: ModelConfig, recipe: ModelConfig) -> 
         base, _ = read_base(Path(str(model_folder)) / ADAPTER_FOLDER)
     else:
         base = _base_of(model, recipe)
-    if recipe.towers is not None:
-        has_locked_head = {
-            tower: settings.locked_head
-            for tower, settings in zip(("image", "text"), recipe.towers, strict=True)
-        }
-    else:
-        blocks = {"image": recipe.unlocked_image_blocks, "text": recipe.unlocked_text_blocks}
-        has_locked_head = {tower: number == 0 for tower, number in blocks.items()}
-    locked = tuple(tower for tower in recipe.lora.towers if has_locked_head[tower])
-    return add_adapters(model, recipe.lora, base=base, locked_heads=locked)
+    return add_adapters(model, recipe.lora, base=base, heads=_trained_heads(model.model, recipe))
+
+
+def _trained_heads(clip: nn.Module, recipe: ModelConfig) -> frozenset[str]:
+    """Names of the parameters that are trained beside the adapters of their tower.
+
+    Two towers have new heads, of whatever kind. Of a pretrained model those that are modules of
+    their own: the matrices at the end of open_clip's transformers belong to the weights that are
+    kept.
+    """
+    names: frozenset[str] = frozenset()
+    towers: tuple[Tower, ...] = ("image", "text")
+    for number, tower in enumerate(towers):
+        own = head_names(clip, tower)
+        if recipe.towers is not None:
+            names |= frozenset() if recipe.towers[number].locked_head else own
+        elif getattr(recipe, f"unlocked_{tower}_blocks") != 0:
+            names |= {name for name in own if name.startswith(f"{HEADS[tower]}.")}
+    return names
 
 
 def _base_of(model: ModelParts, recipe: ModelConfig) -> Base:

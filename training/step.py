@@ -24,7 +24,9 @@ from clipsys.training.data.samples import Batch
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.engine.deepspeed_engine import Engine, Loss, MakeInputs
 from clipsys.training.engine.gradient_check import NonFiniteGradientError
+from clipsys.training.features.taught import StoredTeacher
 from clipsys.training.model.outputs import Inputs, Outputs, Rows, State
+from clipsys.training.model.teacher import Teacher
 from clipsys.training.objectives import Labels, Objective
 
 #: Apart from each other for the seeds of views; the first view's share is 0.
@@ -60,6 +62,7 @@ class TrainingStep:
         objective: Objective[Any],
         augmentation: AugmentationConfig,
         seed: int,
+        teacher: Teacher | StoredTeacher | None = None,
     ) -> None:
         self._engine = engine
         self._objective = objective
@@ -67,6 +70,7 @@ class TrainingStep:
         self._seed = seed
         self._size = preprocessing.size
         self._mean, self._std = normalisation(preprocessing, engine.device)
+        self._teacher = teacher
 
     def __call__(self, batches: Sequence[Batch], step: int, lr_factor: float) -> StepFigures:
         """Trains on the micro-batches of a step (0-based). Every rank calls it.
@@ -129,9 +133,38 @@ class TrainingStep:
         seed = step_seed(self._seed, step, rank())
         torch.manual_seed(seed)
         return [
-            partial(self._inputs, batch, seed * 65_537 + number)
-            for number, batch in enumerate(batches)
+            self._made_of(batch, seed * 65_537 + number) for number, batch in enumerate(batches)
         ]
+
+    def _made_of(self, batch: Batch, seed: int) -> MakeInputs:
+        """Makes a micro-batch's inputs; what a teacher says of it is asked for once."""
+        if self._teacher is None:
+            return partial(self._inputs, batch, seed)
+        said: list[Rows] = []
+
+        def make() -> Inputs:
+            if not said:
+                said.append(self._taught(batch, seed))
+            return self._inputs(batch, seed)._replace(teacher=said[0])
+
+        return make
+
+    def _taught(self, batch: Batch, seed: int) -> Rows:
+        """The teacher's vectors of the first view, drawn as for the student, and of the text."""
+        teacher, view, device = self._teacher, self._views[0], self._engine.device
+        if isinstance(teacher, StoredTeacher):
+            return {name: rows.to(device) for name, rows in teacher.rows(batch).items()}
+        assert teacher is not None and batch.teacher_BL is not None
+        assert batch.image_BCHW is not None
+        image_BCHW = augment(
+            batch.image_BCHW.to(device, non_blocking=True),
+            view.augmentation,
+            teacher.size,
+            *teacher.normalisation,
+            _generator(seed, 0),
+            drawn_for=view.size or self._size,
+        )
+        return teacher.rows(image_BCHW, batch.teacher_BL.to(device, non_blocking=True))
 
     def _inputs(self, batch: Batch, seed: int) -> Inputs:
         """What a micro-batch shows to the towers: the same for the same seed."""
@@ -155,12 +188,20 @@ class TrainingStep:
                 view.size or self._size,
                 self._mean,
                 self._std,
-                _generator(seed, number),
+                self._drawn_from(batch, seed, number),
                 Shared(_generator(seed, 0), view.shares) if view.shares else None,
             )
             for number, view in enumerate(self._views)
         )
         return Inputs(views, texts, seeds_B.to(device))
+
+    def _drawn_from(
+        self, batch: Batch, seed: int, number: int
+    ) -> torch.Generator | list[torch.Generator]:
+        """The random numbers of a view; those of the first one are a stored teacher's."""
+        if isinstance(self._teacher, StoredTeacher) and number == 0:
+            return self._teacher.generators(batch)
+        return _generator(seed, number)
 
     def _over_ranks(
         self,

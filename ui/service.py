@@ -16,7 +16,7 @@ from clipsys.errors import QueryError
 from clipsys.images.decoding import decode_image
 from clipsys.retrieval import Collection, CollectionInfo, Failure, Hit, Item, Options, Part, Query
 from clipsys.retrieval.search.grammar import parse_part, parse_query
-from clipsys.retrieval.search.options import NEAR_DUPLICATE, doubt_of
+from clipsys.retrieval.search.options import NEAR_DUPLICATE
 from clipsys.retrieval.storage.conditions import parse_conditions
 from clipsys.ui.thumbnails import ThumbnailCache
 from clipsys.zeroshot.classifier import ZeroShotClassifier
@@ -142,7 +142,7 @@ class SearchService:
         )
         query = None if nothing else Query(tuple(parts), words)
         (hits,) = self.collection.search_batch([query], options)
-        note = doubt_of(hits, options)
+        note = self.collection.doubt(query, hits, options)
         if not hits and conditions:
             note = self.collection.explain_filter(conditions) or note
         seconds = time.perf_counter() - started

@@ -90,6 +90,7 @@ def interpolate(
             raise typer.BadParameter(f"{option} is for measuring, which --data asks for")
     if alpha is not None and data:
         raise typer.BadParameter("give --alpha, or --data to choose it; not both")
+    from clipsys.background.captions import copy_captions
     from clipsys.evaluation import interpolation
     from clipsys.evaluation.options import EvaluationOptions
     from clipsys.models.interpolation import check_interpolable
@@ -116,6 +117,7 @@ def interpolate(
     share = 0.5 if alpha is None else alpha
     said = interpolation.provenance(*ends, share, shares, sets)
     mark = save_model(between(*ends, share), out, provenance=said, overwrite=overwrite)
+    copy_captions(Path(out), tuned, base)
     if as_json:
         print(json_text({"model": str(out), "fingerprint": mark, **said["interpolated"]}))
         return

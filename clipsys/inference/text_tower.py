@@ -49,8 +49,10 @@ class TextEncoder:
         """(L,): tokens that are cut at ``length`` exactly, made of those of another text."""
         pad = _padding(self._model)
         filler_L = torch.full_like(sample_L, 0 if pad is None else pad)
-        filler_L[0] = sample_L[0]
-        filler_L[length - 1] = sample_L[int(_ends(self._model, sample_L[None])[0])]
+        end = int(_ends(self._model, sample_L[None])[0])
+        if end:
+            filler_L[0] = sample_L[0]
+        filler_L[length - 1] = sample_L[end]
         return filler_L
 
 
@@ -80,10 +82,21 @@ def _padding(model: Any) -> int | None:
     return pad if isinstance(pad, int) else None
 
 
+def _end_token(model: Any) -> int | None:
+    """The token that a tower of open_clip pools at (MetaCLIP 2); None: the largest of a text."""
+    tower = _tower(model)
+    pooling = getattr(tower, "pool_type", None) or getattr(model, "text_pool_type", None)
+    if pooling != "eos":
+        return None
+    return int(tower.eos_id if hasattr(tower, "eos_id") else model.text_eos_id)
+
+
 def _ends(model: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
     pad = _padding(model)
     if pad is None:
-        return tokens_BL.argmax(dim=1)  # the end-of-text token has the largest id
+        end = _end_token(model)
+        # In CLIP's own vocabulary the end-of-text token has the largest id.
+        return (tokens_BL if end is None else (tokens_BL == end).int()).argmax(dim=1)
     place_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
     return ((tokens_BL != pad) * place_L).amax(dim=1)
 
@@ -98,22 +111,24 @@ def _may_be_cut(model: Any) -> bool:
         num_tokens = int(tower.token_embedding.num_embeddings)
     else:
         length, num_tokens = 24, int(tower.vocab_size)
-    tokens_BL = _samples(length, num_tokens, 0 if pad is None else pad)
+    end = _end_token(model)
+    tokens_BL = _samples(length, num_tokens, pad or 0, num_tokens - 1 if end is None else end)
     tokens_BL = tokens_BL.to(next(tower.parameters()).device)
     return outputs_are_equal(
         model, lambda: model.encode_text(tokens_BL), lambda: _encode_cut(model, tokens_BL)
     )
 
 
-def _samples(length: int, num_tokens: int, pad: int) -> torch.Tensor:
+def _samples(length: int, num_tokens: int, pad: int, end_token: int) -> torch.Tensor:
     """(4, L): random texts of four lengths, up to half of what there is room for."""
     generator = torch.Generator().manual_seed(0)
-    last = num_tokens - 1
+    other = next(token for token in (1, 2, 3) if token not in (pad, end_token))
     tokens_BL = torch.full((4, length), pad, dtype=torch.int64)
     for row, end in enumerate(torch.linspace(1, max(1, length // 2), 4).int().tolist()):
-        words_L = torch.randint(1, max(2, last), (end,), generator=generator)
-        tokens_BL[row, :end] = words_L.where(words_L != pad, max(0, pad - 1))
-        tokens_BL[row, min(end, length - 1)] = last
+        words_L = torch.randint(1, max(2, num_tokens - 1), (end,), generator=generator)
+        is_word_L = (words_L != pad) & (words_L != end_token)
+        tokens_BL[row, :end] = words_L.where(is_word_L, other)
+        tokens_BL[row, min(end, length - 1)] = end_token
     return tokens_BL
 
 

@@ -8,6 +8,8 @@ construction        how open_clip is called to make a model
 parts               `ModelParts` and its fingerprint
 model_folders       what lies in a model folder, and writing one
 building            a model with random weights
+adapters            what lies in an adapter folder, and merging it into its base
+quantisation        weights in NF4
 loading             a model with its weights
 interpolation       weights between two models (WiSE-FT)
 counting            what an architecture takes: parameters, GFLOP, activations

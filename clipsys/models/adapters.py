@@ -9,15 +9,17 @@ An adapter folder is peft's own format plus two files of ours::
                                  not read it
     clipsys.json                 the base and its fingerprint, the fingerprint of the merged model
 
-`peft.PeftModel.from_pretrained(BASE, FOLDER)` reads it onto open_clip's model. Merging needs no
-peft: the weight of an adapted layer becomes ``W + alpha / rank · B · A`` (Hu et al. 2021, "LoRA:
-Low-Rank Adaptation of Large Language Models", section 4.1).
+`peft.PeftModel.from_pretrained(BASE, FOLDER)` reads it onto open_clip's model; of its own attention
+see `_as_computed_by_peft`. Merging needs no peft: the weight of an adapted layer becomes
+``W + alpha / rank · B · A`` (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
+section 4.1).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ from clipsys.models.construction import one_line
 if TYPE_CHECKING:
     import torch
 
+_logger = logging.getLogger(__name__)
+
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINED_NAME = "trained.safetensors"
@@ -37,6 +41,7 @@ _CARD_NAME = "clipsys.json"
 _FORMAT = "clipsys-adapter/1"
 #: How peft names what belongs to the model that it wraps.
 PEFT_PREFIX = "base_model.model."
+_TWICE_UNTIL = (0, 21, 2)
 #: Settings of peft's that change what an adapter is; merging knows the plain form alone.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -209,6 +214,8 @@ def read_adapter(folder: Path) -> Adapter:
                 "is merged; merge it with peft, and load the model folder that results"
             )
     pairs, trained = _sorted_out(stored, folder)
+    if not card:
+        pairs = _as_computed_by_peft(pairs, stored, str(config.get("peft_version", "")), folder)
     adapter = Adapter(
         pairs,
         {**trained, **more},
@@ -225,6 +232,32 @@ def read_adapter(folder: Path) -> Adapter:
             f"or delete {_CARD_NAME} if the change was meant"
         )
     return Adapter(**{**vars(adapter), "digest": digest})
+
+
+def _as_computed_by_peft(
+    pairs: dict[str, Pair], stored: Mapping[str, torch.Tensor], version: str, folder: Path
+) -> dict[str, Pair]:
+    """Adapters that peft trained itself, as it computes them.
+
+    Up to 0.21.2 it adds that of the output projection of `nn.MultiheadAttention` twice, in forward
+    and in merging alike (huggingface/peft#3774): a model that was trained so is the one with twice
+    that factor.
+    """
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+    marker = ".base_layer.out_proj.lora_A"
+    twice = {
+        key.removeprefix(PEFT_PREFIX).partition(".lora_A")[0].replace(".base_layer", "")
+        for key in stored
+        if marker in key
+    }
+    if not twice or not numbers or numbers > _TWICE_UNTIL:
+        return pairs
+    _logger.info(
+        "%s: peft %s adds the adapters of %d output projections of attention twice; so do these "
+        "merged weights",
+        *(folder, version, len(twice)),
+    )
+    return {n: Pair(p.down, 2 * p.up) if n in twice else p for n, p in pairs.items()}
 
 
 def _sorted_out(

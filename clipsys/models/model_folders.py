@@ -6,6 +6,7 @@ A model folder is open_clip's own local format plus one file of ours::
     open_clip_model.safetensors    the weights
     clipsys.json                   fingerprint and provenance
     heads.safetensors              optional: what an objective trained beside the model
+    background.json                optional: captions that it was trained with, for searches
     tokenizer files                only where the text tower uses a Hugging Face tokenizer
     config.json                    only where the text tower is a Hugging Face model
 

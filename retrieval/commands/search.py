@@ -117,18 +117,13 @@ def search(
     composed = _compose(query, image or (), like or (), negative or (), words)
     with Collection.open(collection, few_searches=queries is None, model=model) as photos:
         if queries is None:
-            answers = [_answer(query, photos.search_batch([composed], asked)[0], asked)]
+            (hits,) = photos.search_batch([composed], asked)
+            answers = [Answer(query, hits, note=photos.doubt(composed, hits, asked))]
         else:
             answers = _answer_lines(photos, queries, lines, asked)
     print_answers(answers, how, batch=queries is not None)
     if any(answer.error is not None for answer in answers):
         raise typer.Exit(1)
-
-
-def _answer(query: str | None, hits: list[Hit], asked: Options) -> Answer:
-    from clipsys.retrieval.search.options import doubt_of
-
-    return Answer(query, hits, note=doubt_of(hits, asked))
 
 
 def _compose(
@@ -216,7 +211,8 @@ def _answer_lines(
             print(f"error: {printable(f'{path}:{number}: {outcome}')}", file=sys.stderr)
             answers.append(Answer(line, error=outcome))
         else:
-            answers.append(_answer(line, outcome, asked))
+            note = photos.doubt(read[number], outcome, asked)
+            answers.append(Answer(line, outcome, note=note))
     return answers
 
 

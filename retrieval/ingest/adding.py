@@ -212,6 +212,7 @@ def _embed(
             writer.tidy_up()
             raise
         writer.tidy_up()
+        writer.calibrator.refresh(target.encoder.turns())
         target.encoder.remember_light_tower()
     embedder.report.seconds = time.monotonic() - started
     return embedder.report

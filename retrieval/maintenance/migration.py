@@ -27,6 +27,7 @@ from clipsys.retrieval.encoders.encoding import ImageTextEncoder
 from clipsys.retrieval.ingest.embedding import Embedder, EmbeddingOptions
 from clipsys.retrieval.ingest.report import AddReport
 from clipsys.retrieval.ingest.sources import Entry
+from clipsys.retrieval.search.text_relevance import FILE_NAME as RELEVANCE_NAME
 from clipsys.retrieval.storage import durable
 from clipsys.retrieval.storage.creation import INDEXES, LOCK_NAME, SEGMENTS
 from clipsys.retrieval.storage.items import Batch, ItemUpdate
@@ -37,6 +38,7 @@ from clipsys.retrieval.storage.store import FILE_NAME as DATABASE_NAME
 from clipsys.retrieval.storage.store import Store
 from clipsys.retrieval.storage.upgrading import upgrade_database
 from clipsys.retrieval.writing.compaction import compact
+from clipsys.retrieval.writing.relevance import Calibrator
 from clipsys.retrieval.writing.writer import clear_leftovers, clear_superseded
 
 #: The share of the images that may be gone or unreadable without confirmation.
@@ -262,8 +264,9 @@ def _swap(
         queries=partial(caption_queries, encoder, new, snapshot),
     )
     light.remember(building, pin, encoder)
+    Calibrator(building, pin, lambda: (None, snapshot)).refresh(encoder)
     database = (DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm")
-    data = (*database, SEGMENTS, INDEXES, light.FILE_NAME)
+    data = (*database, SEGMENTS, INDEXES, light.FILE_NAME, RELEVANCE_NAME)
     replaced = (manifest.edition,) if manifest.edition else data
     swapped = manifest.model_copy(
         update={

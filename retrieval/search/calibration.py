@@ -60,6 +60,7 @@ _MATCHING = 3.0
 _LEAST = 1e-7
 
 Doubles = npt.NDArray[np.float64]
+Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class Background:
     num_items: int
     vectors_SD: Floats
 
-    def relevance(self, query_D: Floats, scores_K: npt.NDArray[np.float32]) -> Doubles | None:
+    def relevance(self, query_D: Floats, scores_K: Scores) -> Doubles | None:
         """Minus the decimal logarithm of how many unrelated items would reach each score.
 
         Finite, and ascending with the score. None where the collection is too small to tell.

@@ -62,9 +62,17 @@ def encode(
     return [
         EncodedQuery(None)
         if query is None
-        else EncodedQuery(next(vectors), query.words, query.items)
+        else EncodedQuery(next(vectors), query.words, query.items, texts_of(query))
         for query in queries
     ]
+
+
+def texts_of(query: Query | None) -> tuple[str, ...]:
+    """The texts of a query that is made of them alone, all for it; else none."""
+    if query is None:
+        return ()
+    texts = [part.text for part in query.parts if part.text is not None and part.weight > 0]
+    return tuple(texts) if len(texts) == len(query.parts) else ()
 
 
 def embed_with_pinned(

@@ -17,6 +17,8 @@ from clipsys.retrieval.storage.sorting import parse_sort
 #: the model: ViT-B/32 gives re-encoded, resized or lightly cropped photographs 0.95 and more, other
 #: views of a scene less.
 NEAR_DUPLICATE = 0.95
+#: Unknown words of a query that a message names.
+_NAMED_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,37 @@ def duplicate_cosine(diverse: bool | float) -> float | None:
     return diverse
 
 
-def doubt_of(hits: Sequence[Hit], options: Options) -> str | None:
-    """What `relevant_only` cannot tell about an answer; None where it can, or was not asked."""
+def doubt_of(
+    hits: Sequence[Hit], options: Options, *, num_items: int, unknown: Sequence[str] = ()
+) -> str | None:
+    """What `relevant_only` cannot tell about an answer; None where it can, or was not asked.
+
+    Args:
+        hits: the answer.
+        options: what was asked for.
+        num_items: items of the collection.
+        unknown: words of the query that no caption has which its model was trained with.
+    """
     if not options.relevant_only:
         return None
     if not hits:
-        return (
+        doubt = (
             "no hit has a relevance that chance does not explain: either nothing matches, or the "
             "scores of this model do not tell; without this cut the nearest images are shown"
         )
+        if unknown:
+            words = ", ".join(repr(word) for word in unknown[:_NAMED_WORDS])
+            doubt += f" (no caption that the model was trained with, of those known, has {words})"
+        return doubt
     if hits[0].score is not None and hits[0].relevance is None:
+        if num_items < MIN_ITEMS:
+            return (
+                f"with fewer than {MIN_ITEMS} items relevance is not known, and nothing was left "
+                "out for it"
+            )
         return (
-            f"with fewer than {MIN_ITEMS} items relevance is not known, and nothing was left out "
-            "for it"
+            "the scores of this model do not tell captions of its training from other texts in "
+            "this collection, and nothing was left out"
         )
     return None
 

@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from clipsys.errors import QueryError
 from clipsys.retrieval.indexes.generation import LoadedIndex
-from clipsys.retrieval.search.calibration import RELEVANT, Background
+from clipsys.retrieval.search.calibration import MIN_ITEMS, RELEVANT, Background, Doubles, Scores
 from clipsys.retrieval.search.options import NEAR_DUPLICATE, Options
 from clipsys.retrieval.search.query import Hit
 from clipsys.retrieval.search.ranking import Coverage, rank_batch
 from clipsys.retrieval.search.rescoring import Ranking, exact_scores
+from clipsys.retrieval.search.text_relevance import TextRelevance
 from clipsys.retrieval.search.view import View
 from clipsys.retrieval.storage import words
 from clipsys.retrieval.storage.conditions import Condition
@@ -53,11 +54,14 @@ class EncodedQuery:
         vector_D: The vector; None for a query without text, image and item.
         words: Words of captions and file names; None for a query without them.
         query_items: Ids of the items whose vectors are part of the query; they are not hits.
+        texts: The texts that it is made of, where it is made of nothing else and they all count
+            for it; else empty.
     """
 
     vector_D: Floats | None
     words: str | None = None
     query_items: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,15 @@ class _State:
     snapshot: Snapshot
     coverage: Coverage | None
     background: Background
+    text_relevance: TextRelevance | None
+
+    def relevance(self, query: EncodedQuery, scores_K: Scores) -> Doubles | None:
+        """The relevance of hits; None where it is not known."""
+        assert query.vector_D is not None
+        enough = len(self.snapshot) >= MIN_ITEMS
+        if self.text_relevance is not None and query.texts and enough:
+            return self.text_relevance.relevance(query.texts, query.vector_D, scores_K)
+        return self.background.relevance(query.vector_D, scores_K)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +118,7 @@ class Searcher:
             snapshot,
             self._view.coverage(index, snapshot),
             self._view.background(snapshot),
+            self._view.text_relevance(),
         )
         allowed = self._allowed(options.conditions, snapshot)
         wanted = options.offset + options.k
@@ -188,7 +202,7 @@ class Searcher:
                 ids_K = words.fuse([ids_K, matched[:depth]])
                 positions = np.searchsorted(state.snapshot.ids_N, ids_K)
                 scores_K = exact_scores(state.snapshot, positions, vector_D)
-            relevance_K = state.background.relevance(vector_D, scores_K)
+            relevance_K = state.relevance(query, scores_K)
             ranked.append(_Ranked(ids_K, scores_K, relevance_K))
         return ranked
 

@@ -15,6 +15,8 @@ from clipsys.errors import CollectionError
 from clipsys.retrieval.indexes.generation import LoadedIndex, load_index
 from clipsys.retrieval.search.calibration import Background, sample_background
 from clipsys.retrieval.search.ranking import Coverage, cover
+from clipsys.retrieval.search.text_relevance import FILE_NAME as RELEVANCE_NAME
+from clipsys.retrieval.search.text_relevance import TextRelevance, read_text_relevance
 from clipsys.retrieval.storage.creation import INDEXES, SEGMENTS
 from clipsys.retrieval.storage.manifest import FILE_NAME, IndexGeneration, Manifest, read_manifest
 from clipsys.retrieval.storage.segments import SegmentReader
@@ -47,6 +49,7 @@ class View:
         self._manifest_stamp: tuple[int, int] | None = None
         self._covered: tuple[LoadedIndex, Snapshot, Coverage] | None = None
         self._background: tuple[Snapshot, Background] | None = None
+        self._text_relevance: tuple[tuple[int, int], TextRelevance | None] | None = None
 
     def check_segments(self) -> None:
         """Looks at the size and the time of every vector file; hashes one that has another time.
@@ -100,6 +103,19 @@ class View:
         if taken is None or taken[0] is not snapshot:
             taken = self._background = (snapshot, sample_background(snapshot))
         return taken[1]
+
+    def text_relevance(self) -> TextRelevance | None:
+        """What text queries are judged by, as it was last written; None where there is nothing."""
+        try:
+            status = (self._data / RELEVANCE_NAME).stat()
+        except OSError:
+            return None
+        stamp = (status.st_mtime_ns, status.st_ino)
+        read = self._text_relevance
+        if read is None or read[0] != stamp:
+            made = read_text_relevance(self._data, self._pin)
+            read = self._text_relevance = (stamp, made)
+        return read[1]
 
     def _follow_manifest(self) -> None:
         status = (self._folder / FILE_NAME).stat()

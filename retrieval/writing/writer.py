@@ -37,6 +37,7 @@ from clipsys.retrieval.writing.compaction import (
     join_small,
     retired,
 )
+from clipsys.retrieval.writing.relevance import Calibrator
 
 if TYPE_CHECKING:
     from clipsys.retrieval.indexes.tuning import TuningQueries
@@ -120,6 +121,11 @@ class Writer:
         self._manifest = manifest
         self._tuning_queries = tuning_queries
         self._num_segments = 0
+
+    @property
+    def calibrator(self) -> Calibrator:
+        """Makes what the relevance of text queries is measured by."""
+        return Calibrator(self._data, self._manifest.encoder, self._view.current)
 
     @property
     def manifest(self) -> Manifest:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import clipsys
+from clipsys.background.captions import read_captions, words_of
 from clipsys.errors import TrainingError
 from clipsys.training.export import export_model
 from clipsys.training.journal import plot_curves, read_metrics
@@ -80,6 +81,18 @@ def test_the_exported_model_measures_as_it_did_in_training(
     assert {name for name in last if name.startswith("val/text_to_image/")} == {
         f"val/{name}" for name in metrics if name.startswith("text_to_image/")
     }
+
+
+def test_the_captions_that_searches_are_judged_by_go_with_the_model(
+    finished: Path, tmp_path: Path
+) -> None:
+    captions = read_captions(finished / "model")
+    assert captions is not None
+    assert len(captions.captions) > 10
+    assert set(words_of(" ".join(captions.captions))) <= captions.words.keys()
+    for name, step in (("last", None), ("earlier", STEPS_PER_EPOCH)):
+        export_model(finished, tmp_path / name, step=step)
+        assert read_captions(tmp_path / name) == captions
 
 
 def test_a_checkpoint_of_an_earlier_step_can_be_exported(finished: Path, tmp_path: Path) -> None:

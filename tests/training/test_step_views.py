@@ -13,6 +13,7 @@ from clipsys.training.data.samples import Batch
 from clipsys.training.model.outputs import Inputs
 from clipsys.training.objectives import make_objective
 from clipsys.training.objectives.cpc import CPCConfig
+from clipsys.training.objectives.distillation import DistillationConfig
 from clipsys.training.objectives.looc import LooCConfig
 from clipsys.training.step import TrainingStep
 
@@ -68,3 +69,37 @@ def test_each_view_shows_a_frame_of_every_row_with_the_same_augmentation() -> No
     first, *rest = _inputs(CPCConfig(frames=3, past=1), augmented, still, 2).views
     assert not torch.equal(first[0], first[1])
     assert all(torch.equal(first, other) for other in rest)
+
+
+class _EchoingTeacher:
+    """Says what it was shown."""
+
+    size = (8, 8)
+    normalisation = (torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def rows(self, image_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return {"image": image_BCHW, "tokens": tokens_BL}
+
+
+def test_the_teacher_sees_the_students_view_and_its_own_tokens_once() -> None:
+    engine: Any = SimpleNamespace(device=torch.device("cpu"))
+    teacher: Any = _EchoingTeacher()
+    step = TrainingStep(
+        engine,
+        Preprocessing((8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
+        objective=make_objective(DistillationConfig(teacher="any")),
+        augmentation=AugmentationConfig(crop_scale=(0.3, 0.8), flip=0.5, erasing=0.0, **_COLOUR),
+        seed=3,
+        teacher=teacher,
+    )
+    ids, own = torch.arange(4), torch.ones(4, 5, dtype=torch.int64)
+    batch = Batch(("k",) * 4, _pixels(4), (0 * own,), ids, ids, teacher_BL=own)
+    (make,) = step._seeded_inputs([batch], 0)
+    first, again = make(), make()  # as for cached micro-batches
+    assert teacher.calls == 1 and again.teacher is first.teacher is not None
+    torch.testing.assert_close(first.views[0] * 0.25 + 0.5, first.teacher["image"])
+    assert torch.equal(first.teacher["tokens"], own)

@@ -7,6 +7,7 @@ repeats exactly what the uninterrupted one would have done.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,10 +66,12 @@ def to_input(
     """Without augmentation: uint8 to float32, resized if needed, normalised."""
     image = pixels_BCHW.float() / 255
     if tuple(image.shape[-2:]) != size:
-        image = F.interpolate(
-            image, size=size, mode="bilinear", antialias=True, align_corners=False
-        )
+        image = _resized(image, size)
     return (image - mean) / std
+
+
+def _resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 class Shared(NamedTuple):
@@ -89,8 +92,9 @@ def augment(
     size: tuple[int, int],
     mean: torch.Tensor,
     std: torch.Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
     shared: Shared | None = None,
+    drawn_for: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """A random view of each image, normalised.
 
@@ -100,15 +104,20 @@ def augment(
         size: (H, W) of the result.
         mean: (3, 1, 1), of pixels in [0, 1].
         std: (3, 1, 1).
-        generator: on the CPU, so that CPU and GPU runs draw the same numbers.
+        generator: on the CPU, so that CPU and GPU runs draw the same numbers; or one for each
+            image, which is then drawn as if it were alone.
         shared: what is drawn as for another view of the same ``config``.
+        drawn_for: (H, W) of a view that this one shows in another size, of equal draws; None: it
+            is no other's.
 
     Returns:
         float32 (B, 3, H, W).
     """
     draw = _Draws(len(pixels_BCHW), generator, pixels_BCHW.device, shared)
     image = pixels_BCHW.float() / 255
-    image = _resample(image, config, size, draw.of("geometry"), draw.of("rotation"))
+    image = _resample(
+        image, config, size, draw.of("geometry"), draw.of("rotation"), drawn_for or size
+    )
     image = _jitter(image, config, draw.of("colour"))
     image = _blur(image, config, draw.of("blur"))
     image = (image - mean) / std
@@ -121,7 +130,7 @@ class _Draws:
     def __init__(
         self,
         count: int,
-        generator: torch.Generator,
+        generator: torch.Generator | Sequence[torch.Generator],
         device: torch.device,
         shared: Shared | None = None,
         family: Family | None = None,
@@ -134,7 +143,10 @@ class _Draws:
         return _Draws(self.count, self.generator, self.device, self.shared, family)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        values = torch.rand(self.count, generator=self.generator)
+        if isinstance(self.generator, torch.Generator):
+            values = torch.rand(self.count, generator=self.generator)
+        else:
+            values = torch.cat([torch.rand(1, generator=one) for one in self.generator])
         if self.shared is not None:
             # Both advance together, so that each number is the other view's own counterpart.
             others = torch.rand(self.count, generator=self.shared.generator)
@@ -154,12 +166,14 @@ def _resample(
     size: tuple[int, int],
     draw: _Draws,
     turn: _Draws,
+    drawn_for: tuple[int, int],
 ) -> torch.Tensor:
     """Crop, flip, rotation and resize in one bilinear pass over a sampling grid."""
     height, width = image.shape[-2:]
     whole = config.crop_scale == (1.0, 1.0) and config.crop_ratio == (1.0, 1.0)
-    if whole and not config.flip and not config.rotation_degrees and size == (height, width):
-        return image
+    untouched = whole and not config.flip and not config.rotation_degrees
+    if untouched and drawn_for == (height, width):  # nothing is drawn
+        return image if size == drawn_for else _resized(image, size)
     area = draw.uniform(*config.crop_scale)
     ratio = torch.exp(draw.uniform(*(math.log(bound) for bound in config.crop_ratio)))
     # The ratio is of pixels, the grid is of [-1, 1]: undo the image's own aspect ratio.

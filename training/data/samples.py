@@ -54,6 +54,10 @@ class Batch:
         captions: (B,) the first text of each sample, before it was tokenized.
         further_groups_BT: int64; for each text but the first the group of the sample that it is a
             caption of, `NO_GROUP` where there is none; None where there are no such texts.
+        teacher_BL: int64 (B, L); the first text of each sample in the tokens of a teacher; None
+            where there is none, or its vectors are stored.
+        stored_B2: int64; which of the stored views of its image and which of its captions a sample
+            shows; None where a teacher's vectors are not stored.
         is_encoded: whether images are features of a locked tower, float16 (B, F), in the place of
             pixels, and texts too unless their tower is trained.
     """
@@ -69,6 +73,8 @@ class Batch:
     shards: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
     further_groups_BT: torch.Tensor | None = None
+    teacher_BL: torch.Tensor | None = None
+    stored_B2: torch.Tensor | None = None
     is_encoded: bool = False
 
     @property
@@ -87,6 +93,8 @@ class Batch:
             classes_B=_pinned(self.classes_B),
             present_BT=_pinned(self.present_BT),
             further_groups_BT=_pinned(self.further_groups_BT),
+            teacher_BL=_pinned(self.teacher_BL),
+            stored_B2=_pinned(self.stored_B2),
         )
 
 
@@ -160,6 +168,7 @@ class Row:
         number: number of the sample among all samples of the shards.
         class_number: number of its class; None where classes are not needed.
         further_groups: group of each text but the first; `NO_GROUP` for those without.
+        stored: which stored view and which caption it shows.
     """
 
     shard: str
@@ -171,6 +180,7 @@ class Row:
     class_number: int | None = None
     later: tuple[DecodedImage, ...] = ()
     further_groups: tuple[int, ...] = ()
+    stored: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,8 @@ class Decoder:
         further: where texts beside the caption come from; None: there are none.
         label_noise: replaces labels; None leaves them.
         num_sentences: how many sentences of a caption are the texts; 0: the whole caption is one.
+        teacher_tokenizer: tokenizer of a teacher's text tower; None where there is none.
+        stored_views: views of each image of which a teacher's vectors are stored; 0: none are.
     """
 
     preprocessing: Preprocessing
@@ -210,6 +222,8 @@ class Decoder:
     further: FurtherTexts | None = None
     label_noise: LabelNoise | None = None
     num_sentences: int = 0
+    teacher_tokenizer: Tokenizer | None = None
+    stored_views: int = 0
 
     def row(
         self,
@@ -237,10 +251,13 @@ class Decoder:
             require_captions(sample, raw)
         if image is None and self.needs_image:
             image = self._image(sample.image, place_of(raw))
-        caption = sample.captions[0] if sample.captions else ""
+        choice = 0
         if self.captions == "random" and len(sample.captions) > 1:
             choice = group_id(f"{self.seed}/{epoch}/{position}") % len(sample.captions)
-            caption = sample.captions[choice]
+        caption = sample.captions[choice] if sample.captions else ""
+        view = 0
+        if self.stored_views:
+            view = group_id(f"{self.seed}/{epoch}/{position}/view") % self.stored_views
         # A sample is its shard and its number there: keys occur in several shards.
         shard = str(raw.get("__url__"))
         identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
@@ -259,6 +276,7 @@ class Decoder:
         return Row(
             *(shard, sample.key, image, texts, group, number, class_number),
             further_groups=tuple(NO_GROUP if one is None else one.group for one in further),
+            stored=(view, choice),
         )
 
     def _further(self, sample: Sample, number: int, draw: str) -> list[FurtherText | None]:
@@ -335,6 +353,7 @@ class Decoder:
 
     def batch(self, rows: Sequence[Row], skipped: Sequence[Skipped]) -> Batch:
         """Stacks rows."""
+        captions = tuple((row.texts[0] if row.texts else "") or "" for row in rows)
         return Batch(
             keys=tuple(row.key for row in rows),
             image_BCHW=_stacked(
@@ -352,10 +371,12 @@ class Decoder:
             present_BT=_presence([row.texts for row in rows]),
             skipped=tuple(skipped),
             shards=tuple(row.shard for row in rows),
-            captions=tuple((row.texts[0] if row.texts else "") or "" for row in rows),
+            captions=captions,
             further_groups_BT=None
             if self.further is None
             else torch.tensor([row.further_groups for row in rows], dtype=torch.int64),
+            teacher_BL=self.teacher_tokenizer and self.teacher_tokenizer(list(captions)),
+            stored_B2=torch.tensor([row.stored for row in rows]) if self.stored_views else None,
         )
 
 

@@ -196,7 +196,7 @@ class Engine:
 
     def _targets(self, inputs: Inputs) -> Rows:
         if self._momentum is None:
-            return {}
+            return {} if inputs.teacher is None else inputs.teacher
         with torch.no_grad():
             # Through the engine: at stage 3 it gathers what the towers need.
             targets: Rows = self._engine(inputs, wants_targets=True)

@@ -5,5 +5,6 @@ trunks      what stands before the heads of two towers, and the heads alone as a
 faults      what contradicts locked towers, or does nothing without them
 store       blocks of features on disk, each complete or absent
 extraction  from shards to stored features: decoded, augmented, encoded
+taught      a teacher's vectors, looked up by what a row shows
 batches     micro-batches of stored features, in the order that training asks for
 """

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.features.config import FeaturesConfig
 from clipsys.training.features.store import Array, BlockStore, block_size
-from clipsys.training.features.trunks import Trunks, tokenizer_fingerprint, trunk_fingerprint
 from clipsys.training.model.layers import Tower
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +63,8 @@ class FeatureSource:
         numbers: of the samples that are trained on, among all of the shards.
         seed: of the views.
         cache: copies of remote shards.
+        drawn_for: size of the views as another model sees them, of equal draws; None: no other.
+        setting: the one that names the folder, for messages.
     """
 
     settings: FeaturesConfig
@@ -73,6 +74,8 @@ class FeatureSource:
     numbers: Sequence[int]
     seed: int
     cache: Any = None
+    drawn_for: tuple[int, int] | None = None
+    setting: str = "features.folder"
 
     @property
     def block_size(self) -> int:
@@ -85,13 +88,30 @@ class FeatureSource:
         return -(-len(self.numbers) // self.block_size)
 
 
+class Encoders(Protocol):
+    """What features are computed with: `Trunks`, or a whole model."""
+
+    device: torch.device
+    #: The towers whose features are stored; of the others their inputs are.
+    stored: tuple[Tower, ...]
+
+    def images(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, F) float32 of normalised images."""
+
+    def texts(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """(B, F) float32 of tokens."""
+
+    def fingerprint(self, parts: ModelParts, tower: Tower) -> str:
+        """Equal if and only if features are."""
+
+
 def view_seed(seed: int, number: int, view: int) -> int:
     """What a view of a sample is drawn from."""
     return group_id(f"{seed}/{number}/{view}")
 
 
 def stored_features(
-    source: FeatureSource, trunks: Trunks, parts: ModelParts, *, precision: str
+    source: FeatureSource, trunks: Encoders, parts: ModelParts, *, precision: str
 ) -> tuple[BlockStore, BlockStore]:
     """Image and text features of all samples, computed where they are not stored yet.
 
@@ -133,7 +153,7 @@ def _fill(store: BlockStore, source: FeatureSource, what: str, blocks: _Blocks) 
     samples = sum(len(_of_block(source, number)) for number in own)
     with (
         drive_errors_explained(
-            store.folder.parent, TrainingError, "make room, or set features.folder"
+            store.folder.parent, TrainingError, f"make room, or set {source.setting}"
         ),
         progress_if(title is not None, title or "", samples, unit="samples") as advance,
         ThreadPoolExecutor(max_workers=2) as pool,
@@ -149,7 +169,7 @@ def _fill(store: BlockStore, source: FeatureSource, what: str, blocks: _Blocks) 
     if absent := store.missing():
         raise TrainingError(
             f"{store.folder}: rank {rank()} does not see {len(absent)} blocks of features that "
-            "other ranks have written; set features.folder to a folder that all machines share"
+            f"other ranks have written; set {source.setting} to a folder that all machines share"
         )
 
 
@@ -161,7 +181,7 @@ def _of_block(source: FeatureSource, number: int) -> Sequence[int]:
 class _Blocks:
     """What a store's blocks are made of; one for each tower."""
 
-    def __init__(self, source: FeatureSource, trunks: Trunks, parts: ModelParts) -> None:
+    def __init__(self, source: FeatureSource, trunks: Encoders, parts: ModelParts) -> None:
         self.source, self.trunks, self.parts = source, trunks, parts
         shard_set = source.shard_set
         self._first = (*itertools.accumulate(shard_set.counts, initial=0),)
@@ -240,6 +260,7 @@ class _ImageBlocks(_Blocks):
                 mean,
                 std,
                 torch.Generator().manual_seed(view_seed(source.seed, number, view)),
+                drawn_for=source.drawn_for,
             )
             for pixels, number, view in views
         ]
@@ -299,7 +320,7 @@ def _outcome(decoded: list[Any]) -> dict[str, Array]:
 
 
 def _key(
-    source: FeatureSource, trunks: Trunks, parts: ModelParts, tower: Tower, precision: str
+    source: FeatureSource, trunks: Encoders, parts: ModelParts, tower: Tower, precision: str
 ) -> str:
     """Names the folder of a tower's features: everything that they depend on."""
     decoder, shards = source.decoder, source.shard_set
@@ -309,7 +330,8 @@ def _key(
         "seed": source.seed if source.settings.views > 1 else None,
         "decode": decoder.decode,
         "pixels": decoder.max_image_pixels,
-        "loaded": decoder.preprocessing.size,
+        "loaded": repr(decoder.preprocessing),
+        "drawn_for": source.drawn_for,
     }
     of_text = {
         "captions": decoder.captions,
@@ -318,9 +340,7 @@ def _key(
     }
     described = {
         "format": FORMAT,
-        "trunk": trunk_fingerprint(parts, tower)
-        if tower in trunks.stored
-        else tokenizer_fingerprint(parts),
+        "trunk": trunks.fingerprint(parts, tower),
         "precision": precision if tower in trunks.stored else None,
         "caption_key": decoder.caption_key,
         "shards": [*_stamps(shards.shards)],

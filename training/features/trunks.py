@@ -72,6 +72,12 @@ class Trunks:
         """(B, F) float32 of int64 tokens (B, L)."""
         return self._run(self._encode_text, tokens_BL)
 
+    def fingerprint(self, parts: ModelParts, tower: Tower) -> str:
+        """Equal if and only if features of this tower are, or its tokens."""
+        if tower not in self.stored:
+            return tokenizer_fingerprint(parts)
+        return trunk_fingerprint(parts, tower)
+
     def _run(self, encode: Encode, inputs: torch.Tensor) -> torch.Tensor:
         in_bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._in_bf16)
         with torch.no_grad(), in_bf16, self._without_heads():

@@ -21,6 +21,7 @@
     metric              `triplet` and `margin_contrastive`, of distances with a margin
     n_pairs             `n_pair`, of products that are not normalised
     noise_contrastive   `info_nce_views`, `nce` and `logistic`, between two views in one direction
+    distilled           `distilled_pairs`, images and texts with those of a teacher
     swapped_codes       `swav`, between scores and codes of views
 
 Use the names of this package; its modules are internal.
@@ -28,6 +29,14 @@ Use the names of this package; its modules are internal.
 
 from clipsys.training.losses.classified import scl
 from clipsys.training.losses.contrastive import auto_tile_size, info_nce, sigmoid_loss
+from clipsys.training.losses.distilled import (
+    DistillationWeights,
+    Pairs,
+    distilled_pairs,
+    feature_distance,
+    interactive_contrast,
+    relational_divergence,
+)
 from clipsys.training.losses.extra_texts import neg_clip
 from clipsys.training.losses.key_queue import enqueued, moco
 from clipsys.training.losses.leave_one_out import looc
@@ -50,8 +59,10 @@ from clipsys.training.losses.swapped_codes import swav
 from clipsys.training.losses.two_views import nt_xent
 
 __all__ = [
+    "DistillationWeights",
     "PairKeys",
     "PairQueue",
+    "Pairs",
     "auto_tile_size",
     "bank_log_normaliser",
     "bank_nce",
@@ -59,11 +70,14 @@ __all__ = [
     "bank_updated",
     "barlow_twins",
     "cpc",
+    "distilled_pairs",
     "enqueued",
+    "feature_distance",
     "hard_info_nce",
     "hard_nt_xent",
     "info_nce",
     "info_nce_views",
+    "interactive_contrast",
     "logistic",
     "looc",
     "margin_contrastive",
@@ -74,6 +88,7 @@ __all__ = [
     "neg_clip",
     "nt_xent",
     "queued_info_nce",
+    "relational_divergence",
     "scl",
     "sigmoid_loss",
     "supcon",

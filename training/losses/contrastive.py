@@ -80,14 +80,29 @@ def info_nce(
     num_rows = len(image_BD) * world_size(group)
     rows = tile_size or auto_tile_size(num_rows, image_BD.device)
     if world_size(group) == 1:
-        return differentiable(
-            partial(two_way, pairing=pairing, tile_size=rows), image_BD, text_BD, scale
-        )
+        return both_ways(image_BD, text_BD, image_BD, text_BD, scale, pairing, rows)
     # Both towers in one collective: each one makes the ranks wait for the slowest.
     both_N2D = gather_rows(torch.cat([image_BD, text_BD], dim=1), group)
     image_ND, text_ND = both_N2D.chunk(2, dim=1)
-    image_to_text = cross_entropy(image_BD, text_ND, scale, pairing, rows)
-    text_to_image = cross_entropy(text_BD, image_ND, scale, pairing, rows)
+    return both_ways(image_BD, text_BD, image_ND, text_ND, scale, pairing, rows)
+
+
+def both_ways(
+    image_BD: torch.Tensor,
+    text_BD: torch.Tensor,
+    image_ND: torch.Tensor,
+    text_ND: torch.Tensor,
+    scale: torch.Tensor,
+    pairing: Pairing,
+    tile_size: int,
+) -> torch.Tensor:
+    """Symmetric InfoNCE of this rank's rows with the rows of all ranks, in one precision."""
+    if len(image_ND) == len(image_BD):
+        return differentiable(
+            partial(two_way, pairing=pairing, tile_size=tile_size), image_BD, text_BD, scale
+        )
+    image_to_text = cross_entropy(image_BD, text_ND, scale, pairing, tile_size)
+    text_to_image = cross_entropy(text_BD, image_ND, scale, pairing, tile_size)
     return (image_to_text + text_to_image) / 2
 
 

@@ -2,9 +2,9 @@
 
 peft (0.21) adds an adapter to `nn.MultiheadAttention` into its weights before each forward and
 takes it off again after it: the frozen weights drift by rounding and are new parameters each time,
-which DeepSpeed and momentum towers hold on to, ZeRO-3 fails (``ds_numel``), and dropout does
-nothing. `AttentionAdapter` computes the same function beside the frozen weights; its parameters
-have the names that peft gives them.
+which DeepSpeed and momentum towers hold on to, ZeRO-3 fails (``ds_numel``), dropout does nothing,
+and the output projection gets its adapter twice (huggingface/peft#3774). `AttentionAdapter` adds
+up beside the frozen weights; its parameters have the names that peft gives them.
 
 Shapes: B rows, L tokens, D width, H heads; X is any leading shape.
 """

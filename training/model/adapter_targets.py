@@ -10,6 +10,7 @@ from torch import nn
 
 from clipsys.errors import ConfigError
 from clipsys.training.model.layers import Tower, tower_depths
+from clipsys.training.model.two_towers import head_names
 
 #: Modules between the towers and what is trained of them, by their names in open_clip's model.
 HEADS: dict[Tower, str] = {"image": "visual.head", "text": "text.proj"}
@@ -79,11 +80,12 @@ def named_targets(clip: nn.Module, tower: Tower, targets: Iterable[str]) -> dict
     Raises:
         ConfigError: one cannot have an adapter.
     """
-    endings = tuple(targets)
+    endings, heads = tuple(targets), head_names(clip, tower)
     found = {
         name: module
         for name, module in modules_of(clip, tower).items()
-        if any(name == ending or name.endswith(f".{ending}") for ending in endings)
+        if f"{name}.weight" not in heads  # trained whole: visual.head.proj is no "proj"
+        and any(ends_as(name, ending) for ending in endings)
     }
     for name, module in found.items():
         reason = why_unfit(module)
@@ -93,6 +95,11 @@ def named_targets(clip: nn.Module, tower: Tower, targets: Iterable[str]) -> dict
                 "set model.lora.targets to null to take the layers that can"
             )
     return found
+
+
+def ends_as(name: str, ending: str) -> bool:
+    """Whether a name ends with whole parts."""
+    return name == ending or name.endswith(f".{ending}")
 
 
 def pattern_of(names: Iterable[str], clip: nn.Module) -> str:

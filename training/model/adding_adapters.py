@@ -23,6 +23,7 @@ from clipsys.training.model.adapter_targets import (
     HEADS,
     candidates,
     describe_names,
+    ends_as,
     known_endings,
     modules_of,
     named_targets,
@@ -39,18 +40,17 @@ _TRIAL = 0.02
 
 
 def add_adapters(
-    parts: ModelParts, settings: LoraConfig, *, base: Base, locked_heads: tuple[Tower, ...] = ()
+    parts: ModelParts, settings: LoraConfig, *, base: Base, heads: frozenset[str] = frozenset()
 ) -> Adapters:
     """Adds adapters to a model, in place; each is tried before it is trained.
 
-    The weights of the adapted towers are frozen. Their heads (``visual.head`` of timm's towers,
-    ``text.proj`` of Hugging Face's) and the temperature go on being trained.
+    The weights of the adapted towers are frozen but for ``heads``; all else is as it was.
 
     Args:
         parts: the model with the weights that it begins with.
         settings: the recipe's section.
         base: where the weights come from.
-        locked_heads: towers whose heads are frozen too.
+        heads: names of parameters of the adapted towers that go on being trained.
 
     Raises:
         ConfigError: no layer can have an adapter, or one would receive no gradient or could not be
@@ -63,13 +63,22 @@ def add_adapters(
     probe = Probe(parts, settings.towers)
     chosen = {tower: _chosen(clip, tower, settings, probe) for tower in settings.towers}
     names = [name for layers in chosen.values() for name in layers]
+    for target in settings.targets or ():
+        if not any(ends_as(name, target) for name in names):
+            raise ConfigError(
+                f"model.lora.targets names {target!r}, and no layer of the adapted towers has a "
+                "name that ends so; leave it out"
+            )
     flags = {name: parameter.requires_grad for name, parameter in clip.named_parameters()}
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=pattern_of(names, clip),
-        modules_to_save=_heads(clip, settings.towers, locked_heads) or None,
+        modules_to_save=[
+            head for head in HEADS.values() if any(name.startswith(f"{head}.") for name in heads)
+        ]
+        or None,
     )
     from clipsys.training.model.adapter_layers import (
         ADAPTER_NAME,
@@ -88,7 +97,7 @@ def add_adapters(
     _try_out(probe, clip, adapters)
     if settings.quantised:
         quantise_bases(clip)
-    _freeze(clip, flags, settings.towers, locked_heads)
+    _freeze(clip, flags, settings.towers, heads)
     for tower, names_of_tower in chosen.items():
         left_out = _left_out(clip, tower)
         _logger.info(
@@ -133,18 +142,6 @@ def _chosen(clip: nn.Module, tower: Tower, settings: LoraConfig, probe: Probe) -
     return names
 
 
-def _heads(clip: nn.Module, towers: tuple[Tower, ...], locked: tuple[Tower, ...]) -> list[str]:
-    """Heads that are trained beside the adapters of their tower, as modules with parameters."""
-    modules = dict(clip.named_modules())
-    return [
-        HEADS[tower]
-        for tower in towers
-        if tower not in locked
-        and HEADS[tower] in modules
-        and any(True for _ in modules[HEADS[tower]].parameters())
-    ]
-
-
 def _described(config: Any, base: Base) -> dict[str, Any]:
     """A configuration of peft's as JSON holds it."""
     described = {
@@ -180,20 +177,16 @@ def _try_out(probe: Probe, clip: nn.Module, adapters: Adapters) -> None:
 
 
 def _freeze(
-    clip: nn.Module,
-    flags: Mapping[str, bool],
-    towers: tuple[Tower, ...],
-    locked_heads: tuple[Tower, ...],
+    clip: nn.Module, flags: Mapping[str, bool], towers: tuple[Tower, ...], heads: frozenset[str]
 ) -> None:
     """Freezes the adapted towers but for adapters and heads; the rest is as it was."""
-    heads = tuple(f"{HEADS[tower]}." for tower in towers if tower not in locked_heads)
     inside = {parameter for tower in towers for parameter in _parameters_of(clip, tower)}
     for name, parameter in clip.named_parameters():
         if FACTOR in name:
             parameter.requires_grad = True
             continue
         was = flags[name.replace(BASE, "")]
-        parameter.requires_grad = was and (parameter not in inside or name.startswith(heads))
+        parameter.requires_grad = was and (parameter not in inside or name in heads)
 
 
 def _parameters_of(clip: nn.Module, tower: Tower) -> list[nn.Parameter]:
@@ -207,29 +200,26 @@ def _parameters_of(clip: nn.Module, tower: Tower) -> list[nn.Parameter]:
     ]
 
 
-def announce_trained(clip: nn.Module) -> None:
+def announce_trained(clip: nn.Module, heads: frozenset[str]) -> None:
     """Says what of a model with adapters is trained, once all that is not trained is frozen."""
     counts = {"adapters": 0, "heads": 0, "temperature": 0, "other weights": 0}
     frozen = 0
-    heads = tuple(f"{head}." for head in HEADS.values())
     for name, parameter in clip.named_parameters():
-        kind = "other weights"
+        kind = "heads" if name in heads else "other weights"
         if FACTOR in name:
             kind = "adapters"
         elif name in TEMPERATURE_NAMES:
             kind = "temperature"
-        elif name.startswith(heads):
-            kind = "heads"
         if parameter.requires_grad:
             counts[kind] += parameter.numel()
         else:
             frozen += parameter.numel()
     trained = ", ".join(f"{number:,} of {kind}" for kind, number in counts.items() if number)
-    held = sum(b.numel() for n, b in clip.named_buffers() if n.endswith(".packed"))
+    held = 2 * sum(b.numel() for n, b in clip.named_buffers() if n.endswith(".packed"))
     _logger.info(
         "model.lora: trained are %s; %s parameters are frozen%s",
-        *(trained, f"{frozen + 2 * held:,}"),
-        f", {2 * held:,} of them in NF4" if held else "",
+        *(trained, f"{frozen + held:,}"),
+        f", {held:,} of them in NF4" if held else "",
     )
 
 

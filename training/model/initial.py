@@ -28,12 +28,8 @@ from clipsys.models.tokenization import Tokenizer, with_context_length
 from clipsys.training.model.adapters import LoraConfig
 from clipsys.training.model.layers import TEMPERATURE_NAMES, Tower, tower_depths
 from clipsys.training.model.pretrained import config_of_weights, load_weights
-from clipsys.training.model.two_towers import (
-    ImageTowerConfig,
-    TextTowerConfig,
-    build_two_towers,
-    lock_towers,
-)
+from clipsys.training.model.tower_config import ImageTowerConfig, TextTowerConfig
+from clipsys.training.model.two_towers import build_two_towers, lock_towers
 
 #: Where Zhai et al. 2023 (section 3.2) start the sigmoid loss: a bias of -10, since nearly all
 #: pairs are negatives, and a scale of 10.

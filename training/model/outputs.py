@@ -31,6 +31,18 @@ class TokenIds(NamedTuple):
     mask: int
 
 
+class TeacherSizes(NamedTuple):
+    """What an objective needs to know of a teacher.
+
+    Attributes:
+        width: width of its vectors.
+        scale: what it multiplies cosines with (no logarithm).
+    """
+
+    width: int
+    scale: float
+
+
 class Sizes(NamedTuple):
     """What heads and states are shaped by.
 
@@ -39,12 +51,14 @@ class Sizes(NamedTuple):
         num_samples: samples of the training data.
         num_classes: classes of their labels; 0 unless the objective needs them.
         tokens: of the text tower; None where the objective trains no text.
+        teacher: of the objective's teacher; None where it has none.
     """
 
     width: int
     num_samples: int = 0
     num_classes: int = 0
     tokens: TokenIds | None = None
+    teacher: TeacherSizes | None = None
 
 
 class Inputs(NamedTuple):
@@ -57,11 +71,14 @@ class Inputs(NamedTuple):
             features, float32 (B, F).
         seeds_B: int64, a random number of each row, for what an objective draws itself: the same
             whenever the micro-batch is shown.
+        teacher: what a teacher says of each row by name, without gradients; None where there is no
+            teacher.
     """
 
     views: tuple[torch.Tensor, ...] = ()
     texts: tuple[torch.Tensor, ...] = ()
     seeds_B: torch.Tensor | None = None
+    teacher: Rows | None = None
 
 
 class Outputs(NamedTuple):

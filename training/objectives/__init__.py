@@ -6,7 +6,8 @@ heads               projection heads, and temperatures of an objective's own
 draws               random numbers of single rows
 
 images with texts   infonce, sigmoid (pairs: what they share), infonce_queue, slip,
-                    reweighted (hard_infonce), extra_texts (negclip, mined_infonce)
+                    reweighted (hard_infonce), extra_texts (negclip, mined_infonce),
+                    distillation
 images alone        simclr, barlow_twins, vicreg (two_views), moco, moco_v3, memory_bank, looc,
                     swav, nce, reweighted (hard_simclr), rotation, jigsaw, colour (pretext)
 images with labels  supcon, classification, triplet, margin (label_views), n_pair

@@ -82,6 +82,18 @@ class View:
     frame: int = 0
 
 
+class StoredViews(NamedTuple):
+    """Vectors of a teacher that are computed once.
+
+    Attributes:
+        number: views of each image.
+        folder: where they are stored; None is the user's cache folder.
+    """
+
+    number: int
+    folder: str | None
+
+
 class Surroundings(NamedTuple):
     """The sections of a recipe that an objective may contradict."""
 
@@ -151,6 +163,19 @@ class Objective(Generic[ConfigT]):
     @property
     def mining(self) -> MiningConfig | None:
         """How texts beside the caption are mined, `num_texts` - 1 each time; None: they are not."""
+        return None
+
+    @property
+    def teacher(self) -> str | None:
+        """A model whose vectors of image and text are the targets (`Inputs.teacher`); None: none.
+
+        It sees the first view and the first text of each sample; `momentum` must be None.
+        """
+        return None
+
+    @property
+    def stored_teacher(self) -> StoredViews | None:
+        """How the teacher's vectors are stored; None: it is asked at each step."""
         return None
 
     @property

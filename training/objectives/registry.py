@@ -35,6 +35,7 @@ BUILT_IN = {
     "hard_simclr": "clipsys.training.objectives.reweighted:HardSimCLR",
     "negclip": "clipsys.training.objectives.extra_texts:NegCLIP",
     "mined_infonce": "clipsys.training.objectives.extra_texts:MinedInfoNCE",
+    "distillation": "clipsys.training.objectives.distillation:Distillation",
     "infonce_queue": "clipsys.training.objectives.infonce_queue:InfoNCEQueue",
     "slip": "clipsys.training.objectives.slip:SLIP",
     "moco": "clipsys.training.objectives.moco:MoCo",

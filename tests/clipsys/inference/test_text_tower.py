@@ -43,12 +43,27 @@ def test_a_causal_tower_is_cut_and_gives_the_same(custom: bool) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"no_causal_mask": True, "custom": True}, {"pool_type": "last"}, {"pool_type": "eos"}],
+    [{"no_causal_mask": True, "custom": True}, {"pool_type": "last"}, {"pool_type": "first"}],
 )
 def test_a_tower_that_sees_padding_is_not_cut(settings: dict[str, Any]) -> None:
     model, tokens_BL = _model(**settings)
     assert torch.equal(text_encoder(model)(tokens_BL), model.encode_text(tokens_BL))
     assert not text_encoder(model).is_cut
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_causal_tower_that_is_pooled_at_a_token_of_its_own_is_cut_too(custom: bool) -> None:
+    """MetaCLIP 2: the end has id 2 and the padding 1, neither of them the largest or the least."""
+    model, _ = _model(pool_type="eos", eos_id=2, custom=custom)
+    encode = text_encoder(model)
+    assert encode.is_cut
+    tokens_BL = torch.ones(3, 16, dtype=torch.int64)
+    for row, words in enumerate(([0, 40_000, 7, 2], [0, 2], [0, 5, 900, 3, 31, 2])):
+        tokens_BL[row, : len(words)] = torch.tensor(words)
+    assert encode.ends(tokens_BL).tolist() == [3, 1, 5]
+    torch.testing.assert_close(encode(tokens_BL), model.encode_text(tokens_BL), atol=2e-6, rtol=0)
+    filler_L = encode.texts_of_length(tokens_BL[1], 8)
+    assert encode.ends(filler_L[None]).tolist() == [7]
 
 
 def test_the_comparison_leaves_the_model_in_its_mode() -> None:

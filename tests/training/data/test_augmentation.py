@@ -290,3 +290,32 @@ def test_what_only_one_family_changes_is_the_same_for_views_that_share_it(family
         key = augment(pixels, config, (32, 32), _ZERO, _ONE, generator, shared)
         is_same = [torch.equal(*pair) for pair in zip(query, key, strict=True)]
         assert is_same == [shares == family] * len(pixels)
+
+
+_CHANGES: dict[str, Any] = {
+    "crop_scale": (0.3, 0.8), "flip": 0.5, "rotation_degrees": 20.0, "brightness": 0.4,
+    "contrast": 0.4, "colour_jitter_share": 0.8, "greyscale": 0.3, "erasing": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes", [_CHANGES, {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0,
+                              "brightness": 0.5, "erasing": 0.5}]
+)  # fmt: skip
+def test_a_view_is_drawn_the_same_in_another_size(changes: dict[str, Any]) -> None:
+    """Also where the first view has the images' own size, so that no crop is drawn for it."""
+    pixels = torch.full((6, 3, 16, 16), 200, dtype=torch.uint8)
+    pixels[:, :, :, 8:] = 60  # halves, so that crops, turns and flips can be told apart
+    config = AugmentationConfig(**changes)
+    mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+
+    def view(size: tuple[int, int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(4)
+        return augment(pixels, config, size, mean, std, generator, drawn_for=(16, 16))
+
+    plain = augment(pixels, config, (16, 16), mean, std, torch.Generator().manual_seed(4))
+    assert torch.equal(view((16, 16)), plain)
+    larger = torch.nn.functional.interpolate(view((64, 64)), (16, 16), mode="area")
+    assert float((larger - plain).abs().mean()) < 0.02
+    other = augment(pixels, config, (16, 16), mean, std, torch.Generator().manual_seed(5))
+    assert float((other - plain).abs().mean()) > 0.05

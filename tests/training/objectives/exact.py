@@ -25,7 +25,8 @@ from clipsys.training.engine.deepspeed_engine import Engine
 from clipsys.training.engine.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from clipsys.training.engine.repartition import SavedBy
 from clipsys.training.model.initial import freeze_unused
-from clipsys.training.model.outputs import Inputs, Sizes, State, TokenIds
+from clipsys.training.model.outputs import Inputs, Sizes, State, TeacherSizes, TokenIds
+from clipsys.training.model.teacher import TEACHER_IMAGE, TEACHER_TEXT
 from clipsys.training.model.towers import TowerOptions
 from clipsys.training.model.trained import TrainedModel
 from clipsys.training.objectives import Labels, ObjectiveConfig, make_objective
@@ -36,7 +37,7 @@ from tests.ranks import run_ranks
 #: 12 rows divide among 1, 2 and 3 ranks, and there into 1 or 2 micro-batches.
 STEPS, BATCH, WIDTH = 3, 12, 16
 #: Samples and classes that a batch is drawn from: a step meets some samples again.
-SIZES = Sizes(WIDTH, 20, 5, TokenIds(50, padding=0, mask=48))
+SIZES = Sizes(WIDTH, 20, 5, TokenIds(50, padding=0, mask=48), TeacherSizes(12, 20.0))
 _MODEL: dict[str, Any] = {
     "embed_dim": WIDTH,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
@@ -163,9 +164,20 @@ def make_batch(objective: Any, step: int) -> tuple[Inputs, Labels]:
     inputs = inputs._replace(texts=texts)
     if objective.negatives_key is not None or objective.mining is not None:
         inputs, labels = _with_further_texts(inputs, labels, step)
+    if objective.teacher is not None:
+        inputs = inputs._replace(teacher=_taught(step))
     if objective.positives != "label":
         labels = labels._replace(groups_B=labels.samples_B)
     return inputs, labels if objective.needs_classes else labels._replace(classes_B=None)
+
+
+def _taught(step: int) -> dict[str, torch.Tensor]:
+    """What a teacher says: texts near their images."""
+    assert SIZES.teacher is not None
+    generator = torch.Generator().manual_seed(2000 + step)
+    image = torch.randn(BATCH, SIZES.teacher.width, generator=generator)
+    text = image + torch.randn(image.shape, generator=generator)
+    return {TEACHER_IMAGE: F.normalize(image, dim=1), TEACHER_TEXT: F.normalize(text, dim=1)}
 
 
 def _with_further_texts(inputs: Inputs, labels: Labels, step: int) -> tuple[Inputs, Labels]:
@@ -308,6 +320,7 @@ def _rows(inputs: Inputs, rows: slice) -> Inputs:
         tuple(view[rows] for view in inputs.views),
         tuple(text[rows] for text in inputs.texts),
         inputs.seeds_B[rows],
+        None if inputs.teacher is None else {n: t[rows] for n, t in inputs.teacher.items()},
     )
 
 

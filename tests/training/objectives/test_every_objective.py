@@ -22,6 +22,7 @@ _SMALL: dict[str, Any] = {
 }  # fmt: skip
 _OTHERS: dict[str, dict[str, Any]] = {
     "memory_bank": {"form": "nce"}, "swav": {"frozen_prototype_steps": 0},
+    "distillation": {"teacher": "any"},
 }  # fmt: skip
 #: The sigmoid loss needs another model, with a bias; it has tests of its own.
 _NAMES = [name for name in BUILT_IN if not objective_class(name).needs_bias]
@@ -37,7 +38,7 @@ def _take_step(objective: Any, model: TrainedModel, inputs: Inputs, labels: Labe
     """The loss after a forward and a backward pass, without the engine."""
     model.zero_grad()
     outputs: Any = model(inputs)
-    targets: Any = {}
+    targets: Any = inputs.teacher or {}
     if objective.momentum is not None:
         with torch.no_grad():
             targets = model(inputs, wants_targets=True)
@@ -128,7 +129,9 @@ def test_the_state_that_follows_has_the_shapes_of_the_first(name: str) -> None:
     model = make_model(objective)
     with torch.no_grad():
         outputs = model(inputs)
-        targets = model(inputs, wants_targets=True) if objective.momentum is not None else {}
+        targets = inputs.teacher or {}
+        if objective.momentum is not None:
+            targets = model(inputs, wants_targets=True)
         state = initial_state(objective)
         before = {key: value.clone() for key, value in state.items()}
         _, following = objective.loss(outputs, targets, labels, state)
