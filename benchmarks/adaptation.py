@@ -15,7 +15,8 @@ one; the share of WiSE-FT is the smallest that keeps nine tenths of the gain. Bo
 by the mean average precision, title to image, on the validation part; figures are of the test part.
 
 What is done is a line of WORK/cells.jsonl or WORK/figures.jsonl (WORK: runs/adaptation) and is not
-done again, so that a run can be stopped at any time. The first seed of all methods comes first.
+done again, so that a run can be stopped at any time. The first seed of all methods comes first,
+and cheap methods before others.
 `summarise` writes benchmarks/results/adaptation.json of what is there, and prints the table.
 """
 
@@ -59,6 +60,8 @@ from clipsys.models.parts import fingerprint
 
 _logger = logging.getLogger(__name__)
 _MEASURED = ("test", PHOTOS, OBJECTS)
+#: Methods in the order in which they are run: the cheap ones first.
+_ORDER = ("locked", "lit", FULL, "lora")
 
 
 def main() -> None:
@@ -124,7 +127,7 @@ class Adaptation:
         """Does what is not done yet."""
         self._measure("base", lambda: load_model(str(self._base)), with_validation=True)
         for seed in SEEDS:
-            for method in METHODS:
+            for method in _ORDER:
                 self._adapt(method, seed)
             self._choose_share(seed)
         for seed in SEEDS:

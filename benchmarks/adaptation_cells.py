@@ -59,18 +59,20 @@ class Method:
         rates: peak learning rates to choose from.
         model: settings of the recipe's section ``model`` beside the base.
         over_features: whether only heads are trained, over stored features.
+        weight_decay: of the optimizer.
     """
 
     title: str
     rates: tuple[float, ...]
     model: Mapping[str, Any] = field(default_factory=dict)
     over_features: bool = False
+    weight_decay: float = 0.1
 
 
 FULL, WISE = "full", "wise"
 METHODS = {
     FULL: Method("full fine-tuning", (1e-4, 3e-4)),
-    "lora": Method("LoRA", (5e-4, 2e-3), {"lora": {}}),
+    "lora": Method("LoRA", (5e-4, 2e-3), {"lora": {}}, weight_decay=0.0),
     "lit": Method("LiT (image tower locked)", (1e-4, 3e-4), {"unlocked_image_blocks": 0}),
     "locked": Method("locked towers (heads alone)", (3e-4, 1e-3), over_features=True),
 }
@@ -197,7 +199,7 @@ def _recipe(cell: Cell, base: Path, sets: Sets, output: Path, features: Path) ->
             "load_size": LOAD_SIZE,
         },
         "objective": {"name": "infonce", "positives": "caption"},
-        "optimizer": {"lr": cell.lr, "weight_decay": 0.1},
+        "optimizer": {"lr": cell.lr, "weight_decay": method.weight_decay},
         "schedule": {
             "epochs": HEAD_EPOCHS if method.over_features else EPOCHS, "warmup_steps": 5,
         },

@@ -203,11 +203,12 @@ def picture(report: Document, out: Path) -> None:
         base = report["methods"]["base"]["figures"]
         axis.axhline(base[other]["mean"], color=GREY, linewidth=0.8, linestyle=":")
         points = [(row["figures"][gain], row["figures"][other]) for row in report["curve"]]
-        axis.plot(
-            [x["mean"] for x, _ in points],
-            [y["mean"] for _, y in points],
-            color=PURPLE, marker=".", linewidth=1.2, label="WiSE-FT, α from 0 to 1",
-        )  # fmt: skip
+        if points:
+            axis.plot(
+                [x["mean"] for x, _ in points],
+                [y["mean"] for _, y in points],
+                color=PURPLE, marker=".", linewidth=1.2, label="WiSE-FT, α from 0 to 1",
+            )  # fmt: skip
         for row, (x, y) in zip(report["curve"], points, strict=True):
             if 0 < row["alpha"] < 1:
                 axis.annotate(
