@@ -11,8 +11,10 @@ hits are left out: relevance cannot mend a ranking.
 Calibrations: ``normal``: robust z-score, normal law. ``tail``: extreme values, the excesses over
 the 90 % quantile as an exponential, without the highest percent. ``s-norm``: the mean of ``normal``
 and the item's own z-score over the captions, as in speaker verification. ``clipsys``: what the
-package does. All cut where 0.05 unrelated items are expected. ``cosine`` has no cut, and orders
-queries only. Without collections only synthetic backgrounds are measured, whose truth is known.
+package does where the captions that the model was trained with are not known, and for images
+(`relevance_texts.py` measures text queries where they are known). All cut where 0.05 unrelated
+items are expected. ``cosine`` has no cut, and orders queries only. Without collections only
+synthetic backgrounds are measured, whose truth is known.
 Writes ``benchmarks/results/relevance.json``.
 """
 
@@ -48,13 +50,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    report: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
+    results = Path(__file__).parent / "results" / "relevance.json"
+    report: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
+    report["machine"] = platform.processor() or platform.machine()
     report["false_alarms_on_synthetic_backgrounds"] = _synthetic(rng)
-    report["collections"] = {
+    report["collections"] = report.get("collections", {}) | {
         Path(folder).name: _measure(Path(folder), key, rng) for folder, key in options.collection
     }
     text = json.dumps(report, indent=2)
-    (Path(__file__).parent / "results" / "relevance.json").write_text(text + "\n")
+    results.write_text(text + "\n")
     print(text)
 
 

@@ -132,7 +132,7 @@ def _check_int8(device: torch.device, model: Any, name: str) -> None:
     if not may_be_in_int8(model):
         raise ConfigError(
             f"precision int8: the image tower of {name} is not a vision transformer "
-            "pooled at its class token, the only kind that it is for; use fp32"
+            "pooled at its class token, the only kind that it is for; use fp32 or bf16"
         )
 
 

@@ -117,10 +117,11 @@ class Hit:
         uri: where the image is: a file's path, or ``/path/shard.tar#KEY``.
         caption: its first caption, if it has one.
         metadata: as the source gave it.
-        relevance: how far the score lies above what the query gives for the collection at large:
-            minus the decimal logarithm of how many unrelated items would score as high by
-            chance, 0 for one, 2 for a hundredth; None without a score, or where there are too few
-            items to tell. See `clipsys.retrieval.search.calibration`.
+        relevance: from 1.3 on the hit is hardly chance; None without a score, or where that cannot
+            be told. Of a text, where its model's captions are known, 2.3 is what the best hit of a
+            typical caption has (`clipsys.retrieval.search.text_relevance`); else it is minus the
+            decimal logarithm of how many unrelated items would score as high, 0 for one, 2 for a
+            hundredth (`clipsys.retrieval.search.calibration`).
         duplicates: ids of near-duplicates that were folded into this hit, best first.
     """
 

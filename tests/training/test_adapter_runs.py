@@ -200,7 +200,7 @@ _RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def runs(bases: Path, shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two ranks, each with a copy that was resumed from its first checkpoint."""
+    """Runs of two ranks, with two checkpoints each."""
     pytest.importorskip("bitsandbytes")
     folder = tmp_path_factory.mktemp("runs")
     attempts = [
@@ -210,8 +210,14 @@ def runs(bases: Path, shards: str, tmp_path_factory: pytest.TempPathFactory) -> 
     outcomes = train_in_group(attempts, 2)[0]
     assert [outcome.error for outcome in outcomes] == [""] * len(attempts)
     (folder / "log.txt").write_text("\n".join(outcome.log for outcome in outcomes))
-    _resume(folder, dict(zip(_RUNS, attempts, strict=True)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def resumed_runs(runs: Path) -> Path:
+    """The same runs with a copy of each that was resumed from its first checkpoint."""
+    _resume(runs, {name: Attempt(runs / name / "recipe.yaml") for name in _RUNS})
+    return runs
 
 
 def _resume(folder: Path, attempts: dict[str, Attempt]) -> None:
@@ -227,10 +233,12 @@ def _resume(folder: Path, attempts: dict[str, Attempt]) -> None:
 
 
 @pytest.mark.parametrize("name", _RUNS)
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not(runs: Path, name: str) -> None:
-    assert have_same_weights(runs / name / "run", runs / name / "resumed")
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not(resumed_runs: Path, name: str) -> None:
+    assert have_same_weights(resumed_runs / name / "run", resumed_runs / name / "resumed")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
-        one, other = (runs / name / of / "model/adapter" / file for of in ("run", "resumed"))
+        one, other = (
+            resumed_runs / name / of / "model/adapter" / file for of in ("run", "resumed")
+        )
         assert one.read_bytes() == other.read_bytes(), file
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,22 @@ def test_a_run_folder_is_neither_overwritten_nor_resumed_as_another_run(finished
     for used, other in train_in_group(attempts, 2):
         assert "the run folder is not empty; go on with --resume" in used.error
         assert "seed was 0 at step 12, now it is 5" in other.error
+
+
+def test_muon_goes_on_bit_for_bit_from_a_checkpoint(shards: str, tmp_path: Path) -> None:
+    muon = {"name": "muon", "lr": 1e-3}
+    recipe = write_recipe(tmp_path, shards, optimizer=muon, engine={"zero_stage": 0})
+    whole, again = tmp_path / "run", tmp_path / "again"
+    ((begun,),) = train_in_group([Attempt(recipe)], 1)
+    assert not begun.error
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "model")
+    name = f"step-{STEPS_PER_EPOCH:08d}"
+    (again / "checkpoints" / "latest").write_text(name, encoding="utf-8")
+    ((resumed,),) = train_in_group([Attempt(recipe, (f"output={again}",), resume=True)], 1)
+    assert not resumed.error
+    assert f"resuming after step {STEPS_PER_EPOCH}" in resumed.log
+    assert have_same_weights(whole, again)
 
 
 def test_micro_batches_change_no_result(shards: str, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from clipsys.commands.models import _megabytes
@@ -11,6 +14,7 @@ from clipsys.models.catalogue import (
     PretrainedModel,
     check_language,
     count_of,
+    languages,
     pareto_front,
     pretrained_models,
     pretrained_names,
@@ -85,3 +89,24 @@ def test_sizes_and_languages_are_checked() -> None:
             _megabytes(wrong)
     with pytest.raises(ConfigError, match="--language xx: no figures are published"):
         check_language("xx")
+
+
+def test_the_figures_of_the_page_on_models_are_those_of_the_tables() -> None:
+    page = Path(__file__).parents[3] / "docs" / "models.md"
+    rows = re.findall(r"^\| `([^/`]+)/([^`]+)` \| (\d.*) \|$", page.read_text(), re.MULTILINE)
+    assert len(rows) > 15
+    recalls: dict[str, list[float]] = {language: [] for language in languages()}
+    for language, found in recalls.items():
+        models = pretrained_models([(name, tag) for name, tag, _ in rows], language=language)
+        found += [100 * (model.language_recall or 0) for model in models]
+    models = pretrained_models([(name, tag) for name, tag, _ in rows])
+    for number, (model, (_, _, written)) in enumerate(zip(models, rows, strict=True)):
+        assert model.parameters and model.image_gflop and model.memory_mb
+        mean = sum(found[number] for found in recalls.values()) / len(recalls)
+        expected = [
+            *(f"{model.image_size}", f"{model.parameters / 1e6:.0f}", f"{model.image_gflop:.1f}"),
+            f"{model.memory_mb:,.0f}",
+            *(f"{100 * (one or 0):.1f}" for one in (model.imagenet_top1, model.mean_38)),
+            *(f"{recalls['en'][number]:.1f}", f"{mean:.1f}"),
+        ]
+        assert written.split(" | ") == expected, model.name
