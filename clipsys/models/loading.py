@@ -35,7 +35,7 @@ from clipsys.models.model_folders import (
 )
 from clipsys.models.parts import ModelParts, fingerprint
 from clipsys.models.quantisation import as_quantised, quantised_names
-from clipsys.models.tokenization import make_tokenizer
+from clipsys.models.tokenization import has_tokenizer, make_tokenizer
 
 #: Between a base and the adapter folder that is merged into it.
 BASE_SEPARATOR = "::"
@@ -201,6 +201,8 @@ def _config_here(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     here = config_in(folder, config)
     if not (folder / TEXT_CONFIG_NAME).is_file() and config["text_cfg"].get("hf_model_name"):
         here["text_cfg"]["hf_model_name"] = config["text_cfg"]["hf_model_name"]
+    if config["text_cfg"].get("hf_tokenizer_name") and not has_tokenizer(folder):
+        here["text_cfg"]["hf_tokenizer_name"] = config["text_cfg"]["hf_tokenizer_name"]
     return here
 
 

@@ -83,8 +83,13 @@ def make_tokenizer(config: Mapping[str, Any], *, folder: Path | None = None) -> 
             ) from error
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a Hugging Face tokenizer."""
+    return any((folder / one).is_file() for one in _TOKENIZER_FILES)
+
+
 def _local_source(name: str, folder: Path | None) -> str | None:
-    if folder is not None and any((folder / one).is_file() for one in _TOKENIZER_FILES):
+    if folder is not None and has_tokenizer(folder):
         return str(folder)
     place = Path(name).expanduser()
     return str(place) if place.is_dir() else None

@@ -82,16 +82,17 @@ class Calibrator:
         The model is called only where there is no calibration yet. A model that cannot be loaded is
         no reason to fail: relevance is then that of `search.calibration`.
         """
+        known = read_text_relevance(self.data, self.pin)
+        captions = captions_of(self.pin.model) if known is None else None
+        if known is None and captions is None:
+            return  # before the index is loaded, or copied to a GPU
         num_items = len(self.current()[1])
         if num_items < MIN_ITEMS:
             return
-        known = read_text_relevance(self.data, self.pin)
         try:
-            if known is None:
-                captions = captions_of(self.pin.model)
-                if captions is not None:
-                    self.make(encoder, captions, "model")
-            elif not 1 / _GROWTH <= num_items / known.num_items <= _GROWTH:
+            if captions is not None:
+                self.make(encoder, captions, "model")
+            elif known is not None and not 1 / _GROWTH <= num_items / known.num_items <= _GROWTH:
                 self._write(known)
         except ClipsysError as error:
             _logger.warning("relevance is not calibrated: %s", error)

@@ -102,7 +102,11 @@ def main(collection: Path, pictures: Path, seed: int) -> None:
             say(begin={operation: [str(path) for path in paths]})
             for path in paths:
                 colour = tuple(generator.randrange(256) for _ in range(3))
-                paint(path, colour, mark=generator.randrange(97))  # type: ignore[arg-type]
+                # Whole or not at all: what a kill leaves half painted cannot be added again.
+                painted = pictures.with_suffix(".png")
+                paint(painted, colour, mark=generator.randrange(97))  # type: ignore[arg-type]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                painted.replace(path)
             photos.add(source, batch_size=3, show_progress=False)
             say(done={operation: [str(path) for path in paths]})
 

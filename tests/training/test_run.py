@@ -20,10 +20,12 @@ import pytest
 
 import clipsys
 from clipsys.background.captions import read_captions, words_of
+from clipsys.config import load_settings
 from clipsys.errors import TrainingError
 from clipsys.training.export import export_model
 from clipsys.training.journal import plot_curves, read_metrics
 from clipsys.training.loop import TrainingLoop
+from clipsys.training.recipe import Recipe
 from tests.conftest import noise_image
 from tests.training.runs import (
     PLAIN,
@@ -230,7 +232,8 @@ def test_micro_batches_change_no_result(shards: str, tmp_path: Path) -> None:
 
 def test_a_run_that_left_out_every_step_writes_no_model(tmp_path: Path) -> None:
     engine = SimpleNamespace(num_applied_steps=0)
-    run: Any = SimpleNamespace(engine=engine, folder=tmp_path, recipe=None)
+    recipe = load_settings(Recipe, {"data": {"train": "x"}})
+    run: Any = SimpleNamespace(engine=engine, folder=tmp_path, recipe=recipe)
     with pytest.raises(TrainingError, match="every one of the 0 steps was left out"):
         TrainingLoop(run)._finish()
     assert not list(tmp_path.iterdir())

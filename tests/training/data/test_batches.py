@@ -122,13 +122,13 @@ def test_images_that_are_kept_are_decoded_once_and_give_the_same_batches(
     damaged = _damage(shards, tmp_path / "d", {"0007.png": b"nothing"})
     expected = list(_dataset(damaged, epochs=3))
     decoded: Counter[str] = Counter()
-    pixels = Decoder._pixels
+    pixels = Decoder.pixels
 
     def counted(self: Decoder, data: bytes, place: str) -> Any:
         decoded[place] += 1
         return pixels(self, data, place)
 
-    monkeypatch.setattr(Decoder, "_pixels", counted)
+    monkeypatch.setattr(Decoder, "pixels", counted)
     kept = _dataset(damaged, epochs=3, pixel_cache_bytes=50 * (3 * 32 * 32 + 9))
     assert _same(list(load_batches(kept, workers)), expected)
     if workers == 0:

@@ -24,13 +24,13 @@ def _decode_all(rank: int, world_size: int, shards: str, folder: Path) -> list[s
     """The places of the images that this rank decodes in some epochs, step by step."""
     tempfile.tempdir = str(folder)
     decoded: list[str] = []
-    pixels = Decoder._pixels
+    pixels = Decoder.pixels
 
     def counted(self: Decoder, data: bytes, place: str) -> Any:
         decoded.append(place)
         return pixels(self, data, place)
 
-    Decoder._pixels = counted  # type: ignore[method-assign]
+    Decoder.pixels = counted  # type: ignore[method-assign]
     batches = _dataset(
         shards, rank=rank, world_size=world_size, epochs=EPOCHS, pixel_cache_bytes=10**9
     )

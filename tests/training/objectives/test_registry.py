@@ -23,6 +23,7 @@ def _recipe(**sections: Any) -> Recipe:
 
 #: What the recipe of an objective needs besides its name.
 _NEEDED: dict[str, dict[str, Any]] = {
+    "distillation": {"objective": {"teacher": "/models/teacher"}},
     "looc": {"augmentation": {"hue": 0.1}},
     "frame_order": {"data": {"train": "x", "batch_size": 8, "frames": {"length": 4}}},
     "cpc": {"data": {"train": "x", "batch_size": 8, "frames": {"length": 5}}},
@@ -31,7 +32,8 @@ _NEEDED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_resolved_recipe_of_each_objective_reads_back_the_same(name: str, tmp_path: Path) -> None:
-    recipe = _recipe(objective={"name": name}, **_NEEDED.get(name, {}))
+    needed = _NEEDED.get(name, {})
+    recipe = _recipe(**{**needed, "objective": {"name": name, **needed.get("objective", {})}})
     assert recipe.objective.name == name
     (tmp_path / "config.yaml").write_text(dump_settings(recipe), encoding="utf-8")
     assert load_settings(Recipe, tmp_path / "config.yaml") == recipe
