@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from clipsys.errors import TrainingError
 from clipsys.models.devices import choose_device, compute_in_full_float32
+from clipsys.processes.allocation import keep_freed_memory
 from clipsys.training.distributed.collectives import local_rank
 from clipsys.training.distributed.launch import free_port
 
@@ -36,6 +37,7 @@ def start_processes(asked_device: str) -> torch.device:
         compute_in_full_float32()
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
