@@ -54,11 +54,11 @@ from adaptation_report import (
     table,
     wise_share,
 )
+from stored_lines import Lines
 
 from clipsys.models.open_clip_models import load_model
 from clipsys.models.parts import fingerprint
 
-_logger = logging.getLogger(__name__)
 _MEASURED = ("test", PHOTOS, OBJECTS)
 #: Methods in the order in which they are run: the cheap ones first.
 _ORDER = ("locked", "lit", FULL, "lora")
@@ -67,7 +67,7 @@ _ORDER = ("locked", "lit", FULL, "lora")
 def main() -> None:
     arguments = _arguments()
     logging.basicConfig(level=logging.WARNING)
-    _logger.setLevel(logging.INFO)
+    logging.getLogger(Lines.__module__).setLevel(logging.INFO)
     work = Path(arguments.work)
     if arguments.command == "run":
         Adaptation(arguments, work).run()
@@ -79,31 +79,6 @@ def main() -> None:
     print(table(report))
     if arguments.picture:
         picture(report, Path(arguments.picture))
-
-
-class Lines:
-    """A file of JSON lines, each with a ``key``."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def all(self) -> dict[str, dict[str, Any]]:
-        """Lines by key."""
-        if not self._path.exists():
-            return {}
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        return {line["key"]: line for line in map(json.loads, lines)}
-
-    def add(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The line of a key, made and added where it is not there yet."""
-        known = self.all().get(key)
-        if known is not None:
-            return known
-        line = {"key": key, **make()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        _logger.info("%s", json.dumps(line))
-        return line
 
 
 class Adaptation:
@@ -144,16 +119,16 @@ class Adaptation:
         self._measure(cell.key, lambda: load_model(str(model_folder(self._work, cell))))
 
     def _train(self, cell: Cell) -> None:
-        self._cells.add(cell.key, lambda: run_cell(cell, self._base, self._sets, self._work))
+        self._cells.add_once(cell.key, lambda: run_cell(cell, self._base, self._sets, self._work))
 
     def _measure(self, key: str, load: Callable[[], Any], *, with_validation: bool = False) -> None:
         names = (*(["validation"] if with_validation else []), *_MEASURED)
-        self._figures.add(key, lambda: measure(load(), self._sets, names))
+        self._figures.add_once(key, lambda: measure(load(), self._sets, names))
 
     def _choose_share(self, seed: int) -> None:
         """Measures all shares on the validation part, and the one that is chosen on all sets."""
         for alpha in ALPHAS:
-            self._cells.add(
+            self._cells.add_once(
                 share_key(seed, alpha),
                 lambda alpha=alpha: {  # type: ignore[misc]
                     "cell": {"method": WISE, "alpha": alpha, "seed": seed},

@@ -27,11 +27,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from learning_cells import CLIPSYS, PEER, Cell, Pace, Place, calibrate, run_cell
 from learning_report import picture, summary, tables
 from learning_sets import SETS
+from stored_lines import Lines
 
 _logger = logging.getLogger(__name__)
 
@@ -58,25 +58,6 @@ def main() -> None:
     print(tables(report))
     if arguments.picture:
         picture(report, Path(arguments.picture))
-
-
-class Lines:
-    """A file of JSON lines, each with a ``key``, that several processes add to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def all(self) -> dict[str, dict[str, Any]]:
-        """Lines by key."""
-        if not self._path.exists():
-            return {}
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        return {line["key"]: line for line in map(json.loads, lines)}
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Adds one, whole."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def _cells(arguments: argparse.Namespace) -> Iterator[Cell]:

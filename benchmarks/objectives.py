@@ -24,7 +24,6 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from objective_cells import METHODS, RANDOM, RANDOM_WITH_STATISTICS, Cell, run_cell
@@ -32,6 +31,7 @@ from objective_data import ImageSet, load_images
 from objective_figures import dev_accuracy, measure_cell
 from objective_plan import SEEDS, best_rate, cells_of, first_cell, sweep_cells
 from objective_report import picture, summary, tables
+from stored_lines import Lines
 
 _logger = logging.getLogger(__name__)
 
@@ -56,25 +56,6 @@ def main() -> None:
         print(tables(report))
         if arguments.picture:
             picture(report, images, work, Path(arguments.picture))
-
-
-class Lines:
-    """A file of JSON lines, each with a ``key``, that several processes add to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def all(self) -> dict[str, dict[str, Any]]:
-        """Lines by key."""
-        if not self._path.exists():
-            return {}
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        return {line["key"]: line for line in map(json.loads, lines)}
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Adds one, whole."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def train(method: str, parts: list[str], images: ImageSet, work: Path, done: Lines) -> None:

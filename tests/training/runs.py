@@ -72,6 +72,13 @@ class Outcome(NamedTuple):
     log: str
 
 
+class Runs(NamedTuple):
+    """Where several runs are, and what the first rank met with in each."""
+
+    folder: Path
+    outcomes: dict[str, Outcome]
+
+
 def train_in_group(attempts: list[Attempt], world_size: int) -> list[list[Outcome]]:
     """Every attempt in turn, in one group of real ranks; the outcomes of each rank.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tests.conftest import TINY_MODEL, noise_image, write_training_shards
 from tests.training.objectives.test_registry import install
 from tests.training.runs import (
     Attempt,
-    Outcome,
+    Runs,
     have_same_weights,
     kill_ranks,
     train_in_group,
@@ -89,13 +89,6 @@ _SECTIONS: dict[str, dict[str, Any]] = {
     },
     "pairs": {},
 }  # fmt: skip
-
-
-class Runs(NamedTuple):
-    """Where the runs are, and what the first rank met with in each."""
-
-    folder: Path
-    outcomes: dict[str, Outcome]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.conftest import TINY_MODEL, write_training_shards
 from tests.tiny_models import write_text_model
 from tests.training.runs import (
     Attempt,
-    Outcome,
+    Runs,
     have_same_weights,
     kill_ranks,
     train_in_group,
@@ -37,13 +37,6 @@ _SCL: dict[str, Any] = {
     "evaluation": {"classifier": True},
     "augmentation": None,
 }
-
-
-class Runs(NamedTuple):
-    """Where the runs are, and what the first rank met with in each."""
-
-    folder: Path
-    outcomes: dict[str, Outcome]
 
 
 def _text(number: int) -> str:

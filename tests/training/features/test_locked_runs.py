@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from clipsys.training.phases import locked_phase, unlocked_phase
 from clipsys.training.recipe import Recipe
 from tests.training.runs import (
     Attempt,
-    Outcome,
+    Runs,
     have_same_weights,
     kill_ranks,
     train_in_group,
@@ -36,13 +36,6 @@ from tests.training.runs import (
 from tests.two_towers import tower_sections
 
 _UNLOCK = {"image_blocks": 1, "text_blocks": 1, "epochs": 1, "lr": 1e-4}
-
-
-class Runs(NamedTuple):
-    """Where the runs are, and what the first rank met with in each."""
-
-    folder: Path
-    outcomes: dict[str, Outcome]
 
 
 def _sections(folder: Path, shards: str, name: str, **further: Any) -> Path:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from clipsys.training.journal import read_metrics
 from tests.conftest import encode_png, noise_image
 from tests.training.runs import (
     Attempt,
-    Outcome,
+    Runs,
     have_same_weights,
     kill_ranks,
     train_in_group,
@@ -53,13 +53,6 @@ def _shards(folder: Path) -> str:
 
     write_shards(samples(), folder, shard_bytes=40_000)
     return str(folder / "*.tar")
-
-
-class Runs(NamedTuple):
-    """Where the runs are, and what the first rank met with in each."""
-
-    folder: Path
-    outcomes: dict[str, Outcome]
 
 
 @pytest.fixture(scope="module")
