@@ -313,8 +313,7 @@ class TrainingLoop:
         self.run.engine.module.use_precision("fp32")
         engine = self.recipe.engine.model_copy(update={"precision": "fp32"})
         self.recipe = self.recipe.model_copy(update={"engine": engine})
-        engine = self.stated.engine.model_copy(update={"precision": "fp32"})
-        self.stated = self.stated.model_copy(update={"engine": engine})
+        self.stated = self.stated.model_copy(update={"engine": _settled(self.stated, self.recipe)})
         on_first_rank(lambda: write_recipe(self.run.folder, self.stated, None))
 
     def _count_skipped(self, own: Sequence[Skipped]) -> None:

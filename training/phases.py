@@ -6,9 +6,13 @@ RUN/            goes on from its model with some blocks unlocked, at a low rate
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+from clipsys.training.model.initial import with_towers_of
+from clipsys.training.model.tower_config import TowerConfig
 from clipsys.training.recipe import Recipe
+
+TowerConfigT = TypeVar("TowerConfigT", bound=TowerConfig)
 
 #: The folder of the first phase in that of the run.
 LOCKED_FOLDER = "locked"
@@ -31,26 +35,13 @@ def locked_phase(recipe: Recipe) -> Recipe:
 def unlocked_phase(recipe: Recipe) -> Recipe:
     """The second phase of a recipe: from the first one's model on, with blocks unlocked."""
     unlock = recipe.unlock
-    assert unlock is not None and recipe.model.towers is not None
-    folder = str(recipe.run_folder / LOCKED_FOLDER / "model")
-    towers = {}
-    for tower, settings, blocks in (
-        ("image_tower", recipe.model.image_tower, unlock.image_blocks),
-        ("text_tower", recipe.model.text_tower, unlock.text_blocks),
-    ):
-        assert settings is not None
-        update: dict[str, Any] = {"name": folder, "head": None, "unlocked_blocks": blocks}
-        update |= {"weights": None} if tower == "image_tower" else {"pooling": None}
-        if blocks != 0:
-            update["locked_head"] = False
-        towers[tower] = settings.model_copy(update=update)
-    as_they_are = ("image_size", "context_length", "embed_dim", "initial_logit_scale")
-    model = recipe.model.model_copy(
+    assert unlock is not None
+    model = with_towers_of(recipe.model, recipe.run_folder / LOCKED_FOLDER / "model")
+    assert model.image_tower is not None and model.text_tower is not None
+    model = model.model_copy(
         update={
-            **towers,
-            "preprocess": {},
-            "initial_logit_bias": None,
-            **dict.fromkeys(as_they_are),
+            "image_tower": _unlocked(model.image_tower, unlock.image_blocks),
+            "text_tower": _unlocked(model.text_tower, unlock.text_blocks),
         }
     )
     batch_size = unlock.batch_size or recipe.data.batch_size
@@ -66,16 +57,21 @@ def unlocked_phase(recipe: Recipe) -> Recipe:
             "layer_decay": unlock.layer_decay or recipe.optimizer.layer_decay,
         }
     )
-    checkpoint = recipe.checkpoint.model_copy(update={"every_epochs": 1})
-    evaluation = recipe.evaluation.model_copy(update={"every_epochs": 1})
     return recipe.model_copy(
         update={
             "model": model,
             "data": data,
             "schedule": schedule,
             "optimizer": optimizer,
-            "checkpoint": checkpoint,
-            "evaluation": evaluation,
+            "checkpoint": recipe.checkpoint.model_copy(update={"every_epochs": 1}),
+            "evaluation": recipe.evaluation.model_copy(update={"every_epochs": 1}),
             "unlock": None,
         }
     )
+
+
+def _unlocked(tower: TowerConfigT, blocks: int | None) -> TowerConfigT:
+    update: dict[str, Any] = {"unlocked_blocks": blocks}
+    if blocks != 0:
+        update["locked_head"] = False
+    return tower.model_copy(update=update)

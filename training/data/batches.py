@@ -53,6 +53,7 @@ from clipsys.training.data.samples import (
     FurtherTexts,
     Row,
     Skipped,
+    skip_reason,
 )
 from clipsys.training.data.shard_set import MIXED_REMOTE_SHARDS, ShardSet
 from clipsys.training.data.subset import Subset
@@ -205,8 +206,7 @@ class TrainingBatches(Dataset[Batch]):
             key = str(raw["__key__"])
             return make(raw)
         except DataError as error:
-            reason = getattr(error, "reason", None) or str(error).rpartition(": ")[2]
-            skipped.append(Skipped(self._shards[shard], key, reason))
+            skipped.append(Skipped(self._shards[shard], key, skip_reason(error)))
             return None
 
     def _row(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipsys.errors import SampleError
+from clipsys.errors import DataError, SampleError
 from clipsys.images.decoding import decode_image, decode_stored
 from clipsys.images.preprocessing import Preprocessing
 from clipsys.models.tokenization import Tokenizer
@@ -110,6 +110,32 @@ def group_id(text: str) -> int:
 def normalise_caption(caption: str) -> str:
     """Captions that differ only in case, spaces or final punctuation count as equal."""
     return " ".join(caption.lower().split()).rstrip(" .!?,;")
+
+
+def image_group(data: bytes) -> int:
+    """A 63-bit id that is equal for equal files."""
+    # SHA-256 because processors compute it: half the time of BLAKE2.
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+
+
+def identity_of(raw: Mapping[str, Any], sample: Sample) -> str:
+    """Shard of a sample and its number there: keys occur in several shards."""
+    return f"{raw.get('__url__')}#{raw.get(NUMBER, sample.key)}"
+
+
+def caption_choice(seed: int, epoch: int, position: int, num_captions: int) -> int:
+    """Which caption the sample at a position of an epoch's order shows."""
+    return group_id(f"{seed}/{epoch}/{position}") % num_captions
+
+
+def view_choice(seed: int, epoch: int, position: int, num_views: int) -> int:
+    """Which of its stored views it shows."""
+    return group_id(f"{seed}/{epoch}/{position}/view") % num_views
+
+
+def skip_reason(error: DataError) -> str:
+    """Why a sample cannot be used, in a few words."""
+    return getattr(error, "reason", None) or str(error).rpartition(": ")[2]
 
 
 @dataclass(frozen=True)
@@ -253,14 +279,12 @@ class Decoder:
             image = self._image(sample.image, place_of(raw))
         choice = 0
         if self.captions == "random" and len(sample.captions) > 1:
-            choice = group_id(f"{self.seed}/{epoch}/{position}") % len(sample.captions)
+            choice = caption_choice(self.seed, epoch, position, len(sample.captions))
         caption = sample.captions[choice] if sample.captions else ""
         view = 0
         if self.stored_views:
-            view = group_id(f"{self.seed}/{epoch}/{position}/view") % self.stored_views
-        # A sample is its shard and its number there: keys occur in several shards.
-        shard = str(raw.get("__url__"))
-        identity = f"{shard}#{raw.get(NUMBER, sample.key)}"
+            view = view_choice(self.seed, epoch, position, self.stored_views)
+        shard, identity = str(raw.get("__url__")), identity_of(raw, sample)
         group = self._group(sample, caption, image, identity, number)
         further = self._further(sample, number, f"{self.seed}/{epoch}/{position}/further")
         texts: tuple[str | None, ...] = (
@@ -297,8 +321,7 @@ class Decoder:
     def _image(self, data: bytes, place: str) -> DecodedImage:
         group = 0
         if self.positives == "image":
-            # SHA-256 because processors compute it: half the time of BLAKE2.
-            group = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+            group = image_group(data)
         return DecodedImage(self.pixels(data, place), group)
 
     def pixels(self, data: bytes, place: str) -> Pixels:

@@ -16,7 +16,7 @@ import torch
 
 from clipsys.errors import TrainingError
 from clipsys.training.data.order import SampleOrder
-from clipsys.training.data.samples import Batch, Positives, Skipped, group_id
+from clipsys.training.data.samples import Batch, Positives, Skipped, caption_choice, view_choice
 from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.features.store import BlockStore, Halves
 
@@ -84,11 +84,6 @@ class FeatureTable:
         self._image_rows: Ints = np.cumsum(has_image) - has_image
         self._images = _Rows(images)
         self._texts = _Rows(texts)
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """F of the image tower and of the text tower."""
-        return self._images.width, self._texts.width
 
     def places(self, numbers: Ints) -> Ints:
         """The rows of samples by their numbers."""
@@ -202,17 +197,14 @@ class FeatureBatches:
             return np.zeros(len(positions), np.int64)
         return np.array(
             [
-                group_id(f"{self._seed}/{epoch}/{position}") % count
+                caption_choice(self._seed, epoch, position, count)
                 for position, count in zip(positions, counts, strict=True)
             ],
             np.int64,
         )
 
     def _chosen_views(self, epoch: int, positions: Ints) -> Ints:
-        drawn = (
-            group_id(f"{self._seed}/{epoch}/{position}/view") % self._views
-            for position in positions
-        )
+        drawn = (view_choice(self._seed, epoch, position, self._views) for position in positions)
         return np.fromiter(drawn, np.int64, len(positions))
 
     def _groups(self, places: Ints, numbers: Ints, rows: Ints) -> Ints:

@@ -31,14 +31,23 @@ from clipsys.models.parts import ModelParts
 from clipsys.progress import progress_if
 from clipsys.shards.random_access import ShardReader
 from clipsys.shards.remote import is_remote
-from clipsys.shards.samples import NUMBER, parse_sample, place_of, require_captions
+from clipsys.shards.samples import parse_sample, place_of, require_captions
 from clipsys.training.data.augmentation import (
     AugmentationConfig,
     augment,
     normalisation,
     to_input,
 )
-from clipsys.training.data.samples import Decoder, Pixels, group_id, label_of, normalise_caption
+from clipsys.training.data.samples import (
+    Decoder,
+    Pixels,
+    group_id,
+    identity_of,
+    image_group,
+    label_of,
+    normalise_caption,
+    skip_reason,
+)
 from clipsys.training.data.shard_set import ShardSet
 from clipsys.training.distributed.collectives import gather_objects, rank, world_size
 from clipsys.training.features.config import FeaturesConfig
@@ -229,8 +238,8 @@ class _ImageBlocks(_Blocks):
 
     def prepare(self, raw: dict[str, Any]) -> dict[str, Any]:
         sample = parse_sample(raw, caption_key=self.source.decoder.caption_key)
-        group = int.from_bytes(hashlib.sha256(sample.image).digest()[:8], "big") >> 1
-        return {"pixels": self.source.decoder.pixels(sample.image, place_of(raw)), "group": group}
+        pixels = self.source.decoder.pixels(sample.image, place_of(raw))
+        return {"pixels": pixels, "group": image_group(sample.image)}
 
     def encode(self, decoded: list[Any]) -> tuple[Any, dict[str, Array]]:
         usable = [one for one in decoded if not isinstance(one, DataError)]
@@ -275,10 +284,9 @@ class _TextBlocks(_Blocks):
         sample = parse_sample(raw, caption_key=decoder.caption_key, needs_image=False)
         require_captions(sample, raw)
         captions = sample.captions if decoder.captions == "random" else sample.captions[:1]
-        identity = f"{raw.get('__url__')}#{raw.get(NUMBER, sample.key)}"
         label = 0
         if decoder.positives == "label":
-            label = group_id(label_of(sample, decoder.label_key, identity))
+            label = group_id(label_of(sample, decoder.label_key, identity_of(raw, sample)))
         return {"captions": captions, "label": label}
 
     def encode(self, decoded: list[Any]) -> tuple[Any, dict[str, Array]]:
@@ -311,10 +319,7 @@ def _outcome(decoded: list[Any]) -> dict[str, Array]:
     """Keys of the samples, and why each that cannot be used cannot; empty for the others."""
     keys = ["" if isinstance(one, DataError) else one["key"] for one in decoded]
     reasons = [
-        (getattr(one, "reason", None) or str(one).rpartition(": ")[2] or "unusable")
-        if isinstance(one, DataError)
-        else ""
-        for one in decoded
+        (skip_reason(one) or "unusable") if isinstance(one, DataError) else "" for one in decoded
     ]
     return {"keys": np.array(keys, np.str_), "reasons": np.array(reasons, np.str_)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -195,8 +195,7 @@ def _headless(model: Any, tower: Tower) -> Iterator[None]:
     module = model.visual if tower == "image" else model.text
     name = _head_name(module)
     if name is None:
-        with nullcontext():
-            yield
+        yield
         return
     head = getattr(module, name)
     # open_clip's transformers leave a projection out that is None; the others call a module.

@@ -256,7 +256,7 @@ def resumed_settings(settings: ModelConfig, model_folder: Path) -> ModelConfig:
         model_folder: the checkpoint's model.
     """
     if settings.towers is not None:
-        return _resumed_towers(settings, *settings.towers, model_folder)
+        return with_towers_of(settings, model_folder)
     if settings.pretrained is None:
         return settings
     from_checkpoint: dict[str, Any] = {
@@ -268,10 +268,13 @@ def resumed_settings(settings: ModelConfig, model_folder: Path) -> ModelConfig:
     return settings.model_copy(update={**from_checkpoint, **dict.fromkeys(as_they_are)})
 
 
-def _resumed_towers(
-    settings: ModelConfig, image: ImageTowerConfig, text: TextTowerConfig, folder: Path
-) -> ModelConfig:
-    """Both towers with their heads out of a checkpoint's model; locked as the recipe says."""
+def with_towers_of(settings: ModelConfig, folder: Path) -> ModelConfig:
+    """Both towers with their heads out of a model folder, and all that belongs to them.
+
+    What is locked of them stays as the settings say.
+    """
+    assert settings.towers is not None
+    image, text = settings.towers
     own = {"name": str(folder), "head": None}
     return settings.model_copy(
         update={
