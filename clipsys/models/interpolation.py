@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipsys.errors import ConfigError, ModelError
 from clipsys.models.parts import ModelParts
+from clipsys.models.tokenization import PROBE_TEXTS
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +34,6 @@ _ORIGINS = frozenset(
         "attentional_pool_pretrained",
     }
 )
-#: Texts that tokenizers of different vocabularies or rules tell apart.
-_TEXTS = [
-    "a photo of a cat",
-    "Two DOGS, running… don't!",
-    "un été à Zürich, 日本語, русский",
-    "x" * 40,
-    "1234 5.6 - <b>",
-]
 
 
 def interpolate(base: ModelParts, tuned: ModelParts, alpha: float) -> ModelParts:
@@ -161,7 +154,7 @@ def _weight_difference(base: ModelParts, tuned: ModelParts) -> str | None:
 
 
 def _tokenizer_difference(base: ModelParts, tuned: ModelParts) -> str | None:
-    for text in _TEXTS:
+    for text in PROBE_TEXTS:
         first, second = base.tokenizer([text]), tuned.tokenizer([text])
         if first.shape != second.shape or bool((first != second).any()):
             return f"their tokenizers make different tokens of {text!r}"

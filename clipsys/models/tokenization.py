@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 #: texts -> int64 (N, context_length)
 Tokenizer = Callable[[list[str]], "torch.Tensor"]
 
+#: Texts that tokenizers of different vocabularies or rules tell apart.
+PROBE_TEXTS = [
+    "a photo of a cat",
+    "Two DOGS, running… don't!",
+    "un été à Zürich, 日本語, русский",
+    "x" * 40,
+    "1234 5.6 - <b>",
+]
 #: Each of them is enough for a Hugging Face tokenizer, by its kind.
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -16,13 +16,11 @@ from torch import nn
 from clipsys.errors import ConfigError
 from clipsys.inference.text_tower import text_encoder
 from clipsys.models.parts import ModelParts
+from clipsys.models.tokenization import PROBE_TEXTS
 from clipsys.training.model.layers import Tower
 from clipsys.training.model.two_towers import head_names
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
-
-#: Texts whose tokens stand for a tokenizer in a fingerprint.
-_PROBE_TEXTS = ["A dog on the beach.", "Zwei Äpfel, 3 €", "naïve café — 東京", "x" * 60]
 
 
 class Trunks:
@@ -137,7 +135,7 @@ def _head_alone(tower: Any) -> nn.Module:
 
 def tokenizer_fingerprint(parts: ModelParts) -> str:
     """Equal for tokenizers that give the same tokens for some texts."""
-    tokens = parts.tokenizer(_PROBE_TEXTS).tolist()
+    tokens = parts.tokenizer(PROBE_TEXTS).tolist()
     return hashlib.blake2b(repr(tokens).encode(), digest_size=16).hexdigest()
 
 
